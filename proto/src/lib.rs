@@ -1,1 +1,46 @@
-//! Placeholder replaced before the first release.
+//! The `kvasir.v1` protocol: generated code and validated conversions.
+//!
+//! [`v1`] is generated from `kvasir/v1/cache.proto`; nothing outside this package
+//! should look at its raw fields without a conversion from [`convert`], which
+//! either gives a value of `kvasir-types` or an [`InvalidField`] that names the
+//! field and says what is wrong with it.
+//!
+//! [`status`] holds the two refusals every server of this protocol speaks:
+//! a malformed field, and "come back later".
+
+#![forbid(unsafe_code)]
+
+pub mod convert;
+pub mod status;
+
+/// Generated from `kvasir/v1/cache.proto`.
+#[allow(
+    missing_docs,
+    unreachable_pub,
+    clippy::all,
+    clippy::pedantic,
+    clippy::unwrap_used,
+    clippy::allow_attributes_without_reason,
+    reason = "generated code"
+)]
+pub mod v1 {
+    tonic::include_proto!("kvasir.v1");
+
+    /// The protocol's descriptors, for server reflection.
+    pub const FILE_DESCRIPTOR_SET: &[u8] =
+        include_bytes!(concat!(env!("OUT_DIR"), "/kvasir_v1.bin"));
+}
+
+pub use convert::InvalidField;
+
+/// Most keys in one request.
+pub const MAX_KEYS: usize = 16_384;
+
+/// Most payload bytes in one [`v1::LayerPiece`].
+pub const MAX_PIECE_BYTES: usize = 4 << 20;
+
+/// Most bytes in one message: a full piece and room for the fields around it.
+pub const MAX_MESSAGE_BYTES: usize = MAX_PIECE_BYTES + (64 << 10);
+
+/// Longest life of a pin, in milliseconds.
+pub const MAX_PIN_TTL_MS: u64 = 24 * 60 * 60 * 1000;

@@ -5,6 +5,7 @@
 //!   that changes a value and nothing that does not.
 //! * [`LayerRange`], [`TokenRange`], [`HeadRange`]: parts of a chunk.
 //! * [`Level`]: a rung of the codec's quality ladder.
+//! * [`Checksum`]: guards every layer, stored or sent.
 //! * [`ByteSize`]: a number of bytes as people write it.
 //!
 //! Everything here is pure: no I/O, no clock, no environment, no async. Two
@@ -17,12 +18,14 @@
 #![forbid(unsafe_code)]
 
 mod canonical;
+mod checksum;
 mod key;
 mod layout;
 mod level;
 mod range;
 mod size;
 
+pub use checksum::Checksum;
 pub use key::{Adapter, ChunkKey, ModelIdentity, Namespace, ParseKeyError};
 pub use layout::{DType, KvLayout, LayoutDigest, LayoutError, Plane, Planes};
 pub use level::{Level, UnknownLevel};

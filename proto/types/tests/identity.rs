@@ -1,6 +1,9 @@
 //! Identity: published vectors, and one property per field of a key.
 
-#![allow(clippy::unwrap_used, reason = "a test states its expectations by unwrapping")]
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test states its expectations by unwrapping"
+)]
 
 use kvasir_types::{Adapter, ChunkKey, DType, KvLayout, ModelIdentity, Namespace, Planes};
 use proptest::prelude::*;
