@@ -1,0 +1,111 @@
+//! What a caller asks of the engine and what it is told.
+//!
+//! The scheduler speaks tokens only. Text (stop strings, chat templates,
+//! detokenisation) belongs to the HTTP front.
+
+use std::time::Duration;
+
+use crate::sampling::SamplingParams;
+
+/// One sequence to continue.
+#[derive(Clone, Debug)]
+pub struct GenerateRequest {
+    /// Token ids of the prompt; at least one.
+    pub prompt: Vec<u32>,
+    /// Most tokens to generate; at least one.
+    pub max_tokens: usize,
+    /// How the next token is chosen.
+    pub sampling: SamplingParams,
+    /// Tokens that end the sequence; they are reported but belong to no text.
+    pub stop_tokens: Vec<u32>,
+    /// Whether the cache may be read for this request.
+    pub read_cache: bool,
+    /// Whether chunks of this prompt are stored after prefill.
+    pub write_cache: bool,
+    /// Whether each [`Event::Token`] carries a digest of the logits it was chosen from.
+    pub logits_digest: bool,
+}
+
+/// Progress of one request, in order: tokens, then one `Finished` or `Failed`.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// The next token.
+    Token {
+        /// Its id.
+        id: u32,
+        /// Natural logarithm of its probability before temperature.
+        logprob: f32,
+        /// BLAKE3 of the logits (little-endian f32, vocabulary order), if asked for.
+        logits_digest: Option<[u8; 32]>,
+    },
+    /// The sequence ended.
+    Finished {
+        /// Why.
+        reason: FinishReason,
+        /// What it cost.
+        usage: Usage,
+    },
+    /// The sequence cannot go on.
+    Failed(RequestError),
+}
+
+/// Why a sequence ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FinishReason {
+    /// A stop token was generated.
+    Stop,
+    /// `max_tokens` were generated, or the model's context is full.
+    Length,
+}
+
+/// What one request cost.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Usage {
+    /// Tokens of the prompt.
+    pub prompt_tokens: usize,
+    /// Tokens generated.
+    pub completion_tokens: usize,
+    /// Prompt tokens whose KV came from the cache instead of prefill.
+    pub cached_tokens: usize,
+    /// Payload bytes fetched from the cache.
+    pub fetched_bytes: u64,
+    /// From admission to the queue until the first token was chosen.
+    pub ttft: Duration,
+}
+
+/// Why a request was not accepted or not finished.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum RequestError {
+    /// The prompt is empty.
+    #[error("the prompt has no tokens")]
+    EmptyPrompt,
+    /// A token id is outside the model's vocabulary.
+    #[error("token {token} is outside the model's vocabulary of {vocabulary}")]
+    UnknownToken {
+        /// The token.
+        token: u32,
+        /// Size of the vocabulary.
+        vocabulary: usize,
+    },
+    /// Prompt and completion do not fit the model's context or the KV pool.
+    #[error("{needed} tokens do not fit: the limit is {limit}; shorten the prompt or lower max_tokens")]
+    TooLong {
+        /// Prompt plus completion.
+        needed: usize,
+        /// What fits.
+        limit: usize,
+    },
+    /// Too many requests wait; nothing was queued.
+    #[error("{waiting} requests are waiting already; try again later")]
+    Overloaded {
+        /// Length of the queue.
+        waiting: usize,
+    },
+    /// The engine is shutting down.
+    #[error("the engine is shutting down")]
+    ShuttingDown,
+    /// The model produced a value that is not a number.
+    #[error("the model's output is not finite; the checkpoint or its precision is at fault")]
+    NotFinite,
+}
