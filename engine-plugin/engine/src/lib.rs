@@ -20,7 +20,9 @@
 
 #![deny(unsafe_code)]
 
+pub mod checkpoint;
 pub mod config;
 pub mod rope;
 
+pub use checkpoint::CheckpointError;
 pub use config::{Architecture, ConfigError, ModelConfig};
