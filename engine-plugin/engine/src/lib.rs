@@ -24,9 +24,11 @@ pub mod checkpoint;
 pub mod config;
 pub mod kernels;
 pub mod kv;
+pub mod model;
 pub mod rope;
 
 pub use checkpoint::CheckpointError;
 pub use config::{Architecture, ConfigError, ModelConfig};
 pub use kernels::Threads;
 pub use kv::{BLOCK_TOKENS, BlockId, KvDtype, KvError, KvPool};
+pub use model::{ForwardError, LoadError, Logits, LogitsWanted, Model, Scratch, Step};
