@@ -1,1 +1,4 @@
-//! Placeholder replaced before the first release.
+//! CPU inference for Llama-family models, with an OpenAI-compatible face.
+
+pub mod request;
+pub mod sampling;
