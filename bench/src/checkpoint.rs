@@ -57,7 +57,10 @@ impl Shape {
         )];
         for layer in 0..self.layers {
             let mut push = |name: &str, shape: &[usize]| {
-                tensors.push((format!("model.layers.{layer}.{name}.weight"), shape.to_vec()));
+                tensors.push((
+                    format!("model.layers.{layer}.{name}.weight"),
+                    shape.to_vec(),
+                ));
             };
             push("input_layernorm", &[self.hidden]);
             push("self_attn.q_proj", &[self.hidden, self.hidden]);
@@ -70,7 +73,10 @@ impl Shape {
             push("mlp.down_proj", &[self.hidden, self.intermediate]);
         }
         tensors.push(("model.norm.weight".to_owned(), vec![self.hidden]));
-        tensors.push(("lm_head.weight".to_owned(), vec![self.vocabulary, self.hidden]));
+        tensors.push((
+            "lm_head.weight".to_owned(),
+            vec![self.vocabulary, self.hidden],
+        ));
         tensors
     }
 
@@ -133,7 +139,11 @@ fn write_tensors(path: &Path, shape: &Shape) -> anyhow::Result<()> {
         for _ in 0..count {
             #[expect(clippy::cast_precision_loss, reason = "24 random bits fit an f32")]
             let unit = (rng.next_u32() >> 8) as f32 / (1u32 << 24) as f32;
-            let value = if spread == 0.0 { 1.0 } else { (unit * 2.0 - 1.0) * spread };
+            let value = if spread == 0.0 {
+                1.0
+            } else {
+                (unit * 2.0 - 1.0) * spread
+            };
             out.write_all(&value.to_le_bytes())?;
         }
     }

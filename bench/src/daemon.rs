@@ -33,7 +33,10 @@ impl Daemon {
             .stdin(Stdio::null())
             .spawn()
             .context("starting the daemon")?;
-        let stdout = child.stdout.take().context("the daemon's output is piped")?;
+        let stdout = child
+            .stdout
+            .take()
+            .context("the daemon's output is piped")?;
         let mut line = String::new();
         BufReader::new(stdout).read_line(&mut line)?;
         let endpoint = line
@@ -53,7 +56,10 @@ impl Daemon {
     }
 
     pub(crate) fn port(&self) -> anyhow::Result<u16> {
-        let (_, port) = self.endpoint.rsplit_once(':').context("an endpoint has a port")?;
+        let (_, port) = self
+            .endpoint
+            .rsplit_once(':')
+            .context("an endpoint has a port")?;
         Ok(port.parse()?)
     }
 

@@ -15,7 +15,11 @@ use crate::report::{Report, Row, median, percentile};
 const KEYS: usize = 512;
 
 pub(crate) async fn run(quick: bool) -> anyhow::Result<Report> {
-    let (stored, calls) = if quick { (2_048, 1_000) } else { (10_240, 10_000) };
+    let (stored, calls) = if quick {
+        (2_048, 1_000)
+    } else {
+        (10_240, 10_000)
+    };
     let mut report = Report::new("lookup");
     let dir = tempfile::tempdir()?;
     let daemon = Daemon::start(dir.path(), ByteSize::gib(1), 0)?;

@@ -18,7 +18,10 @@ pub(crate) fn run(quick: bool, python: Option<&Path>) -> anyhow::Result<Report> 
     let threads = std::thread::available_parallelism()?.get();
     let mut report = Report::new("prefill");
     let dir = tempfile::tempdir()?;
-    eprintln!("writing a random checkpoint of {} M parameters", Shape::PREFILL.parameters() / 1_000_000);
+    eprintln!(
+        "writing a random checkpoint of {} M parameters",
+        Shape::PREFILL.parameters() / 1_000_000
+    );
     checkpoint::write(dir.path(), &Shape::PREFILL)?;
     let ours = ours(dir.path(), threads, repeats)?;
     match python.map(Path::to_owned).or_else(torch_python) {
@@ -86,9 +89,14 @@ fn torch(python: &Path, model: &Path, threads: usize, repeats: usize) -> anyhow:
         String::from_utf8_lossy(&output.stderr)
     );
     let stdout = String::from_utf8(output.stdout)?;
-    let last = stdout.lines().last().context("torch's script printed nothing")?;
+    let last = stdout
+        .lines()
+        .last()
+        .context("torch's script printed nothing")?;
     let result: serde_json::Value = serde_json::from_str(last)?;
-    result["tokens_per_s"].as_f64().context("torch's script gave no tokens_per_s")
+    result["tokens_per_s"]
+        .as_f64()
+        .context("torch's script gave no tokens_per_s")
 }
 
 /// The repository's own virtual environment, if it was made.

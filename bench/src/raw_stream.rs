@@ -21,7 +21,11 @@ const WINDOW_BYTES: u32 = 16 << 20;
 
 /// Bytes per second of streaming `layers · chunks` messages of `layer_bytes` each from
 /// another process: the median of several runs.
-pub(crate) async fn bandwidth(layer_bytes: usize, layers: u16, chunks: usize) -> anyhow::Result<f64> {
+pub(crate) async fn bandwidth(
+    layer_bytes: usize,
+    layers: u16,
+    chunks: usize,
+) -> anyhow::Result<f64> {
     let mut server = RawServer::start(layer_bytes)?;
     let channel = tonic::transport::Channel::builder(server.endpoint()?.parse()?)
         .initial_stream_window_size(WINDOW_BYTES)
@@ -110,7 +114,9 @@ struct Constant {
 type Answer<T> = Result<Response<T>, Status>;
 
 fn only_get<T>() -> Answer<T> {
-    Err(Status::unimplemented("this server only streams constant bytes"))
+    Err(Status::unimplemented(
+        "this server only streams constant bytes",
+    ))
 }
 
 #[tonic::async_trait]

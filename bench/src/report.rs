@@ -70,9 +70,15 @@ impl Report {
     /// Prints the table, or the JSON object as one last line.
     pub(crate) fn print(&self, json: bool) -> anyhow::Result<()> {
         if json {
-            println!("{}", serde_json::to_string(self).context("a report is plain data")?);
+            println!(
+                "{}",
+                serde_json::to_string(self).context("a report is plain data")?
+            );
         } else {
-            println!("{} ({}, {} cores)", self.suite, self.machine.cpu, self.machine.cores);
+            println!(
+                "{} ({}, {} cores)",
+                self.suite, self.machine.cpu, self.machine.cores
+            );
             for row in &self.rows {
                 println!("  {}", line(row));
             }

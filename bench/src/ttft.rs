@@ -9,7 +9,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
-use kvasir_client::{Client, ClientConfig};
 use kvasir_engine::kv::KvDtype;
 use kvasir_engine::model::Model;
 use kvasir_engine::request::{Event, GenerateRequest, Usage};
@@ -46,13 +45,20 @@ struct Setup {
 }
 
 pub(crate) async fn run(quick: bool) -> anyhow::Result<Report> {
-    let contexts: &[usize] = if quick { &[256, 1024] } else { &[256, 1024, 4096, 16_384] };
+    let contexts: &[usize] = if quick {
+        &[256, 1024]
+    } else {
+        &[256, 1024, 4096, 16_384]
+    };
     if !quick {
         eprintln!("this takes about six minutes on two cores; --quick takes less than one");
     }
     let mut report = Report::new("ttft");
     let checkpoint_dir = tempfile::tempdir()?;
-    eprintln!("writing a random checkpoint of {} M parameters", Shape::SERVING.parameters() / 1_000_000);
+    eprintln!(
+        "writing a random checkpoint of {} M parameters",
+        Shape::SERVING.parameters() / 1_000_000
+    );
     checkpoint::write(checkpoint_dir.path(), &Shape::SERVING)?;
     let model = Arc::new(Model::load(checkpoint_dir.path())?);
     let data = tempfile::tempdir()?;
@@ -61,17 +67,17 @@ pub(crate) async fn run(quick: bool) -> anyhow::Result<Report> {
     let longest = contexts.iter().max().context("there are contexts")? + 2 * QUESTION_TOKENS;
     let layout = kvasir_engine::cache::layout(model.config(), KvDtype::F32, CHUNK_TOKENS)?;
     let namespace = kvasir_engine::cache::namespace(&model, layout, &[0; 32], b"");
-    let client = Client::connect_lazy(ClientConfig {
-        endpoint: daemon.endpoint().parse()?,
-        ..ClientConfig::default()
-    });
-    let plugin = CachePlugin::new(
-        client,
+    let plugin = CachePlugin::connect(
+        daemon.endpoint(),
         tokio::runtime::Handle::current(),
         namespace,
         PluginConfig::default(),
-    );
-    let engine = Engine::start(model, &EngineConfig::for_tokens(longest), Some(plugin.clone()));
+    )?;
+    let engine = Engine::start(
+        model,
+        &EngineConfig::for_tokens(longest),
+        Some(plugin.clone()),
+    )?;
     let setup = Setup {
         engine: engine.handle(),
         plugin,
@@ -98,15 +104,24 @@ async fn measure(
     let computed_runs = if quick || context > 2048 { 2 } else { 5 };
     let fetched_runs = if quick { 3 } else { 7 };
     let prompt = prompt(context);
-    let progress = crate::progress(computed_runs + 2 * fetched_runs, &format!("context {context}"));
+    let progress = crate::progress(
+        computed_runs + 2 * fetched_runs,
+        &format!("context {context}"),
+    );
 
     let mut computed = Vec::new();
     let mut steps = Vec::new();
     let mut digest = None;
     for run in 0..computed_runs {
         let answer = ask(&setup.engine, &prompt, false, run == 0).await?;
-        ensure!(answer.usage.cached_tokens == 0, "a computed run used the cache");
-        ensure!(*digest.get_or_insert(answer.digest) == answer.digest, "two computed runs differ");
+        ensure!(
+            answer.usage.cached_tokens == 0,
+            "a computed run used the cache"
+        );
+        ensure!(
+            *digest.get_or_insert(answer.digest) == answer.digest,
+            "two computed runs differ"
+        );
         computed.push(millis(answer.ttft));
         steps.push(millis(answer.step));
         progress.inc(1);
@@ -132,26 +147,42 @@ async fn measure(
             "{} of {context} context tokens came from the cache",
             answer.usage.cached_tokens
         );
-        ensure!(digest == Some(answer.digest), "fetched and computed logits differ");
+        ensure!(
+            digest == Some(answer.digest),
+            "fetched and computed logits differ"
+        );
         bytes = answer.usage.fetched_bytes;
         if from_disk { &mut disk } else { &mut host }.push(millis(answer.ttft));
         progress.inc(1);
     }
     progress.finish_and_clear();
 
-    let bandwidth =
-        raw_stream::bandwidth(setup.layer_bytes, setup.layers, context / CHUNK_TOKENS as usize).await?;
+    let bandwidth = raw_stream::bandwidth(
+        setup.layer_bytes,
+        setup.layers,
+        context / CHUNK_TOKENS as usize,
+    )
+    .await?;
     let step = median(&mut steps);
     let limit = as_f64(bytes) / bandwidth * 1e3 + step;
     let computed = median(&mut computed);
     report.push(Row::new(format!("computed/{context}"), computed, "ms"));
     for (tier, times) in [("host", &mut host), ("disk", &mut disk)] {
         let time = median(times);
-        report.push(Row::new(format!("{tier}/{context}"), time, "ms").against(computed, computed / time));
+        report.push(
+            Row::new(format!("{tier}/{context}"), time, "ms").against(computed, computed / time),
+        );
     }
-    report.push(Row::new(format!("stream_limit/{context}"), limit, "ms").against(median(&mut host), limit / median(&mut host)));
+    report.push(
+        Row::new(format!("stream_limit/{context}"), limit, "ms")
+            .against(median(&mut host), limit / median(&mut host)),
+    );
     report.push(Row::new(format!("decode_step/{context}"), step, "ms"));
-    report.push(Row::new(format!("grpc_stream/{context}"), bandwidth / 1e9, "GB/s"));
+    report.push(Row::new(
+        format!("grpc_stream/{context}"),
+        bandwidth / 1e9,
+        "GB/s",
+    ));
     Ok(daemon)
 }
 
@@ -176,7 +207,12 @@ async fn ask(
     while let Some(event) = events.recv().await {
         match event {
             Event::Token { logits_digest, .. } => match first {
-                None => first = Some((begun.elapsed(), logits_digest.context("a digest was asked for")?)),
+                None => {
+                    first = Some((
+                        begun.elapsed(),
+                        logits_digest.context("a digest was asked for")?,
+                    ))
+                }
                 Some(_) => second = Some(begun.elapsed()),
             },
             Event::Finished { usage, .. } => {

@@ -41,8 +41,10 @@ mod prompt;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use kvasir_client::Client;
+use kvasir_client::{Client, ClientConfig};
 use kvasir_types::{ByteSize, Namespace};
+
+pub use kvasir_client::ParseEndpointError;
 
 pub use backend::{BackendError, EngineBackend};
 pub use capture::{CaptureOutcome, CaptureStats, ChunkCopy};
@@ -124,6 +126,28 @@ impl CachePlugin {
                 config,
             }),
         }
+    }
+
+    /// A plugin of the daemon at `endpoint` (`HOST:PORT`). Does not wait for it: an
+    /// engine may start before its cache.
+    ///
+    /// # Errors
+    /// `endpoint` is malformed.
+    pub fn connect(
+        endpoint: &str,
+        runtime: tokio::runtime::Handle,
+        namespace: Namespace,
+        config: PluginConfig,
+    ) -> Result<Self, ParseEndpointError> {
+        let client_config = ClientConfig {
+            endpoint: endpoint.parse()?,
+            ..ClientConfig::default()
+        };
+        // The connection's tasks live on the runtime.
+        let guard = runtime.enter();
+        let client = Client::connect_lazy(client_config);
+        drop(guard);
+        Ok(Self::new(client, runtime, namespace, config))
     }
 
     /// What this engine's KV is.

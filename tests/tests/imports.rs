@@ -1,6 +1,9 @@
 //! Which package may import which, asserted from the manifests.
 
-#![allow(clippy::unwrap_used, reason = "a test states its expectations by unwrapping")]
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test states its expectations by unwrapping"
+)]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -14,10 +17,19 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("kvasir-client", &["kvasir-types", "kvasir-proto"]),
     (
         "kvasir-server",
-        &["kvasir-types", "kvasir-proto", "kvasir-codec", "kvasir-store", "kvasir-client"],
+        &[
+            "kvasir-types",
+            "kvasir-proto",
+            "kvasir-codec",
+            "kvasir-store",
+            "kvasir-client",
+        ],
     ),
-    ("kvasir-plugin", &["kvasir-types", "kvasir-codec", "kvasir-client"]),
-    ("kvasir-engine", &["kvasir-types", "kvasir-plugin", "kvasir-client"]),
+    (
+        "kvasir-plugin",
+        &["kvasir-types", "kvasir-codec", "kvasir-client"],
+    ),
+    ("kvasir-engine", &["kvasir-types", "kvasir-plugin"]),
     ("kvasir-bench", ANY),
     ("kvasir-tests", ANY),
 ];
@@ -28,12 +40,15 @@ const ANY: &[&str] = &["*"];
 const CONFINED: &[(&str, &[&str])] = &[
     (
         "tonic",
-        &["kvasir-proto", "kvasir-client", "kvasir-server", "kvasir-bench", "kvasir-tests"],
+        &[
+            "kvasir-proto",
+            "kvasir-client",
+            "kvasir-server",
+            "kvasir-bench",
+            "kvasir-tests",
+        ],
     ),
-    (
-        "rocksdb",
-        &["kvasir-store"],
-    ),
+    ("rocksdb", &["kvasir-store"]),
 ];
 
 /// External crates that must never appear in some of our packages.
@@ -44,13 +59,19 @@ fn packages_import_only_what_the_design_allows() {
     let manifests = manifests();
     let allowed: BTreeMap<_, _> = ALLOWED.iter().copied().collect();
     assert_eq!(
-        manifests.keys().map(String::as_str).collect::<BTreeSet<_>>(),
+        manifests
+            .keys()
+            .map(String::as_str)
+            .collect::<BTreeSet<_>>(),
         allowed.keys().copied().collect::<BTreeSet<_>>(),
         "every package of the workspace has an entry above, and no other"
     );
     for (package, dependencies) in &manifests {
         let permitted = allowed[package.as_str()];
-        for dependency in dependencies.iter().filter(|name| name.starts_with("kvasir-")) {
+        for dependency in dependencies
+            .iter()
+            .filter(|name| name.starts_with("kvasir-"))
+        {
             assert!(
                 permitted == ANY || permitted.contains(&dependency.as_str()),
                 "{package} must not import {dependency}"
@@ -109,8 +130,10 @@ fn manifests() -> BTreeMap<String, BTreeSet<String>> {
 
 fn member_manifests() -> Vec<PathBuf> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
-    let workspace: toml::Table =
-        std::fs::read_to_string(root.join("Cargo.toml")).unwrap().parse().unwrap();
+    let workspace: toml::Table = std::fs::read_to_string(root.join("Cargo.toml"))
+        .unwrap()
+        .parse()
+        .unwrap();
     workspace["workspace"]["members"]
         .as_array()
         .unwrap()

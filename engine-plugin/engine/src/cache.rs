@@ -16,7 +16,8 @@ pub fn layout(
     dtype: KvDtype,
     chunk_tokens: u32,
 ) -> Result<KvLayout, LayoutError> {
-    let narrow = |value: usize| u16::try_from(value).map_err(|_| LayoutError::TooLarge(value as u128));
+    let narrow =
+        |value: usize| u16::try_from(value).map_err(|_| LayoutError::TooLarge(value as u128));
     let dtype = match dtype {
         KvDtype::F32 => DType::F32,
         KvDtype::Bf16 => DType::Bf16,

@@ -5,6 +5,10 @@
 //! pages, [`model`] runs batches of steps over them, [`kernels`] does the
 //! arithmetic.
 //!
+//! The serving half: [`scheduler`] batches sequences over the pages on one engine
+//! thread, [`cache`] shows those pages to the plugin, [`sampling`] chooses tokens,
+//! [`request`] is what callers ask and are told.
+//!
 //! # Determinism
 //!
 //! A row of logits depends on the weights, on the tokens up to that row and on
@@ -20,12 +24,16 @@
 
 #![deny(unsafe_code)]
 
+pub mod cache;
 pub mod checkpoint;
 pub mod config;
 pub mod kernels;
 pub mod kv;
 pub mod model;
+pub mod request;
 pub mod rope;
+pub mod sampling;
+pub mod scheduler;
 
 pub use checkpoint::CheckpointError;
 pub use config::{Architecture, ConfigError, ModelConfig};

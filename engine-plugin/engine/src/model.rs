@@ -7,6 +7,7 @@
 //! Not here: which steps to run, sampling, sharing of pages.
 
 use std::fmt;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use crate::checkpoint::CheckpointError;
@@ -81,20 +82,21 @@ impl Model {
     /// `before_layer(layer, pool)` is called, then attention reads the pages: so
     /// a caller may land fetched K and V of that layer, of positions before the
     /// steps, from there. It runs on a thread of the scratch's pool, and other
-    /// threads wait for it.
+    /// threads wait for it. If it breaks, the batch ends there without a result.
     ///
     /// Steps must not write to one page twice.
     ///
     /// # Errors
     ///
-    /// [`ForwardError`] when a step does not fit model or pages; nothing is
+    /// [`ForwardError::Stopped`] when `before_layer` broke off; any other
+    /// [`ForwardError`] when a step does not fit model or pages, and nothing is
     /// written then.
     pub fn forward(
         &self,
         pool: &mut KvPool,
         scratch: &mut Scratch,
         steps: &[Step<'_>],
-        before_layer: &mut (dyn FnMut(usize, &mut KvPool) + Send),
+        before_layer: &mut (dyn FnMut(usize, &mut KvPool) -> ControlFlow<()> + Send),
     ) -> Result<Logits, ForwardError> {
         forward::run(self, pool, scratch, steps, before_layer)
     }

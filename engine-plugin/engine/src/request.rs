@@ -89,7 +89,9 @@ pub enum RequestError {
         vocabulary: usize,
     },
     /// Prompt and completion do not fit the model's context or the KV pool.
-    #[error("{needed} tokens do not fit: the limit is {limit}; shorten the prompt or lower max_tokens")]
+    #[error(
+        "{needed} tokens do not fit: the limit is {limit}; shorten the prompt or lower max_tokens"
+    )]
     TooLong {
         /// Prompt plus completion.
         needed: usize,

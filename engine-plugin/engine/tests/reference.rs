@@ -10,6 +10,7 @@
 )]
 
 use std::collections::BTreeMap;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use kvasir_engine::{
@@ -157,7 +158,9 @@ impl<'a> Engine<'a> {
             .collect();
         let found = self
             .model
-            .forward(&mut self.pool, &mut self.scratch, &steps, &mut |_, _| {})
+            .forward(&mut self.pool, &mut self.scratch, &steps, &mut |_, _| {
+                ControlFlow::Continue(())
+            })
             .unwrap();
         (0..steps.len())
             .map(|step| found.rows(step).map(<[f32]>::to_vec).collect())
@@ -332,6 +335,7 @@ fn landed_prefixes_change_no_bit() {
                             .unwrap();
                         pool.write_layer(&table, 0, prefix, layer, &payload)
                             .unwrap();
+                        ControlFlow::Continue(())
                     },
                 )
                 .unwrap();

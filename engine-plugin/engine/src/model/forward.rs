@@ -1,5 +1,7 @@
 //! One batch of steps through all layers.
 
+use std::ops::ControlFlow;
+
 use rayon::prelude::*;
 
 use super::Model;
@@ -138,13 +140,15 @@ pub(super) fn run(
     pool: &mut KvPool,
     scratch: &mut Scratch,
     steps: &[Step<'_>],
-    before_layer: &mut (dyn FnMut(usize, &mut KvPool) + Send),
+    before_layer: &mut (dyn FnMut(usize, &mut KvPool) -> ControlFlow<()> + Send),
 ) -> Result<Logits, ForwardError> {
     check(model, pool, steps)?;
     let rows = steps.iter().map(|step| step.tokens.len()).sum();
     scratch.reserve(&model.config, rows);
     let threads = scratch.threads.clone();
-    Ok(threads.run(|| Batch { model, steps, rows }.run(pool, scratch, before_layer)))
+    threads
+        .run(|| Batch { model, steps, rows }.run(pool, scratch, before_layer))
+        .ok_or(ForwardError::Stopped)
 }
 
 fn check(model: &Model, pool: &KvPool, steps: &[Step<'_>]) -> Result<(), ForwardError> {
@@ -201,15 +205,17 @@ impl Batch<'_> {
         &self,
         pool: &mut KvPool,
         scratch: &mut Scratch,
-        before_layer: &mut (dyn FnMut(usize, &mut KvPool) + Send),
-    ) -> Logits {
+        before_layer: &mut (dyn FnMut(usize, &mut KvPool) -> ControlFlow<()> + Send),
+    ) -> Option<Logits> {
         let config = &self.model.config;
         self.embed(scratch);
         let mut rows = self.rows;
         for (index, layer) in self.model.weights.layers.iter().enumerate() {
             self.project_qkv(layer, scratch);
             self.write_pages(pool, scratch, index);
-            before_layer(index, pool);
+            if before_layer(index, pool).is_break() {
+                return None;
+            }
             let last = index + 1 == config.layers;
             self.attend(pool, scratch, index, last);
             if last {
@@ -218,7 +224,7 @@ impl Batch<'_> {
             }
             self.finish_layer(layer, scratch, rows);
         }
-        self.logits(scratch, rows)
+        Some(self.logits(scratch, rows))
     }
 
     /// Embeddings into the residual stream, and the angles of each row.
@@ -435,6 +441,10 @@ fn linear(isa: Isa, linear: &Linear, rows: usize, x: &[f32], y: &mut [f32], accu
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ForwardError {
+    /// `before_layer` broke off. The pages hold K and V of the steps' tokens for
+    /// the layers up to that one.
+    #[error("the caller stopped the batch between layers")]
+    Stopped,
     /// The pages were made for a model of another shape.
     #[error("the pages were made for a model of another shape")]
     Pool,

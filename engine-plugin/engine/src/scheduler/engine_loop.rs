@@ -8,10 +8,11 @@ use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use kvasir_plugin::{CaptureOutcome, CachePlugin, ChunkCopy, FetchOutcome};
+use kvasir_plugin::{CachePlugin, CaptureOutcome, ChunkCopy};
 use kvasir_types::LayerIdx;
 
 use crate::cache::PoolBackend;
+use crate::kernels::Threads;
 use crate::kv::{BLOCK_TOKENS, BlockId, KvPool};
 use crate::model::{ForwardError, LogitsWanted, Model, Scratch, Step};
 use crate::request::RequestError;
@@ -42,7 +43,6 @@ pub(super) struct EngineLoop {
     waiting: VecDeque<Submission>,
     running: Vec<Sequence>,
     next_seed: u64,
-    closed: bool,
 }
 
 /// One row range of the next batch.
@@ -58,12 +58,13 @@ impl EngineLoop {
         model: Arc<Model>,
         pool: KvPool,
         config: &EngineConfig,
+        threads: Threads,
         plugin: Option<CachePlugin>,
         submissions: Receiver<Submission>,
         waiting_count: Arc<AtomicUsize>,
     ) -> Self {
         Self {
-            scratch: Scratch::new(config.threads),
+            scratch: Scratch::new(threads),
             batch_tokens: config.batch_tokens.max(BLOCK_TOKENS),
             model,
             pool,
@@ -73,7 +74,6 @@ impl EngineLoop {
             waiting: VecDeque::new(),
             running: Vec::new(),
             next_seed: 0,
-            closed: false,
         }
     }
 
@@ -97,12 +97,11 @@ impl EngineLoop {
             // The first run of a shape also pays for fresh buffers.
             for observed in [false, true] {
                 let start = Instant::now();
-                let outcome = self.model.forward(
-                    &mut self.pool,
-                    &mut self.scratch,
-                    &[step.clone()],
-                    &mut |_, _| ControlFlow::Continue(()),
-                );
+                let outcome =
+                    self.model
+                        .forward(&mut self.pool, &mut self.scratch, &[step], &mut |_, _| {
+                            ControlFlow::Continue(())
+                        });
                 if let Err(error) = outcome {
                     tracing::error!(%error, "calibration failed");
                     break;
@@ -147,7 +146,6 @@ impl EngineLoop {
                 Ok(submission) => self.waiting.push_back(submission),
                 Err(TryRecvError::Empty) => return true,
                 Err(TryRecvError::Disconnected) => {
-                    self.closed = true;
                     return !(self.running.is_empty() && self.waiting.is_empty());
                 }
             }
@@ -256,7 +254,7 @@ impl EngineLoop {
     fn forward(
         &mut self,
         plan: &[Planned],
-        before_layer: &mut dyn FnMut(usize, &mut KvPool) -> ControlFlow<()>,
+        before_layer: &mut (dyn FnMut(usize, &mut KvPool) -> ControlFlow<()> + Send),
     ) -> Result<Vec<Option<Vec<f32>>>, ForwardError> {
         let steps: Vec<Step<'_>> = plan
             .iter()
@@ -306,9 +304,11 @@ impl EngineLoop {
             return false;
         };
         let layout = plugin.namespace().layout();
-        let mut fetching = self.running.iter_mut().enumerate().filter(|(_, sequence)| {
-            matches!(sequence.phase, Phase::Fetching(_))
-        });
+        let mut fetching = self
+            .running
+            .iter_mut()
+            .enumerate()
+            .filter(|(_, sequence)| matches!(sequence.phase, Phase::Fetching(_)));
         let (Some((index, sequence)), None) = (fetching.next(), fetching.next()) else {
             return false;
         };
@@ -382,7 +382,8 @@ impl EngineLoop {
             return;
         };
         let ready = |sequence: &Sequence| {
-            matches!(sequence.phase, Phase::Decode | Phase::Draining) && !sequence.capture.is_empty()
+            matches!(sequence.phase, Phase::Decode | Phase::Draining)
+                && !sequence.capture.is_empty()
         };
         let Some(index) = self.running.iter().position(ready) else {
             return;

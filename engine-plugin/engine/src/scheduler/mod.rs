@@ -29,6 +29,7 @@ use std::time::Instant;
 use kvasir_plugin::{CachePlugin, Prompt};
 use tokio::sync::mpsc;
 
+use crate::kernels::Threads;
 use crate::kv::{BLOCK_TOKENS, KvDtype, KvPool};
 use crate::model::Model;
 use crate::request::{Event, GenerateRequest, RequestError};
@@ -89,6 +90,18 @@ pub struct EngineHandle {
     plugin: Option<CachePlugin>,
 }
 
+/// Why an engine could not be started.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StartError {
+    /// No threads to compute on.
+    #[error("the system grants no threads to compute on")]
+    ComputeThreads(#[source] rayon::ThreadPoolBuildError),
+    /// No thread to schedule on.
+    #[error("the system grants no thread to schedule on")]
+    EngineThread(#[source] std::io::Error),
+}
+
 /// A request on its way to the engine thread.
 #[derive(Debug)]
 pub(crate) struct Submission {
@@ -100,8 +113,17 @@ pub(crate) struct Submission {
 }
 
 impl Engine {
-    /// Allocates the pages, measures prefill once, and starts the engine thread.
-    pub fn start(model: Arc<Model>, config: &EngineConfig, plugin: Option<CachePlugin>) -> Self {
+    /// Allocates the pages and starts the engine thread, which first measures a few
+    /// prefills; requests wait for that.
+    ///
+    /// # Errors
+    /// The system grants no threads.
+    pub fn start(
+        model: Arc<Model>,
+        config: &EngineConfig,
+        plugin: Option<CachePlugin>,
+    ) -> Result<Self, StartError> {
+        let threads = Threads::new(config.threads).map_err(StartError::ComputeThreads)?;
         let (commands, submissions) = sync_mpsc::channel();
         let waiting = Arc::new(AtomicUsize::new(0));
         let pool = KvPool::new(model.config(), config.blocks, config.kv_dtype);
@@ -116,18 +138,19 @@ impl Engine {
             limits,
             plugin: plugin.clone(),
         };
-        let mut engine = EngineLoop::new(model, pool, config, plugin, submissions, waiting);
+        let mut engine =
+            EngineLoop::new(model, pool, config, threads, plugin, submissions, waiting);
         let thread = std::thread::Builder::new()
             .name("engine".into())
             .spawn(move || {
                 engine.calibrate();
                 engine.run();
             })
-            .expect("the system can start one more thread");
-        Self {
+            .map_err(StartError::EngineThread)?;
+        Ok(Self {
             handle: Some(handle),
             thread: Some(thread),
-        }
+        })
     }
 
     /// A handle to submit requests with.
@@ -162,7 +185,11 @@ impl EngineHandle {
             return Err(RequestError::EmptyPrompt);
         }
         let vocabulary = self.limits.vocabulary;
-        if let Some(&token) = request.prompt.iter().find(|&&token| token as usize >= vocabulary) {
+        if let Some(&token) = request
+            .prompt
+            .iter()
+            .find(|&&token| token as usize >= vocabulary)
+        {
             return Err(RequestError::UnknownToken { token, vocabulary });
         }
         let needed = request.prompt.len() + 1;

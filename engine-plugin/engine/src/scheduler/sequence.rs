@@ -106,7 +106,10 @@ impl Sequence {
         let FetchOutcome::Done { chunks } = outcome else {
             return;
         };
-        let prompt = self.prompt.as_ref().expect("a fetch has a prompt in chunks");
+        let prompt = self
+            .prompt
+            .as_ref()
+            .expect("a fetch has a prompt in chunks");
         self.position = prompt.resume_at(chunks);
         self.usage.cached_tokens = self.position;
         self.usage.fetched_bytes = prefetch.bytes();
@@ -119,7 +122,11 @@ impl Sequence {
     /// `from`, with room for `room` tokens. Never crosses the prompt's last split.
     pub(crate) fn prefill_end(&self, from: usize, room: usize) -> usize {
         let split = self.prompt.as_ref().map_or(0, Prompt::last_split);
-        let end = if from < split { split } else { self.prompt_tokens };
+        let end = if from < split {
+            split
+        } else {
+            self.prompt_tokens
+        };
         end.min(from + room)
     }
 
