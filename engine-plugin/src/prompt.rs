@@ -2,7 +2,7 @@
 
 use kvasir_types::{ChunkKey, Namespace};
 
-/// A prompt's chunks and where its prefill must be split.
+/// A prompt's chunks, and where prefill goes on behind them.
 #[derive(Clone, Debug)]
 pub struct Prompt {
     tokens: usize,
@@ -41,16 +41,6 @@ impl Prompt {
     pub fn resume_at(&self, chunks: usize) -> usize {
         (chunks * self.chunk_tokens).min(self.tokens.saturating_sub(1))
     }
-
-    /// The last position at which prefill splits, whether the prefix before it was
-    /// computed or fetched.
-    ///
-    /// Floating-point results may depend on the shape of a matrix product. A computed
-    /// run that splits where a fetched one resumes has the same shapes, so that
-    /// fetching everything changes no bit of the logits.
-    pub fn last_split(&self) -> usize {
-        self.resume_at(self.keys.len())
-    }
 }
 
 #[cfg(test)]
@@ -71,11 +61,17 @@ mod tests {
 
     #[test]
     fn the_last_token_is_always_computed() {
-        assert_eq!(prompt(128).last_split(), 127);
+        assert_eq!(prompt(128).resume_at(2), 127);
         assert_eq!(prompt(128).resume_at(1), 64);
-        assert_eq!(prompt(130).last_split(), 128);
-        assert_eq!(prompt(10).last_split(), 0);
-        assert_eq!(prompt(1).last_split(), 0);
-        assert_eq!(prompt(64).last_split(), 63);
+        assert_eq!(prompt(130).resume_at(2), 128);
+        assert_eq!(prompt(10).resume_at(0), 0);
+        assert_eq!(prompt(64).resume_at(1), 63);
+    }
+
+    #[test]
+    fn only_whole_chunks_have_keys() {
+        assert_eq!(prompt(63).keys().len(), 0);
+        assert_eq!(prompt(64).keys().len(), 1);
+        assert_eq!(prompt(191).keys().len(), 2);
     }
 }

@@ -238,7 +238,7 @@ impl EngineLoop {
         }
         for (index, sequence) in self.running.iter().enumerate() {
             if matches!(sequence.phase, Phase::Prefill) && room > 0 {
-                let to = sequence.prefill_end(sequence.position, room);
+                let to = sequence.prompt_tokens.min(sequence.position + room);
                 room -= to - sequence.position;
                 plan.push(Planned {
                     sequence: index,
@@ -322,7 +322,7 @@ impl EngineLoop {
             return false;
         }
         let from = prompt.resume_at(prefetch.target());
-        let to = sequence.prefill_end(from, self.batch_tokens);
+        let to = sequence.prompt_tokens.min(from + self.batch_tokens);
         let plan = [Planned {
             sequence: index,
             from,

@@ -118,18 +118,6 @@ impl Sequence {
         self.phase = Phase::Prefill;
     }
 
-    /// One past the last prompt token of the next prefill step that starts at
-    /// `from`, with room for `room` tokens. Never crosses the prompt's last split.
-    pub(crate) fn prefill_end(&self, from: usize, room: usize) -> usize {
-        let split = self.prompt.as_ref().map_or(0, Prompt::last_split);
-        let end = if from < split {
-            split
-        } else {
-            self.prompt_tokens
-        };
-        end.min(from + room)
-    }
-
     /// Chooses the next token from `logits`, reports it, and says whether to go on.
     pub(crate) fn advance(&mut self, logits: &[f32]) -> Progress {
         let choice = match self.sampler.sample(logits) {
