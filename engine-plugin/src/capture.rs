@@ -11,6 +11,9 @@ use tracing::warn;
 
 use crate::PluginConfig;
 
+/// Gauge: chunks that wait to be stored.
+const WAITING: &str = "kvasir_plugin_chunks_waiting";
+
 /// One chunk copied out of an engine's pages.
 #[derive(Clone, Debug)]
 pub struct ChunkCopy {
@@ -95,6 +98,7 @@ impl CaptureQueue {
                 counter.fetch_add(1, Ordering::Relaxed);
                 shared.waiting_bytes.fetch_sub(bytes, Ordering::Relaxed);
                 shared.waiting.fetch_sub(1, Ordering::Relaxed);
+                metrics::gauge!(WAITING).decrement(1.0);
             }
         });
         Self {
@@ -116,6 +120,7 @@ impl CaptureQueue {
             .fetch_add(bytes, Ordering::Relaxed)
             + bytes;
         self.counters.waiting.fetch_add(1, Ordering::Relaxed);
+        metrics::gauge!(WAITING).increment(1.0);
         // The receiver is gone only when the runtime is shutting down.
         if queued <= self.capacity && self.sender.send(chunk).is_ok() {
             return CaptureOutcome::Queued;
@@ -124,6 +129,7 @@ impl CaptureQueue {
             .waiting_bytes
             .fetch_sub(bytes, Ordering::Relaxed);
         self.counters.waiting.fetch_sub(1, Ordering::Relaxed);
+        metrics::gauge!(WAITING).decrement(1.0);
         self.counters.dropped.fetch_add(1, Ordering::Relaxed);
         CaptureOutcome::Dropped
     }

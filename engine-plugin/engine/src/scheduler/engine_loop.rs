@@ -10,10 +10,12 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use kvasir_plugin::{CachePlugin, CaptureOutcome, ChunkCopy};
 use kvasir_types::LayerIdx;
+use metrics::gauge;
 
 use crate::cache::PoolBackend;
 use crate::kernels::Threads;
 use crate::kv::{BLOCK_TOKENS, BlockId, KvPool};
+use crate::metrics::{FREE_BLOCKS, RUNNING, WAITING};
 use crate::model::{ForwardError, LogitsWanted, Model, Scratch, Step};
 use crate::request::RequestError;
 
@@ -473,8 +475,8 @@ impl EngineLoop {
 
     #[expect(clippy::cast_precision_loss, reason = "gauges are f64")]
     fn gauge(&self) {
-        metrics::gauge!("kvasir_engine_requests_running").set(self.running.len() as f64);
-        metrics::gauge!("kvasir_engine_requests_waiting").set(self.waiting.len() as f64);
-        metrics::gauge!("kvasir_engine_kv_blocks_free").set(self.pool.free_blocks() as f64);
+        gauge!(RUNNING).set(self.running.len() as f64);
+        gauge!(WAITING).set(self.waiting.len() as f64);
+        gauge!(FREE_BLOCKS).set(self.pool.free_blocks() as f64);
     }
 }

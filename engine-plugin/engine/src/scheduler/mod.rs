@@ -52,13 +52,18 @@ pub struct EngineConfig {
 }
 
 impl EngineConfig {
+    /// Default of [`Self::batch_tokens`].
+    pub const BATCH_TOKENS: usize = 512;
+    /// Default of [`Self::max_waiting`].
+    pub const MAX_WAITING: usize = 256;
+
     /// Enough pages for `tokens` tokens, everything else by default.
     pub fn for_tokens(tokens: usize) -> Self {
         Self {
             blocks: tokens.div_ceil(BLOCK_TOKENS),
             kv_dtype: KvDtype::default(),
-            batch_tokens: 512,
-            max_waiting: 256,
+            batch_tokens: Self::BATCH_TOKENS,
+            max_waiting: Self::MAX_WAITING,
             threads: std::thread::available_parallelism().map_or(1, usize::from),
         }
     }
