@@ -4,6 +4,7 @@ use kvasir_proto::{convert, v1};
 use kvasir_types::ChunkKey;
 use tonic::Streaming;
 
+use crate::chunk::check_count;
 use crate::error::{CallError, Origin, ProtocolError, broken};
 use crate::stats::Tier;
 
@@ -21,11 +22,11 @@ pub struct WatchEvent {
 /// What a [`WatchEvent`] reports.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum WatchedChange {
-    /// The keys present at [`WatchEvent::sequence`]; what a listener knew before
+    /// What is stored where at [`WatchEvent::sequence`]; what a listener knew before
     /// its first part is void.
     Snapshot {
-        /// Keys of this part.
-        keys: Vec<ChunkKey>,
+        /// Copies in this part; a chunk in two tiers has two.
+        copies: Vec<(ChunkKey, Tier)>,
         /// More parts of the same snapshot follow.
         more: bool,
     },
@@ -70,15 +71,7 @@ impl Watch {
 fn parse(wire: v1::WatchResponse) -> Result<WatchEvent, CallError> {
     use v1::watch_response::Event;
     let change = match wire.event.ok_or(ProtocolError::Empty)? {
-        Event::Snapshot(snapshot) => WatchedChange::Snapshot {
-            keys: snapshot
-                .keys
-                .iter()
-                .map(|key| convert::key("snapshot.keys", key))
-                .collect::<Result<_, _>>()
-                .map_err(broken)?,
-            more: snapshot.more,
-        },
+        Event::Snapshot(snapshot) => snapshot_part(&snapshot)?,
         Event::Change(change) => {
             use v1::change::Kind;
             let key = convert::key("change.key", &change.key).map_err(broken)?;
@@ -94,5 +87,19 @@ fn parse(wire: v1::WatchResponse) -> Result<WatchEvent, CallError> {
         epoch: wire.epoch,
         sequence: wire.sequence,
         change,
+    })
+}
+
+fn snapshot_part(part: &v1::Snapshot) -> Result<WatchedChange, CallError> {
+    check_count(part.keys.len(), part.tiers.len())?;
+    let mut copies = Vec::with_capacity(part.keys.len());
+    for (key, tier) in part.keys.iter().zip(part.tiers()) {
+        let key = convert::key("snapshot.keys", key).map_err(broken)?;
+        // A tier that this version cannot name is left out.
+        copies.extend(Tier::from_wire(tier).map(|tier| (key, tier)));
+    }
+    Ok(WatchedChange::Snapshot {
+        copies,
+        more: part.more,
     })
 }
