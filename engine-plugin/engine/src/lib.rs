@@ -1,5 +1,6 @@
 //! CPU inference for Llama-family models, with an OpenAI-compatible face.
 
+pub mod chat;
 pub mod request;
 pub mod sampling;
 pub mod tokenizer;
