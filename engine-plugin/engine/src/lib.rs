@@ -25,15 +25,18 @@
 #![deny(unsafe_code)]
 
 pub mod cache;
+pub mod chat;
 pub mod checkpoint;
 pub mod config;
 pub mod kernels;
 pub mod kv;
+pub mod metrics;
 pub mod model;
 pub mod request;
 pub mod rope;
 pub mod sampling;
 pub mod scheduler;
+pub mod tokenizer;
 
 pub use checkpoint::CheckpointError;
 pub use config::{Architecture, ConfigError, ModelConfig};
