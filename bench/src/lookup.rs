@@ -22,7 +22,7 @@ pub(crate) async fn run(quick: bool) -> anyhow::Result<Report> {
     };
     let mut report = Report::new("lookup");
     let dir = tempfile::tempdir()?;
-    let daemon = Daemon::start(dir.path(), ByteSize::gib(1), 0)?;
+    let daemon = Daemon::start(dir.path(), ByteSize::gib(1), "127.0.0.1:0")?;
     let client = daemon.client().await?;
     let layout = KvLayout::new(1, 1, Planes::symmetric(8), 16, DType::F32)?;
     let mut rng = ChaCha8Rng::seed_from_u64(1);

@@ -13,11 +13,12 @@ mod raw_stream;
 mod report;
 mod ttft;
 
+use std::ffi::OsString;
 use std::path::PathBuf;
+use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
-use kvasir_types::ByteSize;
 
 #[derive(Debug, Parser)]
 #[command(about = "Benchmarks of Kvasir, each beside a raw limit or a peer of the same run")]
@@ -46,15 +47,11 @@ enum Suite {
         #[arg(long)]
         python: Option<PathBuf>,
     },
-    /// A daemon for the other suites, in a process of its own.
+    /// `kvasird` for the other suites, in a process of its own.
     #[command(hide = true)]
     Daemon {
-        #[arg(long)]
-        data: PathBuf,
-        #[arg(long)]
-        memory: ByteSize,
-        #[arg(long)]
-        port: u16,
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<OsString>,
     },
     /// A gRPC server that only streams constant bytes.
     #[command(hide = true)]
@@ -64,21 +61,30 @@ enum Suite {
     },
 }
 
-#[tokio::main]
-async fn main() -> anyhow::Result<()> {
+fn main() -> anyhow::Result<ExitCode> {
     let Args { suite, json, quick } = Args::parse();
+    if let Suite::Daemon { arguments } = suite {
+        let arguments = std::iter::once("kvasird".into()).chain(arguments);
+        return Ok(kvasir_server::daemon::main(arguments));
+    }
+    let runtime = tokio::runtime::Runtime::new()?;
+    runtime.block_on(run(suite, json, quick))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn run(suite: Suite, json: bool, quick: bool) -> anyhow::Result<()> {
     match suite {
         Suite::All => {
             lookup::run(quick).await?.print(json)?;
-            tokio::task::block_in_place(|| prefill::run(quick, None))?.print(json)?;
+            prefill::run(quick, None)?.print(json)?;
             ttft::run(quick).await?.print(json)
         }
         Suite::Ttft => ttft::run(quick).await?.print(json),
         Suite::Lookup => lookup::run(quick).await?.print(json),
         Suite::Prefill { python } => {
-            tokio::task::block_in_place(|| prefill::run(quick, python.as_deref()))?.print(json)
+            prefill::run(quick, python.as_deref())?.print(json)
         }
-        Suite::Daemon { data, memory, port } => daemon::serve(data, memory, port).await,
+        Suite::Daemon { .. } => Ok(()),
         Suite::RawStream { layer_bytes } => raw_stream::serve(layer_bytes).await,
     }
 }

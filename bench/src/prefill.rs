@@ -5,8 +5,9 @@ use std::process::Command;
 use std::time::Instant;
 
 use anyhow::{Context as _, ensure};
+use kvasir_engine::kernels::Threads;
 use kvasir_engine::kv::{BLOCK_TOKENS, KvDtype, KvPool};
-use kvasir_engine::model::{LogitsWanted, Model, Scratch, Step, Threads};
+use kvasir_engine::model::{LogitsWanted, Model, Scratch, Step};
 
 use crate::checkpoint::{self, Shape};
 use crate::report::{Report, Row, median};

@@ -39,7 +39,7 @@ struct Answer {
 struct Setup {
     engine: EngineHandle,
     plugin: CachePlugin,
-    port: u16,
+    address: String,
     layer_bytes: usize,
     layers: u16,
 }
@@ -62,13 +62,13 @@ pub(crate) async fn run(quick: bool) -> anyhow::Result<Report> {
     checkpoint::write(checkpoint_dir.path(), &Shape::SERVING)?;
     let model = Arc::new(Model::load(checkpoint_dir.path())?);
     let data = tempfile::tempdir()?;
-    let mut daemon = Daemon::start(data.path(), ByteSize::gib(1), 0)?;
-    let port = daemon.port()?;
+    let mut daemon = Daemon::start(data.path(), ByteSize::gib(1), "127.0.0.1:0")?;
+    let address = daemon.address().to_owned();
     let longest = contexts.iter().max().context("there are contexts")? + 2 * QUESTION_TOKENS;
     let layout = kvasir_engine::cache::layout(model.config(), KvDtype::F32, CHUNK_TOKENS)?;
     let namespace = kvasir_engine::cache::namespace(&model, layout, &[0; 32], b"");
     let plugin = CachePlugin::connect(
-        daemon.endpoint(),
+        daemon.address(),
         tokio::runtime::Handle::current(),
         namespace,
         PluginConfig::default(),
@@ -81,7 +81,7 @@ pub(crate) async fn run(quick: bool) -> anyhow::Result<Report> {
     let setup = Setup {
         engine: engine.handle(),
         plugin,
-        port,
+        address,
         layer_bytes: layout.layer_bytes(),
         layers: layout.layers(),
     };
@@ -138,7 +138,7 @@ async fn measure(
         if from_disk {
             // A restarted daemon has nothing in memory, and the page cache is dropped.
             daemon.stop()?;
-            daemon = Daemon::start(data, ByteSize::gib(1), setup.port)?;
+            daemon = Daemon::start(data, ByteSize::gib(1), &setup.address)?;
             daemon.client().await?;
         }
         let answer = ask(&setup.engine, &prompt, true, false).await?;

@@ -1,8 +1,6 @@
 //! Real processes and sockets for end-to-end tests.
 
-use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -15,7 +13,8 @@ use kvasir_engine::sampling::SamplingParams;
 use kvasir_engine::scheduler::{Engine, EngineConfig, EngineHandle};
 use kvasir_engine::tokenizer::Tokenizer;
 use kvasir_plugin::{CachePlugin, PluginConfig};
-use kvasir_types::Namespace;
+use kvasir_server::child::{ListeningChild, daemon_command};
+use kvasir_types::{ByteSize, Namespace};
 use rustix::process::{Pid, Signal};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
@@ -28,57 +27,10 @@ pub fn model_dir() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/reader-5m")
 }
 
-/// A `kvasird` process; killed when dropped.
-#[derive(Debug)]
-pub struct DaemonProcess {
-    child: Child,
-    endpoint: String,
-}
-
-impl DaemonProcess {
-    /// Starts `binary` with its data in `data`, listening on `listen`.
-    pub fn start(binary: &str, data: &Path, listen: &str) -> Self {
-        let mut child = Command::new(binary)
-            .arg("--data-dir")
-            .arg(data)
-            .args(["--memory", "256MiB", "--listen", listen])
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("the daemon's binary was built with the tests");
-        let stdout = child.stdout.take().expect("its output is piped");
-        let endpoint = BufReader::new(stdout)
-            .lines()
-            .map_while(Result::ok)
-            .find_map(|line| Some(line.strip_prefix("listening on ")?.to_owned()))
-            .expect("the daemon says where it listens; its log is above");
-        Self { child, endpoint }
-    }
-
-    /// Where it listens.
-    pub fn endpoint(&self) -> &str {
-        &self.endpoint
-    }
-
-    /// Its process.
-    pub fn pid(&self) -> Pid {
-        Pid::from_child(&self.child)
-    }
-
-    /// Stops it as an operator would.
-    pub fn stop(mut self) {
-        signal(self.pid(), Signal::TERM);
-        let status = self.child.wait().expect("the daemon is our child");
-        assert!(status.success(), "the daemon ended with {status}");
-    }
-}
-
-impl Drop for DaemonProcess {
-    fn drop(&mut self) {
-        // Already gone after `stop`.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
+/// Starts `binary` as `kvasird` with its data in `data`, listening on `listen`.
+pub fn start_daemon(binary: &str, data: &Path, listen: &str) -> ListeningChild {
+    let command = daemon_command(binary.as_ref(), data, ByteSize::mib(256), listen);
+    ListeningChild::start(command).expect("the daemon was built with the tests, and starts")
 }
 
 /// Sends `signal` to `pid`.

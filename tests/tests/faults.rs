@@ -8,8 +8,9 @@ use std::time::Duration;
 use bytes::Bytes;
 use kvasir_client::{Chunk, Client, Tier};
 use kvasir_plugin::PluginConfig;
+use kvasir_server::child::ListeningChild;
 use kvasir_tests::harness::{
-    Answer, CHUNK_TOKENS, DaemonProcess, Proxy, Rig, Use, signal,
+    Answer, CHUNK_TOKENS, Proxy, Rig, Use, signal, start_daemon,
 };
 use kvasir_types::{DType, KvLayout, Level, Planes};
 use rustix::process::Signal;
@@ -42,11 +43,11 @@ struct Faulty {
 }
 
 /// A daemon that holds a prompt, and an engine that reaches it through `endpoint`.
-async fn stored(daemon: &DaemonProcess, data: tempfile::TempDir, endpoint: &str) -> Faulty {
+async fn stored(daemon: &ListeningChild, data: tempfile::TempDir, endpoint: &str) -> Faulty {
     let rig = Rig::start(endpoint, config());
     let prompt = rig.prompt(PROMPT_TOKENS, 0);
     let computed = rig.ask(&prompt, Use::Write).await;
-    let client = Client::connect(daemon.endpoint()).await.unwrap();
+    let client = Client::connect(daemon.address()).await.unwrap();
     rig.stored(&client, &prompt).await;
     Faulty {
         data,
@@ -83,10 +84,10 @@ impl Faulty {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_daemon_stalled_mid_fetch_costs_one_deadline() {
     let data = tempfile::tempdir().unwrap();
-    let daemon = DaemonProcess::start(DAEMON, data.path(), "127.0.0.1:0");
+    let daemon = start_daemon(DAEMON, data.path(), "127.0.0.1:0");
     let pid = daemon.pid();
     let stop = move || signal(pid, Signal::STOP);
-    let proxy = Proxy::start(daemon.endpoint().to_owned(), stop).await;
+    let proxy = Proxy::start(daemon.address().to_owned(), stop).await;
     let faulty = stored(&daemon, data, proxy.address()).await;
     faulty.hits().await;
     proxy.arm(MID_FETCH);
@@ -105,8 +106,8 @@ async fn a_daemon_stalled_mid_fetch_costs_one_deadline() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_daemon_killed_mid_fetch_is_a_miss() {
     let data = tempfile::tempdir().unwrap();
-    let daemon = DaemonProcess::start(DAEMON, data.path(), "127.0.0.1:0");
-    let endpoint = daemon.endpoint().to_owned();
+    let daemon = start_daemon(DAEMON, data.path(), "127.0.0.1:0");
+    let endpoint = daemon.address().to_owned();
     let pid = daemon.pid();
     let kill = move || signal(pid, Signal::KILL);
     let proxy = Proxy::start(endpoint.clone(), kill).await;
@@ -117,7 +118,7 @@ async fn a_daemon_killed_mid_fetch_is_a_miss() {
     assert_eq!(answer.usage.cached_tokens, 0);
     drop(daemon);
     assert_eq!(faulty.ask().await.usage.cached_tokens, 0);
-    let _daemon = DaemonProcess::start(DAEMON, faulty.data.path(), &endpoint);
+    let _daemon = start_daemon(DAEMON, faulty.data.path(), &endpoint);
     faulty.hits().await;
 }
 
@@ -125,10 +126,10 @@ async fn a_daemon_killed_mid_fetch_is_a_miss() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_absent_daemon_is_a_miss() {
     let data = tempfile::tempdir().unwrap();
-    let daemon = DaemonProcess::start(DAEMON, data.path(), "127.0.0.1:0");
-    let endpoint = daemon.endpoint().to_owned();
+    let daemon = start_daemon(DAEMON, data.path(), "127.0.0.1:0");
+    let endpoint = daemon.address().to_owned();
     let faulty = stored(&daemon, data, &endpoint).await;
-    daemon.stop();
+    daemon.stop().unwrap();
     let second = Rig::start(&endpoint, config());
     let answer = second.ask(&faulty.prompt, Use::Read).await;
     answer.assert_equals(&faulty.computed);
@@ -140,10 +141,10 @@ async fn an_absent_daemon_is_a_miss() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_corrupt_object_on_disk_is_a_miss() {
     let data = tempfile::tempdir().unwrap();
-    let daemon = DaemonProcess::start(DAEMON, data.path(), "127.0.0.1:0");
-    let endpoint = daemon.endpoint().to_owned();
+    let daemon = start_daemon(DAEMON, data.path(), "127.0.0.1:0");
+    let endpoint = daemon.address().to_owned();
     let faulty = stored(&daemon, data, &endpoint).await;
-    daemon.stop();
+    daemon.stop().unwrap();
     let keys = faulty.rig.plugin.namespace().prefix_keys(&faulty.prompt);
     let broken = 5;
     let path = object_file(faulty.data.path(), &keys[broken].to_string());
@@ -152,14 +153,14 @@ async fn a_corrupt_object_on_disk_is_a_miss() {
     bytes[middle] ^= 0x10;
     std::fs::write(&path, bytes).unwrap();
 
-    let daemon = DaemonProcess::start(DAEMON, faulty.data.path(), &endpoint);
+    let daemon = start_daemon(DAEMON, faulty.data.path(), &endpoint);
     let answer = faulty.ask().await;
     assert!(
         answer.usage.cached_tokens <= broken * CHUNK_TOKENS as usize,
         "{} cached tokens include a corrupt chunk",
         answer.usage.cached_tokens
     );
-    let client = Client::connect(daemon.endpoint()).await.unwrap();
+    let client = Client::connect(daemon.address()).await.unwrap();
     let stats = client.stats().await.unwrap();
     assert_eq!(stats.tier(Tier::Disk).unwrap().corrupt, 1);
     let lookup = client.lookup(&keys).await.unwrap();
@@ -172,19 +173,19 @@ async fn a_corrupt_object_on_disk_is_a_miss() {
 #[tokio::test(flavor = "multi_thread")]
 async fn another_object_under_the_right_name_is_a_miss() {
     let data = tempfile::tempdir().unwrap();
-    let daemon = DaemonProcess::start(DAEMON, data.path(), "127.0.0.1:0");
-    let endpoint = daemon.endpoint().to_owned();
+    let daemon = start_daemon(DAEMON, data.path(), "127.0.0.1:0");
+    let endpoint = daemon.address().to_owned();
     let faulty = stored(&daemon, data, &endpoint).await;
-    daemon.stop();
+    daemon.stop().unwrap();
     let keys = faulty.rig.plugin.namespace().prefix_keys(&faulty.prompt);
     let wrong = object_file(faulty.data.path(), &keys[3].to_string());
     let other = object_file(faulty.data.path(), &keys[4].to_string());
     std::fs::copy(other, wrong).unwrap();
 
-    let daemon = DaemonProcess::start(DAEMON, faulty.data.path(), &endpoint);
+    let daemon = start_daemon(DAEMON, faulty.data.path(), &endpoint);
     let answer = faulty.ask().await;
     assert!(answer.usage.cached_tokens <= 3 * CHUNK_TOKENS as usize);
-    let client = Client::connect(daemon.endpoint()).await.unwrap();
+    let client = Client::connect(daemon.address()).await.unwrap();
     assert_eq!(client.lookup(&keys).await.unwrap().prefix_chunks, 3);
 }
 
@@ -192,11 +193,11 @@ async fn another_object_under_the_right_name_is_a_miss() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_wrong_layout_under_the_right_name_is_a_miss() {
     let data = tempfile::tempdir().unwrap();
-    let daemon = DaemonProcess::start(DAEMON, data.path(), "127.0.0.1:0");
-    let endpoint = daemon.endpoint().to_owned();
+    let daemon = start_daemon(DAEMON, data.path(), "127.0.0.1:0");
+    let endpoint = daemon.address().to_owned();
     let faulty = stored(&daemon, data, &endpoint).await;
     let keys = faulty.rig.plugin.namespace().prefix_keys(&faulty.prompt);
-    let client = Client::connect(daemon.endpoint()).await.unwrap();
+    let client = Client::connect(daemon.address()).await.unwrap();
     let right = *faulty.rig.plugin.namespace().layout();
     // Half the heads, twice the width: as many bytes, another meaning.
     let layout = KvLayout::new(

@@ -14,7 +14,7 @@ use kvasir_engine::tokenizer::Tokenizer;
 use kvasir_plugin::{
     CaptureOutcome, CachePlugin, ChunkCopy, EngineBackend as _, FetchOutcome, PluginConfig, Prompt,
 };
-use kvasir_tests::harness::{self, CHUNK_TOKENS, DaemonProcess, Rig, Use, model_dir};
+use kvasir_tests::harness::{self, CHUNK_TOKENS, Rig, Use, model_dir, start_daemon};
 use kvasir_types::LayerIdx;
 use std::ops::ControlFlow;
 
@@ -34,8 +34,8 @@ fn patient() -> PluginConfig {
 #[tokio::test(flavor = "multi_thread")]
 async fn fetched_and_computed_answers_are_the_same() {
     let data = tempfile::tempdir().unwrap();
-    let mut daemon = DaemonProcess::start(DAEMON, data.path(), "127.0.0.1:0");
-    let rig = Rig::start(daemon.endpoint(), patient());
+    let mut daemon = start_daemon(DAEMON, data.path(), "127.0.0.1:0");
+    let rig = Rig::start(daemon.address(), patient());
     let lengths = [640, 703, 704, 705, 900, 1000, 1023, 1151];
     let prompts: Vec<_> = lengths
         .iter()
@@ -43,18 +43,18 @@ async fn fetched_and_computed_answers_are_the_same() {
         .map(|(seed, &tokens)| rig.prompt(tokens, 6 * seed))
         .collect();
     let mut computed = Vec::new();
-    let client = Client::connect(daemon.endpoint()).await.unwrap();
+    let client = Client::connect(daemon.address()).await.unwrap();
     for prompt in &prompts {
         let answer = rig.ask(prompt, Use::Write).await;
         assert_eq!(answer.usage.cached_tokens, 0);
         rig.stored(&client, prompt).await;
         computed.push(answer);
     }
-    let endpoint = daemon.endpoint().to_owned();
+    let endpoint = daemon.address().to_owned();
     for restarted in [false, true] {
         if restarted {
-            daemon.stop();
-            daemon = DaemonProcess::start(DAEMON, data.path(), &endpoint);
+            daemon.stop().unwrap();
+            daemon = start_daemon(DAEMON, data.path(), &endpoint);
         }
         for concurrency in [1, 2, 8] {
             for group in (0..prompts.len()).collect::<Vec<_>>().chunks(concurrency) {
@@ -76,13 +76,13 @@ async fn fetched_and_computed_answers_are_the_same() {
 #[tokio::test(flavor = "multi_thread")]
 async fn fetched_pages_are_byte_equal() {
     let data = tempfile::tempdir().unwrap();
-    let daemon = DaemonProcess::start(DAEMON, data.path(), "127.0.0.1:0");
+    let daemon = start_daemon(DAEMON, data.path(), "127.0.0.1:0");
     let model = Model::load(&model_dir()).unwrap();
     let tokenizer = Tokenizer::load(&model_dir(), &[]).unwrap();
     let namespace = harness::namespace(&model, &tokenizer);
     let runtime = tokio::runtime::Handle::current();
     let plugin =
-        CachePlugin::connect(daemon.endpoint(), runtime, namespace, patient()).unwrap();
+        CachePlugin::connect(daemon.address(), runtime, namespace, patient()).unwrap();
     let tokens: Vec<u32> = (0..500).map(|i| 7 + i * 13 % 800).collect();
     let prompt = Prompt::new(plugin.namespace(), &tokens);
     let layout = *plugin.namespace().layout();
