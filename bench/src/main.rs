@@ -1,1 +1,93 @@
-fn main() {}
+//! Benchmarks of Kvasir: each suite beside a raw limit or a peer of the same run.
+//!
+//! `kvasir-bench SUITE --json` prints one JSON object as its last line; without
+//! `--json`, a table. Progress and everything else go to stderr.
+
+#![forbid(unsafe_code)]
+
+mod checkpoint;
+mod daemon;
+mod lookup;
+mod prefill;
+mod raw_stream;
+mod report;
+mod ttft;
+
+use std::path::PathBuf;
+
+use clap::{Parser, Subcommand};
+use indicatif::{ProgressBar, ProgressStyle};
+use kvasir_types::ByteSize;
+
+#[derive(Debug, Parser)]
+#[command(about = "Benchmarks of Kvasir, each beside a raw limit or a peer of the same run")]
+struct Args {
+    #[command(subcommand)]
+    suite: Suite,
+    /// Print one JSON object per suite instead of a table.
+    #[arg(long, global = true)]
+    json: bool,
+    /// Fewer and shorter runs: under a minute per suite.
+    #[arg(long, global = true)]
+    quick: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum Suite {
+    /// Every suite in turn.
+    All,
+    /// Time to first token: computed, fetched from host memory, fetched from disk.
+    Ttft,
+    /// Looking up 512 chunk keys in one call.
+    Lookup,
+    /// Prefill of 512 tokens beside torch on the CPU.
+    Prefill {
+        /// A Python with the packages of bench/torch/requirements.txt.
+        #[arg(long)]
+        python: Option<PathBuf>,
+    },
+    /// A daemon for the other suites, in a process of its own.
+    #[command(hide = true)]
+    Daemon {
+        #[arg(long)]
+        data: PathBuf,
+        #[arg(long)]
+        memory: ByteSize,
+        #[arg(long)]
+        port: u16,
+    },
+    /// A gRPC server that only streams constant bytes.
+    #[command(hide = true)]
+    RawStream {
+        #[arg(long)]
+        layer_bytes: usize,
+    },
+}
+
+#[tokio::main]
+async fn main() -> anyhow::Result<()> {
+    let Args { suite, json, quick } = Args::parse();
+    match suite {
+        Suite::All => {
+            lookup::run(quick).await?.print(json)?;
+            tokio::task::block_in_place(|| prefill::run(quick, None))?.print(json)?;
+            ttft::run(quick).await?.print(json)
+        }
+        Suite::Ttft => ttft::run(quick).await?.print(json),
+        Suite::Lookup => lookup::run(quick).await?.print(json),
+        Suite::Prefill { python } => {
+            tokio::task::block_in_place(|| prefill::run(quick, python.as_deref()))?.print(json)
+        }
+        Suite::Daemon { data, memory, port } => daemon::serve(data, memory, port).await,
+        Suite::RawStream { layer_bytes } => raw_stream::serve(layer_bytes).await,
+    }
+}
+
+/// A progress bar on stderr; invisible when stderr is not a terminal.
+fn progress(length: u64, what: &str) -> ProgressBar {
+    let style = ProgressStyle::with_template("{msg:<24} {bar:40} {pos}/{len} {eta}")
+        .unwrap_or_else(|_| ProgressStyle::default_bar());
+    ProgressBar::new(length)
+        .with_style(style)
+        .with_message(what.to_owned())
+}

@@ -1,1 +1,72 @@
-//! Placeholder replaced before the first release.
+//! Tiers, catalog, leases and budgets of the cache daemon.
+//!
+//! ```text
+//! put    claim the key → reserve memory → disk: write, sync, catalogue → index
+//!        → memory: index                                            (publish last)
+//! get    index → lease → layers, verified → bytes that own their budget
+//! ```
+//!
+//! * [`Store`]: what the daemon uses; composes the tiers.
+//! * [`Tier`]: one storage level and its contract; [`MemoryTier`], [`DiskTier`].
+//! * [`Lease`]: a reader's hold on a chunk.
+//! * [`Budget`], [`Reservation`]: hard limits on bytes.
+//! * [`Event`], [`Snapshot`]: what changed, for watchers.
+//!
+//! # Who owns what
+//! A tier owns an index: plain data behind one mutex, locked for lookups and
+//! updates, never across an await or I/O. Payload is owned by whoever reads it:
+//! bytes carry their reservation, and return it when the last reader drops them,
+//! so evicting or deleting a chunk never touches what a reader has. The memory
+//! budget pays for stored chunks, their index entries, objects on their way in and
+//! buffers on their way out. Files are owned by the disk tier, and by leases that
+//! hold them open; their space counts until the last one closes. The disk tier's
+//! index (about 250 bytes a chunk) is the one structure outside the budgets.
+//!
+//! There are no background tasks. Eviction happens in the call that needs room.
+//! Only waiting is async: files, the catalog and checksums of large reads run on
+//! the runtime's blocking threads, at most `io-depth` at once for the disk. Such a
+//! step runs to its end even if its caller is dropped, so cancellation leaves
+//! whole chunks or none.
+//!
+//! # Overload
+//! Nothing queues without bound. Where everything that fills a budget is pinned or
+//! held, the answer is [`Throttled`], at once. Disk requests beyond `io-depth`
+//! wait, each with its memory already reserved, so the memory budget bounds them.
+//! Watchers that lag lose events and are told so.
+//!
+//! # What a crash loses
+//! Writes that were not acknowledged, recency (the restarted disk tier starts in
+//! order of writing), pins, and the memory tier. An acknowledged chunk is whole and
+//! synced, and its catalog record is too. See [`DiskTier`] for the order of steps.
+//!
+//! Not here: the object format (`kvasir_codec`), protocols and tenants
+//! (`kvasir-server`), which chunks to fetch (`kvasir-plugin`).
+
+#![forbid(unsafe_code)]
+
+mod blocking;
+mod budget;
+mod claims;
+mod clock;
+mod config;
+mod disk;
+mod events;
+mod index;
+mod lease;
+mod memory;
+mod pins;
+mod store;
+mod tier;
+
+pub use budget::{Budget, ChargedBytes, Reservation, Throttled};
+pub use clock::Clock;
+pub use config::{DiskConfig, MemoryConfig, StoreConfig};
+pub use disk::{DiskTier, OpenError};
+pub use events::{Event, EventKind, EventLog, Snapshot};
+pub use lease::Lease;
+pub use memory::MemoryTier;
+pub use pins::{PinId, PinRefused};
+pub use store::{Found, Listed, LookupResult, PutError, PutOutcome, Stats, Store};
+pub use tier::{
+    ChunkReader, DeviceError, Facts, Read, ReadError, Tier, TierKind, Usage, WriteError, Written,
+};

@@ -27,9 +27,10 @@ pub fn retry_delay(status: &Status) -> Option<Duration> {
 }
 
 /// The first field a refusal complains about, if it names one.
-pub fn violated_field(status: &Status) -> Option<String> {
+pub fn first_violation(status: &Status) -> Option<InvalidField> {
     let violations = status.get_details_bad_request()?.field_violations;
-    Some(violations.into_iter().next()?.field)
+    let violation = violations.into_iter().next()?;
+    Some(InvalidField::new(violation.field, violation.description))
 }
 
 #[cfg(test)]
@@ -40,7 +41,10 @@ mod tests {
     fn details_survive_the_status() {
         let status = Status::from(InvalidField::new("keys[3]", "too short"));
         assert_eq!(status.code(), Code::InvalidArgument);
-        assert_eq!(violated_field(&status).as_deref(), Some("keys[3]"));
+        assert_eq!(
+            first_violation(&status),
+            Some(InvalidField::new("keys[3]", "too short"))
+        );
         assert_eq!(retry_delay(&status), None);
         let status = come_back("budget", Duration::from_millis(50));
         assert_eq!(retry_delay(&status), Some(Duration::from_millis(50)));

@@ -11,6 +11,7 @@
 //! | [`TPOT_SECONDS`] | histogram | | HTTP front, when a sequence ends |
 //! | [`RUNNING`] | gauge | | scheduler |
 //! | [`WAITING`] | gauge | | scheduler |
+//! | [`FREE_BLOCKS`] | gauge | | scheduler |
 
 #![forbid(unsafe_code)]
 
@@ -46,6 +47,9 @@ pub const RUNNING: &str = "kvasir_engine_running";
 /// Sequences waiting for a place in the batch.
 pub const WAITING: &str = "kvasir_engine_waiting";
 
+/// Pages that no sequence holds.
+pub const FREE_BLOCKS: &str = "kvasir_engine_kv_blocks_free";
+
 /// Installs the process's recorder; what it returns serves `/metrics`.
 ///
 /// # Errors
@@ -70,6 +74,7 @@ fn describe() {
     describe_histogram!(TPOT_SECONDS, "Mean time between the tokens of a sequence");
     describe_gauge!(RUNNING, "Sequences in the running batch");
     describe_gauge!(WAITING, "Sequences waiting for a place in the batch");
+    describe_gauge!(FREE_BLOCKS, "Pages that no sequence holds");
 }
 
 const TTFT_BUCKETS: [f64; 14] = [

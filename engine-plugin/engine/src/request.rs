@@ -110,4 +110,7 @@ pub enum RequestError {
     /// The model produced a value that is not a number.
     #[error("the model's output is not finite; the checkpoint or its precision is at fault")]
     NotFinite,
+    /// The batch this request was part of failed; the log says why.
+    #[error("the engine failed on this request; its log says why")]
+    Internal,
 }

@@ -431,6 +431,7 @@ async fn refusals_have_their_status() {
             json!("shutting_down"),
         ),
         (RequestError::NotFinite, 500, Value::Null, Value::Null),
+        (RequestError::Internal, 500, Value::Null, Value::Null),
     ];
     for (error, status, param, code) in cases {
         for play in [Play::Refuse(error.clone()), Play::Fail(error.clone())] {

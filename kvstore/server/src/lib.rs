@@ -1,1 +1,54 @@
-//! Placeholder replaced before the first release.
+//! The cache daemon: [`kvasir.v1`](kvasir_proto) over a [`Store`](kvasir_store::Store).
+//!
+//! The server is thin: it parses requests once at the border, moves bytes between
+//! sockets and the store, and refuses what exceeds a bound. [`Server::start`] runs
+//! one inside any Tokio runtime, as tests and benchmarks do; the `kvasird` binary
+//! adds [configuration](DaemonConfig), signals and logs, and `kvasir` is its
+//! command line.
+//!
+//! ```no_run
+//! use kvasir_server::{Server, ServerConfig};
+//!
+//! # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+//! let running = Server::start(ServerConfig::in_memory()).await?;
+//! println!("listening on {}", running.addr());
+//! running.shutdown().await;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # What bounds what
+//! | resource | bound | at the bound |
+//! |---|---|---|
+//! | payload, in the store and on its way | the memory capacity | `RESOURCE_EXHAUSTED`, come back |
+//! | puts and gets in progress | [`Limits::data_streams`] | `RESOURCE_EXHAUSTED`, come back |
+//! | layers read ahead of a get's receiver | [`Limits::read_ahead`] | the next read waits |
+//! | a silent peer of a put or get | [`Limits::stream_idle_ms`] | the stream ends; a put stores nothing |
+//! | connections | [`Limits::connections`] | the next one waits in the kernel's backlog |
+//! | bytes in a connection's receive window | [`Limits::window`] | the peer waits |
+//! | changes a watcher lags behind | [`EventLog::CAPACITY`](kvasir_store::EventLog::CAPACITY) | it gets a new snapshot |
+//!
+//! # Shutdown
+//! [`Running::shutdown`] reports `NOT_SERVING`, stops accepting, ends watches, lets
+//! transfers finish for [`Limits::drain_ms`], ends the rest as `UNAVAILABLE`, and
+//! closes the store. Whatever was acknowledged as durable by then needs none of it.
+
+#![forbid(unsafe_code)]
+
+mod admission;
+mod config;
+mod connections;
+mod counters;
+mod get;
+mod process;
+mod put;
+mod refusal;
+mod server;
+mod service;
+mod settings;
+mod watch;
+mod wire;
+
+pub use config::{Limits, ServerConfig};
+pub use server::{Running, Server, StartError};
+pub use settings::{DaemonConfig, DiskSettings, SettingsError};

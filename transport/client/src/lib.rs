@@ -1,1 +1,92 @@
-//! Placeholder replaced before the first release.
+//! Client SDK of the Kvasir cache daemon.
+//!
+//! A [`Client`] is one cheap-to-clone handle for every call of a daemon. It
+//! reconnects by itself, gives every call a deadline, retries what may be
+//! repeated, and hands out nothing it has not checked.
+//!
+//! Store a chunk and read it back, layer by layer:
+//!
+//! ```no_run
+//! use bytes::Bytes;
+//! use kvasir_client::{Chunk, Client, GetEvent, GetOptions};
+//! use kvasir_types::{DType, KvLayout, Level, ModelIdentity, Namespace, Planes};
+//!
+//! # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+//! let layout = KvLayout::new(16, 4, Planes::symmetric(64), 256, DType::Bf16)?;
+//! let model = ModelIdentity {
+//!     architecture: "llama hidden=1024".into(),
+//!     weights: "a1b2".into(),
+//!     rope: "default theta=10000".into(),
+//! };
+//! let namespace = Namespace::new(&model, None, layout, &[7; 32], b"");
+//! let tokens: Vec<u32> = (0..256).collect();
+//! let keys = namespace.prefix_keys(&tokens);
+//!
+//! let client = Client::connect("127.0.0.1:7420").await?;
+//! let layers = vec![Bytes::from(vec![0; layout.layer_bytes()]); 16];
+//! client
+//!     .put(&Chunk { key: keys[0], layout, level: Level::RAW, layers })
+//!     .await?;
+//!
+//! let mut stream = client.get(&keys, GetOptions::default()).await?;
+//! println!("{} of {} chunks are here", stream.chunks().len(), keys.len());
+//! while let Some(event) = stream.next().await? {
+//!     match event {
+//!         GetEvent::Layer { chunk, layer, data } => {
+//!             println!("chunk {chunk}, layer {layer}: {} bytes", data.len());
+//!         }
+//!         // This chunk and every later one must be computed instead.
+//!         GetEvent::Lost { chunk, reason } => println!("chunk {chunk}: {reason}"),
+//!     }
+//! }
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! An engine must start while its cache is down and recover when it comes back:
+//! [`Client::connect_lazy`] never fails.
+//!
+//! # Deadlines
+//!
+//! Every call ends by its deadline, by timers of this process: a daemon that is
+//! stopped, swapped out or cut off delays nobody. The defaults are
+//! [`ClientConfig::call_timeout`] and [`ClientConfig::transfer_timeout`];
+//! [`Client::with_call_timeout`] gives a handle with another one, and
+//! [`GetOptions::deadline`] bounds one get.
+//!
+//! # Retries
+//!
+//! Calls that may be repeated without harm are repeated, with exponential backoff
+//! and full jitter, when the daemon cannot be reached or asks to come back later,
+//! and never past the deadline: lookup, put, delete, unpin, stats, and the start of
+//! a get, list or watch. A [`pin`](Client::pin) is repeated only when the daemon said that
+//! it did nothing, because a second pin would hold the chunks twice. A stream
+//! that has begun is never restarted behind the caller's back.
+//!
+//! Not here: the wire format (`kvasir-proto`), what to fetch and when
+//! (`kvasir-plugin`).
+
+#![forbid(unsafe_code)]
+#![cfg_attr(not(test), deny(clippy::indexing_slicing))]
+
+mod chunk;
+mod client;
+mod config;
+mod deadline;
+mod endpoint;
+mod error;
+mod get;
+mod list;
+mod retry;
+mod stats;
+mod watch;
+
+pub use chunk::{Chunk, Put, PutOutcome};
+pub use client::{Client, Found, Lookup, Pin, PinId};
+pub use config::{ClientConfig, RetryConfig};
+pub use endpoint::{Endpoint, ParseEndpointError};
+pub use error::{CallError, ConnectError, ProtocolError};
+pub use get::{ChunkInfo, GetEvent, GetOptions, LayerStream, LostReason};
+pub use list::{ListOptions, ListedChunk, Listing};
+pub use stats::{Stats, Tier, TierStats};
+pub use watch::{Watch, WatchEvent, WatchedChange};

@@ -97,7 +97,9 @@ impl ApiError {
                 | RequestError::TooLong { .. } => StatusCode::BAD_REQUEST,
                 RequestError::Overloaded { .. } => StatusCode::TOO_MANY_REQUESTS,
                 RequestError::ShuttingDown => StatusCode::SERVICE_UNAVAILABLE,
-                RequestError::NotFinite => StatusCode::INTERNAL_SERVER_ERROR,
+                RequestError::NotFinite | RequestError::Internal => {
+                    StatusCode::INTERNAL_SERVER_ERROR
+                }
             },
             Self::Decode(_) | Self::Stopped | Self::Worker(_) => StatusCode::INTERNAL_SERVER_ERROR,
         }

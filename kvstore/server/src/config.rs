@@ -1,0 +1,101 @@
+//! What a server needs to know.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::time::Duration;
+
+use kvasir_store::StoreConfig;
+use kvasir_types::ByteSize;
+use serde::{Deserialize, Serialize};
+
+/// Everything [`Server::start`](crate::Server::start) needs.
+#[derive(Clone, Debug)]
+pub struct ServerConfig {
+    /// Where to listen; port 0 takes a free one.
+    pub listen: SocketAddr,
+    /// The store's tiers.
+    pub store: StoreConfig,
+    /// What bounds the load.
+    pub limits: Limits,
+}
+
+impl ServerConfig {
+    /// Port of a daemon without configuration.
+    pub const PORT: u16 = 7420;
+
+    /// A server on a free port of the loopback interface that keeps chunks in
+    /// memory only.
+    pub fn in_memory() -> Self {
+        Self {
+            listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
+            store: StoreConfig::default(),
+            limits: Limits::default(),
+        }
+    }
+}
+
+/// `[limits]` in `kvasird.toml`: what bounds the load.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Limits {
+    /// Puts and gets in progress at once; more are asked to come back.
+    /// Default: [`Self::DATA_STREAMS`]. Minimum: 1.
+    pub data_streams: u32,
+    /// Connections at once; more wait to be accepted.
+    /// Default: [`Self::CONNECTIONS`]. Minimum: 1.
+    pub connections: u32,
+    /// Bytes that a get reads ahead of what it sends. Worst-case memory, charged to
+    /// the memory capacity, is this times `data-streams`; at least two layers are
+    /// read ahead. Default: [`Self::READ_AHEAD`].
+    pub read_ahead: ByteSize,
+    /// Bytes a peer may send before the server reads them. Worst-case memory,
+    /// outside of the memory capacity, is this times `connections`.
+    /// Default: [`Self::WINDOW`]. Minimum: 64KiB. Maximum: 1GiB.
+    pub window: ByteSize,
+    /// Milliseconds without progress after which a put or get is ended.
+    /// Default: [`Self::STREAM_IDLE_MS`].
+    pub stream_idle_ms: u64,
+    /// Milliseconds that transfers get to finish at shutdown.
+    /// Default: [`Self::DRAIN_MS`].
+    pub drain_ms: u64,
+}
+
+impl Limits {
+    /// 64.
+    pub const DATA_STREAMS: u32 = 64;
+    /// 256.
+    pub const CONNECTIONS: u32 = 256;
+    /// 16 MiB.
+    pub const READ_AHEAD: ByteSize = ByteSize::mib(16);
+    /// 4 MiB.
+    pub const WINDOW: ByteSize = ByteSize::mib(4);
+    /// 30 seconds.
+    pub const STREAM_IDLE_MS: u64 = 30_000;
+    /// 10 seconds.
+    pub const DRAIN_MS: u64 = 10_000;
+
+    pub(crate) const fn stream_idle(&self) -> Duration {
+        Duration::from_millis(self.stream_idle_ms)
+    }
+
+    pub(crate) const fn drain(&self) -> Duration {
+        Duration::from_millis(self.drain_ms)
+    }
+
+    pub(crate) fn window_bytes(&self) -> u32 {
+        let bytes = self.window.as_u64().clamp(64 << 10, 1 << 30);
+        u32::try_from(bytes).unwrap_or(1 << 30)
+    }
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            data_streams: Self::DATA_STREAMS,
+            connections: Self::CONNECTIONS,
+            read_ahead: Self::READ_AHEAD,
+            window: Self::WINDOW,
+            stream_idle_ms: Self::STREAM_IDLE_MS,
+            drain_ms: Self::DRAIN_MS,
+        }
+    }
+}

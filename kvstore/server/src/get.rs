@@ -1,0 +1,285 @@
+//! Sends chunks, layer-major.
+//!
+//! One task per get reads ahead of its receiver, at most
+//! [`Limits::read_ahead`](crate::Limits::read_ahead) bytes, so that the device
+//! reads the next layers while this one is on the wire. The chunks are leased from
+//! before the header is sent until the stream ends.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::stream::{self, BoxStream, StreamExt as _};
+use kvasir_proto::{InvalidField, convert, v1};
+use kvasir_store::{Lease, ReadError};
+use kvasir_types::{Checksum, ChunkKey, LayerIdx, LayerRange};
+use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Status;
+use v1::chunk_lost::Reason;
+use v1::get_response::Message;
+
+use crate::admission::shutting_down;
+use crate::service::{PARALLEL, Shared};
+use crate::wire;
+
+type Messages = BoxStream<'static, Result<v1::GetResponse, Status>>;
+
+/// Leases what is there and starts sending it.
+pub(crate) async fn serve(
+    shared: Arc<Shared>,
+    request: &v1::GetRequest,
+) -> Result<Messages, Status> {
+    let keys = convert::keys("keys", &request.keys)?;
+    let asked = match &request.layers {
+        Some(range) => Some(convert::layer_range("layers", range)?),
+        None => None,
+    };
+    let permit = shared.admission.transfer()?;
+    let leases = lease_prefix(&shared, &keys).await;
+    let range = layers_of(&leases, asked)?;
+
+    let (sender, receiver) = mpsc::channel(SEND_QUEUE);
+    let (end, ended) = oneshot::channel();
+    tokio::spawn(async move {
+        let transfer = Transfer {
+            shared,
+            live: AtomicUsize::new(leases.len()),
+            leases,
+            sender,
+            _permit: permit,
+        };
+        if let Err(Stop::Refuse(status)) = transfer.run(range).await {
+            // The receiver may be gone too.
+            let _ = end.send(status);
+        }
+    });
+    let last = stream::once(ended).filter_map(|status| async move { status.ok().map(Err) });
+    Ok(ReceiverStream::new(receiver).map(Ok).chain(last).boxed())
+}
+
+/// The leading chunks that are present and of one layout.
+async fn lease_prefix(shared: &Shared, keys: &[ChunkKey]) -> Vec<Lease> {
+    let found = shared.store.lookup(keys).found;
+    let digest = found
+        .first()
+        .copied()
+        .flatten()
+        .map(|first| first.layout_digest);
+    let prefix = found
+        .iter()
+        .take_while(|slot| slot.is_some_and(|found| Some(found.layout_digest) == digest))
+        .count();
+    let mut leases: Vec<Lease> = stream::iter(keys.iter().take(prefix).copied())
+        .map(|key| shared.store.lease(key))
+        .buffered(PARALLEL)
+        .take_while(|lease| std::future::ready(lease.is_some()))
+        .filter_map(std::future::ready)
+        .collect()
+        .await;
+    // A chunk may have been replaced since the lookup.
+    let same = leases
+        .iter()
+        .take_while(|lease| {
+            leases
+                .first()
+                .is_some_and(|first| first.layout() == lease.layout())
+        })
+        .count();
+    leases.truncate(same);
+    leases
+}
+
+/// `None` where there is nothing to send.
+fn layers_of(
+    leases: &[Lease],
+    asked: Option<LayerRange>,
+) -> Result<Option<LayerRange>, InvalidField> {
+    let Some(first) = leases.first() else {
+        return Ok(None);
+    };
+    let layers = first.layout().layers();
+    let range = match asked {
+        Some(range) => range,
+        None => LayerRange::new(0, layers).map_err(|error| InvalidField::new("layers", error))?,
+    };
+    if range.end() > layers {
+        let problem = format!("{range} lies outside the {layers} layers of the chunks");
+        return Err(InvalidField::new("layers", problem));
+    }
+    Ok(Some(range))
+}
+
+/// Why a transfer ends before its time.
+enum Stop {
+    /// The receiver is gone.
+    Gone,
+    /// The receiver is told.
+    Refuse(Status),
+}
+
+struct Transfer {
+    shared: Arc<Shared>,
+    leases: Vec<Lease>,
+    /// Chunks that are not lost: the first `live` ones.
+    live: AtomicUsize,
+    sender: mpsc::Sender<v1::GetResponse>,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Transfer {
+    async fn run(&self, range: Option<LayerRange>) -> Result<(), Stop> {
+        let chunks = self.leases.iter().map(info).collect();
+        self.send(Message::Header(v1::GetHeader { chunks })).await?;
+        let (Some(range), Some(first)) = (range, self.leases.first()) else {
+            return Ok(());
+        };
+        let ahead = self.shared.limits.read_ahead.as_u64() / first.layout().layer_bytes() as u64;
+        let ahead = usize::try_from(ahead)
+            .unwrap_or(MAX_READS)
+            .clamp(2, MAX_READS);
+
+        let order = range
+            .iter()
+            .flat_map(|layer| (0..self.leases.len()).map(move |chunk| (layer, chunk)));
+        let mut reads =
+            stream::iter(order)
+                .filter(|(_, chunk)| std::future::ready(self.is_live(*chunk)))
+                .map(|(layer, chunk)| async move {
+                    (layer, chunk, self.read(chunk, LayerIdx(layer)).await)
+                })
+                .buffered(ahead);
+        while let Some((layer, chunk, read)) = reads.next().await {
+            if !self.is_live(chunk) {
+                continue;
+            }
+            match read {
+                Ok((data, checksum)) => self.send_layer(chunk, layer, data, checksum).await?,
+                Err(reason) => {
+                    self.live.store(chunk, Ordering::Relaxed);
+                    self.send(Message::Lost(v1::ChunkLost {
+                        chunk: wire_index(chunk),
+                        reason: reason.into(),
+                    }))
+                    .await?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn is_live(&self, chunk: usize) -> bool {
+        chunk < self.live.load(Ordering::Relaxed)
+    }
+
+    async fn send_layer(
+        &self,
+        chunk: usize,
+        layer: u16,
+        data: Bytes,
+        checksum: Checksum,
+    ) -> Result<(), Stop> {
+        let bytes = data.len();
+        for piece in convert::pieces(layer, data, checksum) {
+            self.send(Message::Piece(v1::ChunkPiece {
+                chunk: wire_index(chunk),
+                piece: Some(piece),
+            }))
+            .await?;
+        }
+        self.shared.counters.sent_bytes.add(bytes);
+        Ok(())
+    }
+
+    async fn send(&self, message: Message) -> Result<(), Stop> {
+        let response = v1::GetResponse {
+            message: Some(message),
+        };
+        let idle = self.shared.limits.stream_idle();
+        let sent = tokio::select! {
+            () = self.shared.admission.aborting.cancelled() => {
+                return Err(Stop::Refuse(shutting_down()));
+            }
+            sent = tokio::time::timeout(idle, self.sender.send(response)) => sent,
+        };
+        match sent {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(_)) => Err(Stop::Gone),
+            Err(_) => Err(Stop::Refuse(Status::deadline_exceeded(
+                "the receiver took nothing for too long",
+            ))),
+        }
+    }
+
+    /// One layer and the checksum its header states, which the store has compared.
+    async fn read(&self, chunk: usize, layer: LayerIdx) -> Result<(Bytes, Checksum), Reason> {
+        let lease = self.leases.get(chunk).ok_or(Reason::Device)?;
+        let failed = match read_patiently(lease, layer).await {
+            Ok(read) => return Ok(read),
+            Err(error) => error,
+        };
+        let key = lease.key();
+        // The bad copy is gone; another tier may have a good one.
+        if matches!(failed, ReadError::Corrupt { .. })
+            && let Some(other) = self.shared.store.lease(*key).await
+            && other.layout() == lease.layout()
+            && other.level() == lease.level()
+            && let Ok(read) = read_patiently(&other, layer).await
+        {
+            return Ok(read);
+        }
+        tracing::warn!(%key, %layer, error = %failed, "a chunk was lost while being sent");
+        Err(match failed {
+            ReadError::Corrupt { .. } => Reason::Corrupt,
+            ReadError::Throttled(_) => Reason::Throttled,
+            _ => Reason::Device,
+        })
+    }
+}
+
+/// Waits a little where memory is short: other receivers are about to let go.
+async fn read_patiently(lease: &Lease, layer: LayerIdx) -> Result<(Bytes, Checksum), ReadError> {
+    let out_of_range = |range| ReadError::OutOfRange {
+        range,
+        layers: lease.layout().layers(),
+    };
+    let range = LayerRange::new(layer.0, layer.0.saturating_add(1))
+        .expect("a range of one layer is not empty");
+    let entry = lease.header().layer(layer).ok_or(out_of_range(range))?;
+    let checksum = Checksum::from_u64(entry.checksum.as_u64());
+    let mut waits = THROTTLED_WAITS;
+    loop {
+        match lease.read_layers(range).await {
+            Err(ReadError::Throttled(_)) if waits > 0 => {
+                waits -= 1;
+                tokio::time::sleep(THROTTLED_WAIT).await;
+            }
+            read => {
+                let data = read?.pop().ok_or(out_of_range(range))?;
+                return Ok((data, checksum));
+            }
+        }
+    }
+}
+
+fn info(lease: &Lease) -> v1::ChunkInfo {
+    v1::ChunkInfo {
+        layout: Some(v1::Layout::from(lease.layout())),
+        level: lease.level().code().into(),
+        tier: wire::tier(lease.tier()).into(),
+    }
+}
+
+/// A request has no more than 16384 keys.
+fn wire_index(chunk: usize) -> u32 {
+    u32::try_from(chunk).unwrap_or(u32::MAX)
+}
+
+/// Messages between the reads and the socket.
+const SEND_QUEUE: usize = 2;
+/// Most reads in progress for one get, however small the layers are.
+const MAX_READS: usize = 64;
+const THROTTLED_WAIT: Duration = Duration::from_millis(5);
+/// A quarter of a second in all.
+const THROTTLED_WAITS: u32 = 50;

@@ -1,0 +1,123 @@
+//! Receives one chunk.
+
+use bytes::Bytes;
+use kvasir_codec::Object;
+use kvasir_proto::convert::{LayerAssembly, PutHeader};
+use kvasir_proto::{InvalidField, v1};
+use kvasir_store::PutOutcome;
+use kvasir_types::KvLayout;
+use tonic::{Status, Streaming};
+use v1::put_request::Message;
+
+use crate::admission::shutting_down;
+use crate::refusal;
+use crate::service::Shared;
+
+/// Header, reservation, layers, store: whatever fails on the way leaves nothing.
+pub(crate) async fn receive(
+    shared: &Shared,
+    messages: Streaming<v1::PutRequest>,
+) -> Result<v1::PutResponse, Status> {
+    let _permit = shared.admission.transfer()?;
+    let mut sender = Sender { shared, messages };
+    let Some(Message::Header(header)) = sender.next().await? else {
+        return Err(InvalidField::new("header", "the first message must be the header").into());
+    };
+    let header = PutHeader::try_from(&header)?;
+    let reservation = shared
+        .store
+        .reserve(charged_bytes(&header.layout))
+        .map_err(|error| refusal::throttled(&error))?;
+    let layers = sender.layers(&header.layout).await?;
+    let object =
+        tokio::task::spawn_blocking(move || Object::raw(header.key, &header.layout, layers))
+            .await
+            .map_err(|_| Status::internal("the chunk could not be assembled"))?
+            .map_err(|error| InvalidField::new("piece", error))?;
+    let outcome = shared
+        .store
+        .put_reserved(object, reservation)
+        .await
+        .map_err(|error| refusal::put(&error))?;
+    Ok(v1::PutResponse {
+        outcome: match outcome {
+            PutOutcome::Stored => v1::put_response::Outcome::Stored,
+            PutOutcome::AlreadyPresent => v1::put_response::Outcome::AlreadyPresent,
+        }
+        .into(),
+        durable: shared.store.stats().disk.is_some(),
+    })
+}
+
+struct Sender<'a> {
+    shared: &'a Shared,
+    messages: Streaming<v1::PutRequest>,
+}
+
+impl Sender<'_> {
+    async fn layers(&mut self, layout: &KvLayout) -> Result<Vec<Bytes>, Status> {
+        let expected = layout.layer_bytes();
+        let mut layers = Vec::with_capacity(layout.layers().into());
+        for layer in 0..layout.layers() {
+            let mut assembly = LayerAssembly::default();
+            let whole = loop {
+                let piece = match self.next().await? {
+                    Some(Message::Piece(piece)) => piece,
+                    Some(Message::Header(_)) => {
+                        return Err(InvalidField::new("header", "a second header came").into());
+                    }
+                    None => {
+                        let problem = format!("the stream ended before layer {layer} was whole");
+                        return Err(InvalidField::new("piece", problem).into());
+                    }
+                };
+                let one_piece = piece.data.len() == expected;
+                if let Some(whole) = assembly.push(piece, layer, expected)? {
+                    // A single piece is a slice of a receive buffer of unknown size,
+                    // which would stay alive with it and be charged to nobody.
+                    break if one_piece {
+                        Bytes::copy_from_slice(&whole.data)
+                    } else {
+                        whole.data
+                    };
+                }
+            };
+            layers.push(whole);
+            self.shared.counters.received_bytes.add(expected);
+        }
+        match self.next().await? {
+            None => Ok(layers),
+            Some(_) => {
+                Err(InvalidField::new("piece", "a message came after the last layer").into())
+            }
+        }
+    }
+
+    async fn next(&mut self) -> Result<Option<Message>, Status> {
+        let idle = self.shared.limits.stream_idle();
+        let message = tokio::select! {
+            () = self.shared.admission.aborting.cancelled() => return Err(shutting_down()),
+            message = tokio::time::timeout(idle, self.messages.message()) => message,
+        };
+        match message {
+            Err(_) => Err(Status::deadline_exceeded(
+                "no message came for too long; nothing is stored",
+            )),
+            Ok(Err(status)) => Err(status),
+            Ok(Ok(None)) => Ok(None),
+            Ok(Ok(Some(request))) => match request.message {
+                None => Err(InvalidField::new("message", "the message is empty").into()),
+                message => Ok(message),
+            },
+        }
+    }
+}
+
+/// What the store will charge for the chunk, or a little more: it gives back what
+/// it does not need.
+fn charged_bytes(layout: &KvLayout) -> u64 {
+    layout.chunk_bytes() + CHUNK_OVERHEAD + LAYER_OVERHEAD * u64::from(layout.layers())
+}
+
+const CHUNK_OVERHEAD: u64 = 1024;
+const LAYER_OVERHEAD: u64 = 256;

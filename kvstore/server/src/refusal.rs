@@ -1,0 +1,60 @@
+//! What the store's errors are on the wire.
+
+use std::error::Error;
+use std::time::Duration;
+
+use kvasir_proto::{InvalidField, status};
+use kvasir_store::{DeviceError, PinRefused, PutError, Throttled, WriteError};
+use tonic::Status;
+
+pub(crate) fn throttled(error: &Throttled) -> Status {
+    if error.wanted > error.capacity {
+        return too_large(error);
+    }
+    status::come_back(error.to_string(), READERS_LET_GO)
+}
+
+/// No waiting will make it fit.
+fn too_large(error: &dyn Error) -> Status {
+    InvalidField::new(
+        "header.layout",
+        format!("{error}; raise the capacity, or use fewer tokens per chunk"),
+    )
+    .into()
+}
+
+pub(crate) fn put(error: &PutError) -> Status {
+    match error {
+        PutError::Throttled(error) => throttled(error),
+        PutError::Write(error @ WriteError::TooLarge { .. }) => too_large(error),
+        error => device(error),
+    }
+}
+
+/// `None` where the keys changed meanwhile.
+pub(crate) fn pin(error: &PinRefused) -> Option<Status> {
+    match error {
+        PinRefused::Missing(_) => None,
+        error => Some(status::come_back(error.to_string(), PINS_END)),
+    }
+}
+
+pub(crate) fn delete(error: &DeviceError) -> Status {
+    device(error)
+}
+
+fn device(error: &dyn Error) -> Status {
+    let mut message = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        message = format!("{message}: {error}");
+        cause = error.source();
+    }
+    tracing::error!(error = message, "the device failed");
+    Status::internal(message)
+}
+
+/// Readers hold memory for as long as a transfer takes.
+const READERS_LET_GO: Duration = Duration::from_millis(50);
+/// Pins last longer.
+const PINS_END: Duration = Duration::from_secs(1);

@@ -1,0 +1,179 @@
+//! Starting and stopping.
+
+use std::io;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use kvasir_proto::MAX_MESSAGE_BYTES;
+use kvasir_proto::v1::FILE_DESCRIPTOR_SET;
+use kvasir_proto::v1::cache_server::CacheServer;
+use kvasir_store::{OpenError, Store};
+use tokio::net::TcpListener;
+use tokio::task::JoinHandle;
+use tokio_util::sync::{CancellationToken, DropGuard};
+use tonic::transport::server::Router;
+use tonic_health::server::HealthReporter;
+
+use crate::config::{Limits, ServerConfig};
+use crate::connections;
+use crate::service::Service;
+
+/// Starts daemons.
+#[derive(Debug)]
+pub struct Server;
+
+/// A server that listens. Dropping it stops it without waiting for transfers;
+/// [`shutdown`](Self::shutdown) waits.
+#[derive(Debug)]
+pub struct Running {
+    addr: SocketAddr,
+    service: Service,
+    health: HealthReporter,
+    serving: JoinHandle<Result<(), tonic::transport::Error>>,
+    _abort: DropGuard,
+}
+
+/// Why a server does not run.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StartError {
+    /// The address cannot be listened on.
+    #[error(
+        "cannot listen on {addr}; if another process does, stop it or choose another address with --listen"
+    )]
+    Listen {
+        /// The address.
+        addr: SocketAddr,
+        /// What happened.
+        #[source]
+        source: io::Error,
+    },
+    /// The store cannot be opened.
+    #[error(transparent)]
+    Store(#[from] OpenError),
+    /// The protocol's descriptors cannot be served.
+    #[error("cannot serve the protocol's descriptors")]
+    Reflection(#[from] tonic_reflection::server::Error),
+}
+
+impl Server {
+    /// Opens the store, listens, and serves until [`Running::shutdown`].
+    ///
+    /// # Errors
+    /// See [`StartError`].
+    pub async fn start(config: ServerConfig) -> Result<Running, StartError> {
+        let listen_error = |source| StartError::Listen {
+            addr: config.listen,
+            source,
+        };
+        // A port in use is found out before a store is recovered.
+        let listener = TcpListener::bind(config.listen)
+            .await
+            .map_err(listen_error)?;
+        let addr = listener.local_addr().map_err(listen_error)?;
+        let data_dir = config
+            .store
+            .disk
+            .as_ref()
+            .map(|disk| disk.path.display().to_string())
+            .unwrap_or_default();
+        let store = Store::open(config.store).await?;
+        let service = Service::new(store, config.limits.clone(), data_dir);
+
+        let (health, router) = router(&config.limits, service.clone()).await?;
+        let incoming = connections::accept(listener, config.limits.connections);
+        let draining = service.shared().admission.draining.clone();
+        let serving =
+            tokio::spawn(router.serve_with_incoming_shutdown(incoming, draining.cancelled_owned()));
+        let admission = &service.shared().admission;
+        let stop = CancellationToken::new();
+        tokio::spawn({
+            let (stop, draining, aborting) = (
+                stop.clone(),
+                admission.draining.clone(),
+                admission.aborting.clone(),
+            );
+            async move {
+                stop.cancelled().await;
+                draining.cancel();
+                aborting.cancel();
+            }
+        });
+        Ok(Running {
+            addr,
+            service,
+            health,
+            serving,
+            _abort: stop.drop_guard(),
+        })
+    }
+}
+
+impl Running {
+    /// Where it listens.
+    pub const fn addr(&self) -> SocketAddr {
+        self.addr
+    }
+
+    /// The address as a client takes it.
+    pub fn endpoint(&self) -> String {
+        self.addr.to_string()
+    }
+
+    /// The store behind it.
+    pub fn store(&self) -> &Store {
+        &self.service.shared().store
+    }
+
+    /// Stops: see the [crate documentation](crate#shutdown). Returns when nothing is
+    /// left to do, [`Limits::drain_ms`] and a second later at the latest.
+    pub async fn shutdown(mut self) {
+        let shared = self.service.shared().clone();
+        self.health.set_not_serving::<CacheServer<Service>>().await;
+        shared.admission.draining.cancel();
+        let drained = tokio::time::timeout(shared.limits.drain(), &mut self.serving).await;
+        if drained.is_err() {
+            tracing::warn!("transfers did not finish in time and are ended");
+            shared.admission.aborting.cancel();
+            if tokio::time::timeout(ABORT, &mut self.serving)
+                .await
+                .is_err()
+            {
+                self.serving.abort();
+            }
+        }
+        if let Err(error) = shared.store.close().await {
+            tracing::error!(%error, "the store did not close cleanly; acknowledged chunks are safe");
+        }
+    }
+}
+
+async fn router(
+    limits: &Limits,
+    service: Service,
+) -> Result<(HealthReporter, Router), tonic_reflection::server::Error> {
+    let (health, health_service) = tonic_health::server::health_reporter();
+    health.set_serving::<CacheServer<Service>>().await;
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .build_v1()?;
+    let cache = CacheServer::new(service)
+        .max_decoding_message_size(MAX_MESSAGE_BYTES)
+        .max_encoding_message_size(MAX_MESSAGE_BYTES);
+    let router = tonic::transport::Server::builder()
+        .initial_stream_window_size(limits.window_bytes())
+        .initial_connection_window_size(limits.window_bytes())
+        .http2_keepalive_interval(Some(KEEP_ALIVE))
+        .http2_keepalive_timeout(Some(KEEP_ALIVE))
+        .add_service(cache)
+        .add_service(health_service)
+        .add_service(reflection);
+    Ok((health, router))
+}
+
+/// How often a silent peer is asked whether it is there, and how long it may take
+/// to answer.
+const KEEP_ALIVE: Duration = Duration::from_secs(20);
+/// How long ended transfers may take to say so.
+const ABORT: Duration = Duration::from_secs(1);

@@ -1,0 +1,420 @@
+//! The tiers as one store.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use kvasir_codec::{Object, ObjectHeader};
+use kvasir_types::{ChunkKey, KvLayout, LayoutDigest, Level};
+use tokio::sync::broadcast;
+
+use crate::budget::{Reservation, Throttled};
+use crate::claims::Claims;
+use crate::clock::Clock;
+use crate::config::StoreConfig;
+use crate::disk::{DiskTier, OpenError};
+use crate::events::{Event, EventLog, Snapshot};
+use crate::lease::Lease;
+use crate::memory::{Chunk, MemoryTier};
+use crate::pins::{PinId, PinRefused};
+use crate::tier::{DeviceError, Facts, Tier, TierKind, Usage, WriteError, Written};
+
+/// Memory and, if configured, disk, as one store. Clones are handles to it.
+///
+/// Writes go through to every tier, and are acknowledged by the lowest. Reads are
+/// served by the highest tier that has the chunk.
+#[derive(Clone, Debug)]
+pub struct Store(Arc<Inner>);
+
+#[derive(Debug)]
+pub(crate) struct Inner {
+    pub(crate) memory: MemoryTier,
+    disk: Option<DiskTier>,
+    claims: Claims,
+    events: EventLog,
+    clock: Clock,
+    next_pin: AtomicU64,
+    leases: AtomicU64,
+}
+
+/// What [`Store::lookup`] knows of one chunk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Found {
+    /// The highest tier that has it.
+    pub tier: TierKind,
+    /// Digest of its layout.
+    pub layout_digest: LayoutDigest,
+    /// The level it is stored at.
+    pub level: Level,
+    /// Bytes of the object, header included.
+    pub bytes: u64,
+}
+
+/// The answer to a lookup.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LookupResult {
+    /// One answer per key, in order.
+    pub found: Vec<Option<Found>>,
+    /// How many keys from the first on are there without a gap.
+    pub prefix: usize,
+}
+
+/// What became of a put.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PutOutcome {
+    /// The chunk is stored; durably, if the store has a disk tier.
+    Stored,
+    /// It already was.
+    AlreadyPresent,
+}
+
+/// Why nothing was put.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum PutError {
+    /// No room now; retry later.
+    #[error(transparent)]
+    Throttled(#[from] Throttled),
+    /// The object does not fit, or the device failed.
+    #[error(transparent)]
+    Write(#[from] WriteError),
+}
+
+/// One chunk of a listing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Listed {
+    /// Its key.
+    pub key: ChunkKey,
+    /// Its geometry.
+    pub layout: KvLayout,
+    /// The level it is stored at.
+    pub level: Level,
+    /// Bytes of the object, header included.
+    pub bytes: u64,
+    /// Where it is, highest tier first.
+    pub tiers: Vec<TierKind>,
+}
+
+/// Counters and fill levels of a store.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stats {
+    /// The memory tier. Its bytes include buffers of reads and writes in flight.
+    pub memory: Usage,
+    /// The disk tier, if there is one.
+    pub disk: Option<Usage>,
+    /// Leases that last.
+    pub leases: u64,
+}
+
+impl Store {
+    /// Opens a store; recovers what its disk tier holds.
+    ///
+    /// # Errors
+    /// The directory is in use, cannot be written, or cannot be read.
+    pub async fn open(config: StoreConfig) -> Result<Self, OpenError> {
+        Self::open_with_clock(config, Clock::default()).await
+    }
+
+    /// Opens a store that takes the time from `clock`.
+    ///
+    /// # Errors
+    /// As for [`open`](Self::open).
+    pub async fn open_with_clock(config: StoreConfig, clock: Clock) -> Result<Self, OpenError> {
+        let events = EventLog::new();
+        let memory = MemoryTier::new(&config.memory, clock.clone(), events.clone());
+        let disk = match config.disk {
+            Some(disk) => {
+                let open = DiskTier::open(disk, memory.clone(), clock.clone(), events.clone());
+                Some(open.await?)
+            }
+            None => None,
+        };
+        Ok(Self(Arc::new(Inner {
+            memory,
+            disk,
+            claims: Claims::default(),
+            // Another run's pin ids should not name this run's pins.
+            next_pin: AtomicU64::new(events.epoch()),
+            events,
+            clock,
+            leases: AtomicU64::new(0),
+        })))
+    }
+
+    /// Where each chunk is. Reads indices only: no I/O, and no chunk lives longer
+    /// for being looked up.
+    pub fn lookup(&self, keys: &[ChunkKey]) -> LookupResult {
+        let mut found = vec![None; keys.len()];
+        // Highest tier last, so that its answer stands.
+        for tier in self.tiers().rev() {
+            for (slot, facts) in found.iter_mut().zip(tier.find(keys)) {
+                if let Some(facts) = facts {
+                    *slot = Some(Found {
+                        tier: tier.kind(),
+                        layout_digest: facts.layout_digest,
+                        level: facts.level,
+                        bytes: facts.bytes,
+                    });
+                }
+            }
+        }
+        let prefix = found.iter().take_while(|slot| slot.is_some()).count();
+        LookupResult { found, prefix }
+    }
+
+    /// Memory for bytes that are about to arrive. Evicts what it must.
+    ///
+    /// Hand it to [`put_reserved`](Self::put_reserved) with the object, or drop it.
+    ///
+    /// # Errors
+    /// What fills the memory is pinned or held.
+    pub fn reserve(&self, bytes: u64) -> Result<Reservation, Throttled> {
+        self.0.memory.reserve(bytes)
+    }
+
+    /// Bytes of memory that an object with this header takes in the store.
+    pub fn charged_bytes(header: &ObjectHeader) -> u64 {
+        Chunk::charged_bytes(header)
+    }
+
+    /// Stores an object in every tier. See [`put_reserved`](Self::put_reserved).
+    ///
+    /// # Errors
+    /// No room, too large, or the device failed. Then nothing is stored.
+    pub async fn put(&self, object: Object) -> Result<PutOutcome, PutError> {
+        self.put_inner(object, None).await
+    }
+
+    /// Stores an object whose payload was received under `reservation`, which is
+    /// taken over, enlarged or shrunk as the object needs.
+    ///
+    /// The outcome is durable if the store has a disk tier. Of concurrent writers of
+    /// one key, one stores and the others find it present. Dropping the future leaves
+    /// a whole chunk or none.
+    ///
+    /// # Errors
+    /// No room, too large, or the device failed. Then nothing is stored.
+    pub async fn put_reserved(
+        &self,
+        object: Object,
+        reservation: Reservation,
+    ) -> Result<PutOutcome, PutError> {
+        self.put_inner(object, Some(reservation)).await
+    }
+
+    async fn put_inner(
+        &self,
+        object: Object,
+        reservation: Option<Reservation>,
+    ) -> Result<PutOutcome, PutError> {
+        let inner = &*self.0;
+        let key = *object.header().key();
+        let bytes = Chunk::charged_bytes(object.header());
+        let capacity = inner.memory.capacity();
+        if bytes > capacity {
+            return Err(PutError::Write(WriteError::TooLarge {
+                tier: TierKind::Memory,
+                bytes,
+                capacity,
+            }));
+        }
+        let _claim = inner.claims.claim(key).await;
+        if inner.acknowledged(&key) {
+            return Ok(PutOutcome::AlreadyPresent);
+        }
+        let chunk = inner.memory.charge(object, reservation)?;
+        if let Some(disk) = &inner.disk {
+            let header = Arc::clone(chunk.header());
+            match disk.store(header, chunk.share()).await? {
+                Written::Stored => (),
+                Written::AlreadyPresent => return Ok(PutOutcome::AlreadyPresent),
+                Written::Throttled(throttled) => return Err(throttled.into()),
+            }
+        }
+        inner.memory.publish(chunk);
+        // Deleted meanwhile: the disk copy went first, so this one must go too.
+        if inner.disk.as_ref().is_some_and(|disk| !disk.contains(&key)) {
+            inner.memory.discard(&key);
+        }
+        Ok(PutOutcome::Stored)
+    }
+
+    /// Opens a chunk for reading; `None` is a miss. A device that fails is a miss
+    /// too, and counted.
+    pub async fn lease(&self, key: ChunkKey) -> Option<Lease> {
+        let inner = &self.0;
+        if let Some(reader) = inner.memory.reader(&key) {
+            return Some(Lease::memory(reader, Arc::clone(inner)));
+        }
+        match inner.disk.as_ref()?.reader(key).await {
+            Ok(reader) => Some(Lease::disk(reader?, Arc::clone(inner))),
+            Err(error) => {
+                tracing::warn!(%key, %error, "cannot open a chunk; treated as a miss");
+                None
+            }
+        }
+    }
+
+    /// Keeps chunks from being evicted for `ttl`: each in the lowest tier that has
+    /// it. Deleting them is still possible. All are pinned, or none.
+    ///
+    /// # Errors
+    /// A key that is not stored, or more pinned bytes than the configuration allows.
+    pub fn pin(&self, keys: &[ChunkKey], ttl: Duration) -> Result<PinId, PinRefused> {
+        let inner = &*self.0;
+        let id = PinId::from_u64(inner.next_pin.fetch_add(1, Ordering::Relaxed));
+        let now = inner.clock.now();
+        // A time too far to be expressed is cut to a century.
+        let expires = now.checked_add(ttl).unwrap_or(now + CENTURY);
+        let mut left = keys.to_vec();
+        for tier in self.tiers().rev() {
+            let found = tier.find(&left);
+            let split = left.iter().copied().zip(found);
+            let (here, elsewhere): (Vec<_>, Vec<_>) = split.partition(|(_, facts)| facts.is_some());
+            let here: Vec<_> = here.into_iter().map(|(key, _)| key).collect();
+            left = elsewhere.into_iter().map(|(key, _)| key).collect();
+            if let Err(refused) = tier.pin(id, &here, expires) {
+                self.unpin(id);
+                return Err(refused);
+            }
+        }
+        match left.first() {
+            Some(missing) => {
+                self.unpin(id);
+                Err(PinRefused::Missing(*missing))
+            }
+            None => Ok(id),
+        }
+    }
+
+    /// Ends a pin before its time. Says whether it lasted.
+    pub fn unpin(&self, id: PinId) -> bool {
+        self.tiers()
+            .fold(false, |lasted, tier| tier.unpin(id) | lasted)
+    }
+
+    /// Drops a chunk from every tier. Says whether there was one. What readers hold
+    /// stays readable.
+    ///
+    /// # Errors
+    /// The device failed. The chunk is no longer served, but may come back after a
+    /// restart.
+    pub async fn delete(&self, key: ChunkKey) -> Result<bool, DeviceError> {
+        // Lowest tier first: whoever copies a chunk upwards checks afterwards
+        // whether it is still below.
+        let below = match &self.0.disk {
+            Some(disk) => disk.remove(key).await,
+            None => Ok(false),
+        };
+        let above = self.0.memory.discard(&key);
+        Ok(below? | above)
+    }
+
+    /// Chunks in the order of their keys: at most `limit`, with keys after `after`.
+    pub fn list(&self, after: Option<&ChunkKey>, limit: usize) -> Vec<Listed> {
+        let mut listed: BTreeMap<ChunkKey, (Facts, Vec<TierKind>)> = BTreeMap::new();
+        for tier in self.tiers() {
+            for facts in tier.entries() {
+                if after.is_some_and(|after| facts.key <= *after) {
+                    continue;
+                }
+                let (_, tiers) = listed
+                    .entry(facts.key)
+                    .or_insert_with(|| (facts, Vec::new()));
+                tiers.push(tier.kind());
+            }
+        }
+        listed
+            .into_values()
+            .take(limit)
+            .map(|(facts, tiers)| Listed {
+                key: facts.key,
+                layout: facts.layout,
+                level: facts.level,
+                bytes: facts.bytes,
+                tiers,
+            })
+            .collect()
+    }
+
+    /// Counters and fill levels.
+    pub fn stats(&self) -> Stats {
+        Stats {
+            memory: self.0.memory.usage(),
+            disk: self.0.disk.as_ref().map(Tier::usage),
+            leases: self.0.leases.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Changes from now on. To know the state they apply to, subscribe, take a
+    /// [`snapshot`](Self::snapshot), and skip events up to its sequence. A receiver
+    /// that lags by more than [`EventLog::CAPACITY`] events must do so again.
+    pub fn events(&self) -> broadcast::Receiver<Event> {
+        self.0.events.subscribe()
+    }
+
+    /// What is stored where, as of one event.
+    pub fn snapshot(&self) -> Snapshot {
+        let inner = &*self.0;
+        // Both indices stay locked until the sequence was read; the order of locks
+        // is memory, disk, events.
+        inner.memory.keys_with(|memory| {
+            let with_disk = |disk: Vec<ChunkKey>| {
+                let sequence = inner.events.sequence();
+                let memory = memory.into_iter().map(|key| (key, TierKind::Memory));
+                let disk = disk.into_iter().map(|key| (key, TierKind::Disk));
+                Snapshot {
+                    epoch: inner.events.epoch(),
+                    sequence,
+                    copies: memory.chain(disk).collect(),
+                }
+            };
+            match &inner.disk {
+                Some(disk) => disk.keys_with(with_disk),
+                None => with_disk(Vec::new()),
+            }
+        })
+    }
+
+    /// Waits for writes in progress, refuses more, and makes everything durable.
+    ///
+    /// # Errors
+    /// The catalog failed.
+    pub async fn close(&self) -> Result<(), DeviceError> {
+        match &self.0.disk {
+            Some(disk) => disk.close().await,
+            None => Ok(()),
+        }
+    }
+
+    /// Highest first.
+    fn tiers(&self) -> impl DoubleEndedIterator<Item = &dyn Tier> {
+        let memory: &dyn Tier = &self.0.memory;
+        let disk = self.0.disk.as_ref().map(|disk| disk as &dyn Tier);
+        std::iter::once(memory).chain(disk)
+    }
+}
+
+impl Inner {
+    /// Whether the lowest tier has the chunk. Counts as a use.
+    fn acknowledged(&self, key: &ChunkKey) -> bool {
+        match &self.disk {
+            Some(disk) => {
+                self.memory.touch(key);
+                disk.touch(key)
+            }
+            None => self.memory.touch(key),
+        }
+    }
+
+    pub(crate) fn lease_begins(&self) {
+        self.leases.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn lease_ends(&self) {
+        self.leases.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+const CENTURY: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
