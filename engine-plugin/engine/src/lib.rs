@@ -28,6 +28,7 @@ pub mod cache;
 pub mod chat;
 pub mod checkpoint;
 pub mod config;
+pub mod http;
 pub mod kernels;
 pub mod kv;
 pub mod metrics;

@@ -5,10 +5,10 @@
 //! equal ones by id, so every step has one possible outcome.
 //!
 //! Invariant: the token depends on the logits, the parameters, the seed and
-//! the number of draws before it, and on nothing else. Weights use
-//! [`exp_nonpositive`] rather than the platform's `exp`, and ChaCha8 gives the
-//! same stream everywhere, so one seed gives one text on any machine that
-//! computes the same logits.
+//! the number of draws before it, and on nothing else. Weights use an `exp` of
+//! our own rather than the platform's, and ChaCha8 gives the same stream
+//! everywhere, so one seed gives one text on any machine that computes the
+//! same logits.
 
 #![forbid(unsafe_code)]
 

@@ -115,8 +115,8 @@ pub(super) fn strftime(format: &str, seconds: u64) -> Result<String, Error> {
             Some('M') => number(time.minute, 2),
             Some('S') => number(time.second, 2),
             Some('p') => if time.hour < 12 { "AM" } else { "PM" }.to_owned(),
-            Some('B') => time.month_name().to_owned(),
-            Some('b') => time.month_name().chars().take(3).collect(),
+            Some('B') => time.month_name.to_owned(),
+            Some('b') => time.month_name.chars().take(3).collect(),
             Some('A') => time.weekday.to_owned(),
             Some('a') => time.weekday.chars().take(3).collect(),
             Some('F') => strftime("%Y-%m-%d", seconds)?,
@@ -137,6 +137,7 @@ pub(super) fn strftime(format: &str, seconds: u64) -> Result<String, Error> {
 struct Civil {
     year: u64,
     month: u64,
+    month_name: &'static str,
     day: u64,
     day_of_year: u64,
     weekday: &'static str,
@@ -156,7 +157,9 @@ impl Civil {
         }
         let day_of_year = left + 1;
         let mut month = 1;
-        for (_, length) in MONTHS {
+        let mut month_name = "";
+        for (name, length) in MONTHS {
+            month_name = name;
             let length = length + u64::from(month == 2 && is_leap(year));
             if left < length {
                 break;
@@ -169,6 +172,7 @@ impl Civil {
         Self {
             year,
             month,
+            month_name,
             day: left + 1,
             day_of_year,
             weekday: weekday.expect("a cycle does not end"),
@@ -176,10 +180,6 @@ impl Civil {
             minute: seconds / 60 % 60,
             second: seconds % 60,
         }
-    }
-
-    fn month_name(&self) -> &'static str {
-        MONTHS[(self.month - 1) as usize].0
     }
 }
 
