@@ -206,6 +206,7 @@ async fn ask(
     let mut second = None;
     while let Some(event) = events.recv().await {
         match event {
+            Event::Prefilled { .. } => {}
             Event::Token { logits_digest, .. } => match first {
                 None => {
                     first = Some((

@@ -10,7 +10,7 @@ use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
 use tracing::{debug, warn};
 
-use crate::{Decision, EngineBackend, FetchObservation, Prompt, Shared};
+use crate::{Decision, EngineBackend, FetchObservation, LoadPolicy, Prompt, Shared};
 
 /// A prefix on its way into the engine's pages.
 ///
@@ -329,7 +329,13 @@ impl Fetch {
             .flatten()
             .map(|found| found.bytes)
             .sum();
-        let decision = shared.cost().decide(self.prompt.resume_at(present), bytes);
+        let decision = match shared.config.load {
+            LoadPolicy::WhenFaster => shared.cost().decide(self.prompt.resume_at(present), bytes),
+            LoadPolicy::Always if present > 0 => Decision::Load {
+                budget: shared.config.fetch_timeout,
+            },
+            LoadPolicy::Always => Decision::Compute,
+        };
         let (load, budget) = match decision {
             Decision::Load { budget } => (present, budget.min(shared.config.fetch_timeout)),
             Decision::Compute => (0, Duration::ZERO),

@@ -55,9 +55,23 @@ pub use prompt::Prompt;
 use breaker::Breaker;
 use capture::CaptureQueue;
 
+/// When a cached prefix is loaded.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LoadPolicy {
+    /// When [`CostModel`] expects loading to beat computing; the wait ends, at the
+    /// latest, when computing would have ended.
+    #[default]
+    WhenFaster,
+    /// Always, within [`PluginConfig::fetch_timeout`]: for engines whose compute is
+    /// worth more than their time, and for tests.
+    Always,
+}
+
 /// How the plugin spends time and memory.
 #[derive(Clone, Debug)]
 pub struct PluginConfig {
+    /// When a cached prefix is loaded. Default: when faster.
+    pub load: LoadPolicy,
     /// Longest wait for the answer to a lookup. Default: 50 ms.
     pub lookup_timeout: Duration,
     /// Longest wait for a fetch, whatever the cost model says. Default: 10 s.
@@ -78,6 +92,7 @@ pub struct PluginConfig {
 impl Default for PluginConfig {
     fn default() -> Self {
         Self {
+            load: LoadPolicy::default(),
             lookup_timeout: Duration::from_millis(50),
             fetch_timeout: Duration::from_secs(10),
             fetch_buffer: ByteSize::mib(128),

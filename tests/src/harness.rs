@@ -209,6 +209,7 @@ impl Rig {
         let mut logits = Vec::new();
         while let Some(event) = events.recv().await {
             match event {
+                Event::Prefilled { .. } => {}
                 Event::Token { id, logits_digest, .. } => {
                     tokens.push(id);
                     logits.extend(logits_digest);

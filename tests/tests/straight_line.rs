@@ -12,7 +12,7 @@ use kvasir_engine::kv::{BLOCK_TOKENS, BlockId, KvDtype, KvPool};
 use kvasir_engine::model::{LogitsWanted, Model, Scratch, Step};
 use kvasir_engine::tokenizer::Tokenizer;
 use kvasir_plugin::{
-    CaptureOutcome, CachePlugin, ChunkCopy, EngineBackend as _, FetchOutcome, PluginConfig, Prompt,
+    CaptureOutcome, CachePlugin, ChunkCopy, EngineBackend as _, FetchOutcome, LoadPolicy, PluginConfig, Prompt,
 };
 use kvasir_tests::harness::{self, CHUNK_TOKENS, Rig, Use, model_dir, start_daemon};
 use kvasir_types::LayerIdx;
@@ -20,9 +20,10 @@ use std::ops::ControlFlow;
 
 const DAEMON: &str = env!("CARGO_BIN_EXE_daemon");
 
-/// Patient enough for a busy test machine.
+/// Loads whatever is there, on however busy a test machine.
 fn patient() -> PluginConfig {
     PluginConfig {
+        load: LoadPolicy::Always,
         lookup_timeout: Duration::from_secs(5),
         ..PluginConfig::default()
     }

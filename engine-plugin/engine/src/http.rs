@@ -25,8 +25,7 @@
 //! `ttft_ms` (of the slowest prompt) and, if asked for, `logits_digests`, the
 //! BLAKE3 of the logits of every generated token in hexadecimal. A stream
 //! carries both objects in its last chunk when `stream_options.include_usage`
-//! is set. `cached_tokens` and `fetched_bytes` are null for a sequence that a
-//! stop string ended, because its cost is known to the scheduler only.
+//! is set.
 
 #![forbid(unsafe_code)]
 

@@ -120,7 +120,7 @@ async fn serve(args: ServeArgs) -> anyhow::Result<()> {
         Tokenizer::load(&args.model, &model.config().eos_token_ids)
             .with_context(|| format!("loading the tokenizer in {}", args.model.display()))?,
     );
-    let chat = ChatTemplate::new(tokenizer.templates(), tokenizer.special_tokens());
+    let chat = ChatTemplate::new(tokenizer.templates(), tokenizer.special_tokens())?;
     let dtype = KvDtype::from(args.kv_dtype);
     let layout = cache::layout(model.config(), dtype, args.chunk_tokens)?;
     let plugin = if args.no_cache {

@@ -31,8 +31,7 @@ pub const PROMPT_TOKENS: &str = "kvasir_engine_prompt_tokens_total";
 /// Tokens generated.
 pub const COMPLETION_TOKENS: &str = "kvasir_engine_completion_tokens_total";
 
-/// Prompt tokens whose KV came from the cache. Sequences that the front ends
-/// itself, at a stop string or a disconnect, do not report theirs.
+/// Prompt tokens whose KV came from the cache.
 pub const CACHED_TOKENS: &str = "kvasir_engine_cached_tokens_total";
 
 /// From the request's arrival to its first token, tokenising and queueing included.

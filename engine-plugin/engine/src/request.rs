@@ -26,9 +26,17 @@ pub struct GenerateRequest {
     pub logits_digest: bool,
 }
 
-/// Progress of one request, in order: tokens, then one `Finished` or `Failed`.
+/// Progress of one request, in order: `Prefilled`, tokens, then one `Finished`; or
+/// `Failed` at any point.
 #[derive(Clone, Debug)]
 pub enum Event {
+    /// The whole prompt is in the pages; the first token follows at once.
+    Prefilled {
+        /// Prompt tokens whose KV came from the cache.
+        cached_tokens: usize,
+        /// Payload bytes fetched for them.
+        fetched_bytes: u64,
+    },
     /// The next token.
     Token {
         /// Its id.

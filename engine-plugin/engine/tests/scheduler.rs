@@ -67,6 +67,7 @@ fn finish(mut events: Receiver<Event>) -> (Vec<u32>, Vec<[u8; 32]>, FinishReason
     let mut digests = Vec::new();
     while let Some(event) = events.blocking_recv() {
         match event {
+            Event::Prefilled { .. } => {}
             Event::Token {
                 id, logits_digest, ..
             } => {

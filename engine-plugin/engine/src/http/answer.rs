@@ -188,19 +188,16 @@ impl Tally {
     fn usage(&self) -> Value {
         let prompt: usize = self.ended.iter().map(|cost| cost.prompt_tokens).sum();
         let completion: usize = self.ended.iter().map(|cost| cost.completion_tokens).sum();
-        let mut usage = json!({
+        json!({
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
-        });
-        if let Some(cached) = self.cached_tokens() {
-            usage["prompt_tokens_details"] = json!({ "cached_tokens": cached });
-        }
-        usage
+            "prompt_tokens_details": { "cached_tokens": self.cached_tokens() },
+        })
     }
 
     fn kvasir(&self) -> Value {
-        let fetched: Option<u64> = self.ended.iter().map(|cost| cost.fetched_bytes).sum();
+        let fetched: u64 = self.ended.iter().map(|cost| cost.fetched_bytes).sum();
         let ttft = self.ended.iter().map(|cost| cost.ttft).max();
         let mut kvasir = json!({
             "cached_tokens": self.cached_tokens(),
@@ -213,8 +210,7 @@ impl Tally {
         kvasir
     }
 
-    /// Unknown as soon as one sequence's is.
-    fn cached_tokens(&self) -> Option<usize> {
+    fn cached_tokens(&self) -> usize {
         self.ended.iter().map(|cost| cost.cached_tokens).sum()
     }
 }

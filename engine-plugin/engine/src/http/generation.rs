@@ -34,10 +34,8 @@ pub(super) struct Generation {
 pub(super) struct Cost {
     pub(super) prompt_tokens: usize,
     pub(super) completion_tokens: usize,
-    /// Known when the scheduler ended the sequence.
-    pub(super) cached_tokens: Option<usize>,
-    /// Known when the scheduler ended the sequence.
-    pub(super) fetched_bytes: Option<u64>,
+    pub(super) cached_tokens: usize,
+    pub(super) fetched_bytes: u64,
     /// The scheduler's, or else the front's own measurement.
     pub(super) ttft: Duration,
 }
@@ -128,6 +126,15 @@ impl Generation {
 
     fn take(&mut self, event: Option<Event>) -> Result<Step, ApiError> {
         match event.ok_or(ApiError::Stopped)? {
+            Event::Prefilled {
+                cached_tokens,
+                fetched_bytes,
+            } => {
+                self.cost.cached_tokens = cached_tokens;
+                self.cost.fetched_bytes = fetched_bytes;
+                let piece = Piece::default();
+                Ok(Step { piece, end: None })
+            }
             Event::Token {
                 id,
                 logprob,
@@ -178,8 +185,8 @@ impl Generation {
         self.cost = Cost {
             prompt_tokens: usage.prompt_tokens,
             completion_tokens: usage.completion_tokens,
-            cached_tokens: Some(usage.cached_tokens),
-            fetched_bytes: Some(usage.fetched_bytes),
+            cached_tokens: usage.cached_tokens,
+            fetched_bytes: usage.fetched_bytes,
             ttft: usage.ttft,
         };
     }
@@ -207,7 +214,7 @@ impl Generation {
         counter!(metrics::SEQUENCES, "reason" => reason).increment(1);
         counter!(metrics::PROMPT_TOKENS).increment(prompt_tokens as u64);
         counter!(metrics::COMPLETION_TOKENS).increment(completion_tokens as u64);
-        counter!(metrics::CACHED_TOKENS).increment(cached_tokens.unwrap_or(0) as u64);
+        counter!(metrics::CACHED_TOKENS).increment(cached_tokens as u64);
         if let Some((first, last)) = self.tokens_came
             && completion_tokens > 1
         {

@@ -214,9 +214,9 @@ impl EngineHandle {
             .as_ref()
             .filter(|_| request.read_cache || request.write_cache)
             .map(|plugin| Prompt::new(plugin.namespace(), &request.prompt));
-        // One event per token and a last one: sending never waits.
-        let room = self.limits.sequence_tokens - request.prompt.len() + 2;
-        let (events, receiver) = mpsc::channel(room.min(request.max_tokens.saturating_add(2)));
+        // One event per token, one before and one after them: sending never waits.
+        let completion = self.limits.sequence_tokens - request.prompt.len();
+        let (events, receiver) = mpsc::channel(completion.min(request.max_tokens) + 2);
         let submission = Submission {
             request,
             prompt,

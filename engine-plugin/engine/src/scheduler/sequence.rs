@@ -129,6 +129,11 @@ impl Sequence {
         };
         if self.usage.completion_tokens == 0 {
             self.usage.ttft = self.submitted.elapsed();
+            // A receiver that went away is noticed with the token below.
+            let _ = self.events.try_send(Event::Prefilled {
+                cached_tokens: self.usage.cached_tokens,
+                fetched_bytes: self.usage.fetched_bytes,
+            });
         }
         self.usage.completion_tokens += 1;
         self.tokens.push(choice.id);

@@ -214,9 +214,18 @@ impl Engine {
             logprob: -0.5,
             logits_digest: request.logits_digest.then_some([0xab; 32]),
         };
-        let (ids, pause, reason) = match &self.play {
+        match &self.play {
             Play::Vanish | Play::Refuse(_) => return Ok(()),
             Play::Fail(error) => return events.send(Event::Failed(error.clone())).await,
+            _ => {}
+        }
+        let prefilled = Event::Prefilled {
+            cached_tokens: 3,
+            fetched_bytes: 1000,
+        };
+        events.send(prefilled).await?;
+        let (ids, pause, reason) = match &self.play {
+            Play::Vanish | Play::Refuse(_) | Play::Fail(_) => return Ok(()),
             Play::Endless(ids) | Play::EndlessThenRefuse(ids) => loop {
                 for &id in ids {
                     tokio::time::sleep(Duration::from_millis(2)).await;
