@@ -1,0 +1,3 @@
+//! One suite per domain trait, run against every implementation.
+
+pub mod tier;
