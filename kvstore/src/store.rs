@@ -377,7 +377,8 @@ impl Store {
         })
     }
 
-    /// Waits for writes in progress, refuses more, and makes everything durable.
+    /// Waits for disk work in progress, refuses more, and makes the catalog durable.
+    /// The directory stays locked until every handle and lease is dropped.
     ///
     /// # Errors
     /// The catalog failed.

@@ -84,6 +84,14 @@ impl Record {
     }
 }
 
+/// What a catalog holds.
+#[derive(Debug, Default)]
+pub(super) struct Contents {
+    pub(super) records: Vec<Record>,
+    /// Raw keys of entries that are no records.
+    pub(super) unreadable: Vec<Box<[u8]>>,
+}
+
 /// The records of one directory.
 #[derive(Debug)]
 pub(super) struct Catalog {
@@ -108,18 +116,17 @@ impl Catalog {
         })
     }
 
-    /// Every record, and the raw keys of those that cannot be read.
-    pub(super) fn records(&self) -> Result<(Vec<Record>, Vec<Box<[u8]>>), rocksdb::Error> {
-        let mut records = Vec::new();
-        let mut unreadable = Vec::new();
+    /// Everything in the catalog.
+    pub(super) fn contents(&self) -> Result<Contents, rocksdb::Error> {
+        let mut contents = Contents::default();
         for item in self.db.iterator(IteratorMode::Start) {
             let (key, value) = item?;
             match Record::decode(&key, &value) {
-                Some(record) => records.push(record),
-                None => unreadable.push(key),
+                Some(record) => contents.records.push(record),
+                None => contents.unreadable.push(key),
             }
         }
-        Ok((records, unreadable))
+        Ok(contents)
     }
 
     /// Commits a record; survives a power cut once this returns.
@@ -188,7 +195,8 @@ mod tests {
         let record = record();
         let (key, value) = (record.facts.key, record.encode());
         for cut in 0..value.len() {
-            assert_eq!(Record::decode(key.as_bytes(), &value[..cut]), None);
+            let truncated = value.get(..cut).unwrap();
+            assert_eq!(Record::decode(key.as_bytes(), truncated), None);
         }
         let mut newer = value;
         newer[0] = 2;

@@ -9,7 +9,7 @@ use std::fs;
 
 use kvasir_types::ChunkKey;
 
-use super::catalog::{Catalog, Record};
+use super::catalog::{Catalog, Contents, Record};
 use super::files::{ChunkFiles, Name, remove_if_there};
 use crate::tier::DeviceError;
 
@@ -35,7 +35,10 @@ pub(super) struct Swept {
 }
 
 pub(super) fn recover(catalog: &Catalog, files: &ChunkFiles) -> Result<Recovered, DeviceError> {
-    let (records, unreadable) = catalog.records()?;
+    let Contents {
+        records,
+        unreadable,
+    } = catalog.contents()?;
     let mut swept = Swept::default();
     for key in unreadable {
         catalog.delete(&key, false)?;

@@ -1,1 +1,78 @@
-fn main() {}
+//! `kvasir`: the command line of the cache daemon.
+
+#![forbid(unsafe_code)]
+
+mod context;
+mod demo;
+mod get;
+mod list;
+mod output;
+mod put;
+mod remove;
+mod status;
+mod top;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::context::Context;
+
+/// Looks into and works with a cache daemon (`kvasird`).
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Arguments {
+    #[command(flatten)]
+    global: context::Global,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// See the cache at work, without any preparation.
+    Demo(demo::Arguments),
+    /// What the daemon holds and how it is doing.
+    Status,
+    /// Status and rates, refreshed.
+    Top(top::Arguments),
+    /// List chunks in the order of their keys.
+    Ls(list::Arguments),
+    /// Write a chunk to a file.
+    Get(get::Arguments),
+    /// Store chunks from files that `get` wrote.
+    Put(put::Arguments),
+    /// Delete chunks.
+    Rm(remove::Arguments),
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    match run(arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("kvasir: {}", output::explain(&error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: Arguments) -> anyhow::Result<()> {
+    let context = Context::new(arguments.global)?;
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?
+        .block_on(dispatch(&context, arguments.command))
+}
+
+async fn dispatch(context: &Context, command: Command) -> anyhow::Result<()> {
+    match command {
+        Command::Demo(arguments) => demo::run(context, &arguments).await,
+        Command::Status => status::run(context).await,
+        Command::Top(arguments) => top::run(context, &arguments).await,
+        Command::Ls(arguments) => list::run(context, &arguments).await,
+        Command::Get(arguments) => get::run(context, &arguments).await,
+        Command::Put(arguments) => put::run(context, &arguments).await,
+        Command::Rm(arguments) => remove::run(context, &arguments).await,
+    }
+}

@@ -1,0 +1,114 @@
+//! How values and errors are written.
+
+use kvasir_client::CallError;
+use kvasir_types::{ByteSize, KvLayout, Planes};
+use serde::Serialize;
+use tonic::Status;
+
+/// A layout, for --json.
+#[derive(Debug, Serialize)]
+pub(crate) struct Layout {
+    layers: u16,
+    kv_heads: u16,
+    key_dim: u16,
+    /// 0 for a single-plane (MLA) cache.
+    value_dim: u16,
+    tokens: u32,
+    dtype: String,
+}
+
+impl From<&KvLayout> for Layout {
+    fn from(layout: &KvLayout) -> Self {
+        let (key_dim, value_dim) = match layout.planes() {
+            Planes::KeyValue { key_dim, value_dim } => (key_dim, value_dim),
+            Planes::Single { dim } => (dim, 0),
+        };
+        Self {
+            layers: layout.layers(),
+            kv_heads: layout.kv_heads(),
+            key_dim,
+            value_dim,
+            tokens: layout.tokens(),
+            dtype: layout.dtype().to_string(),
+        }
+    }
+}
+
+/// An error with its causes, as one line.
+pub(crate) fn explain(error: &anyhow::Error) -> String {
+    let mut line = String::new();
+    for cause in error.chain() {
+        // What the transport reports of a daemon that is not there helps nobody.
+        if matches!(
+            cause.downcast_ref::<CallError>(),
+            Some(CallError::Unavailable { .. })
+        ) {
+            add(&mut line, &cause.to_string());
+            break;
+        }
+        match cause.downcast_ref::<Status>() {
+            Some(status) => add(&mut line, status.message()),
+            None => add(&mut line, &cause.to_string()),
+        }
+    }
+    line
+}
+
+/// Transparent errors repeat the text of their cause.
+fn add(line: &mut String, text: &str) {
+    if line.is_empty() {
+        line.push_str(text);
+    } else if !line.ends_with(text) {
+        line.push_str(": ");
+        line.push_str(text);
+    }
+}
+
+pub(crate) fn size(bytes: u64) -> String {
+    ByteSize::bytes(bytes).to_string()
+}
+
+/// `93.1%`, or `-` of nothing.
+pub(crate) fn percent(part: u64, whole: u64) -> String {
+    if whole == 0 {
+        return "-".into();
+    }
+    #[expect(clippy::cast_precision_loss, reason = "printed with one decimal")]
+    let share = part as f64 / whole as f64 * 100.0;
+    format!("{share:.1}%")
+}
+
+pub(crate) fn duration(milliseconds: u64) -> String {
+    let seconds = milliseconds / 1000;
+    let (days, hours, minutes) = (seconds / 86_400, seconds / 3600 % 24, seconds / 60 % 60);
+    match (days, hours, minutes) {
+        (0, 0, 0) => format!("{seconds}s"),
+        (0, 0, _) => format!("{minutes}m {}s", seconds % 60),
+        (0, ..) => format!("{hours}h {minutes}m"),
+        _ => format!("{days}d {hours}h"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_are_one_line_without_repetition() {
+        let inner = "abc".parse::<kvasir_client::Endpoint>().unwrap_err();
+        let error = anyhow::Error::from(kvasir_client::ConnectError::from(inner.clone()));
+        assert_eq!(explain(&error), inner.to_string());
+        let error = error.context("--endpoint");
+        assert!(explain(&error).starts_with("--endpoint: `abc` is not an endpoint"));
+    }
+
+    #[test]
+    fn numbers_read_well() {
+        assert_eq!(percent(1, 3), "33.3%");
+        assert_eq!(percent(0, 0), "-");
+        assert_eq!(duration(59_999), "59s");
+        assert_eq!(duration(61_000), "1m 1s");
+        assert_eq!(duration(3_600_000), "1h 0m");
+        assert_eq!(duration(90_000_000), "1d 1h");
+    }
+}

@@ -1,0 +1,31 @@
+//! `kvasir rm`.
+
+use anyhow::bail;
+use clap::Args;
+use kvasir_types::ChunkKey;
+use serde_json::json;
+
+use crate::context::Context;
+
+#[derive(Debug, Args)]
+pub(crate) struct Arguments {
+    /// Keys of the chunks, as `ls` prints them.
+    #[arg(required = true, value_name = "KEY")]
+    keys: Vec<ChunkKey>,
+}
+
+pub(crate) async fn run(context: &Context, arguments: &Arguments) -> anyhow::Result<()> {
+    let client = context.connect().await?;
+    let deleted = client.delete(&arguments.keys).await?;
+    if deleted == 0 {
+        bail!("no such chunk is stored; `kvasir ls` lists what is");
+    }
+    let absent = arguments.keys.len() - deleted as usize;
+    context.print(&json!({"deleted": deleted, "absent": absent}), || {
+        let absent = match absent {
+            0 => String::new(),
+            count => format!("; {count} were not stored"),
+        };
+        println!("{deleted} deleted{absent}");
+    })
+}

@@ -1,0 +1,122 @@
+//! `kvasir` as a process.
+
+use std::fs;
+use std::process::{Command, Output};
+
+use kvasir_client::Client;
+use serde_json::Value;
+
+use crate::daemon::Daemon;
+use crate::support::*;
+
+fn kvasir(daemon: &Daemon, arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_kvasir"))
+        .env("KVASIR_ENDPOINT", &daemon.endpoint)
+        .args(arguments)
+        .output()
+        .unwrap()
+}
+
+fn text(daemon: &Daemon, arguments: &[&str]) -> String {
+    let output = kvasir(daemon, arguments);
+    let errors = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success(), "{errors}");
+    assert_eq!(errors, "");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+fn json(daemon: &Daemon, arguments: &[&str]) -> Value {
+    let mut arguments = arguments.to_vec();
+    arguments.push("--json");
+    serde_json::from_str(&text(daemon, &arguments)).unwrap()
+}
+
+fn failure(daemon: &Daemon, arguments: &[&str]) -> String {
+    let output = kvasir(daemon, arguments);
+    assert!(!output.status.success());
+    assert_eq!(output.stdout, b"");
+    String::from_utf8(output.stderr).unwrap()
+}
+
+#[tokio::test]
+async fn every_command_speaks_text_and_json() {
+    let directory = tempfile::tempdir().unwrap();
+    let daemon = Daemon::start(&directory.path().join("data"), &[]);
+    let client = Client::connect(&daemon.endpoint).await.unwrap();
+    client.put(&chunk(1)).await.unwrap();
+    client.put(&chunk(2)).await.unwrap();
+    let first = key(1).to_string();
+    let second = key(2).to_string();
+
+    let status = json(&daemon, &["status"]);
+    assert_eq!(status["endpoint"], format!("http://{}", daemon.endpoint));
+    assert_eq!(status["tiers"][0]["tier"], "memory");
+    assert_eq!(status["tiers"][1]["chunks"], 2);
+    assert!(text(&daemon, &["status"]).contains("memory"));
+
+    let listed = json(&daemon, &["ls"]);
+    assert_eq!(listed["chunks"][0]["key"], first.as_str());
+    assert_eq!(listed["chunks"][0]["layout"]["layers"], u64::from(LAYERS));
+    assert_eq!(
+        listed["chunks"][1]["tiers"],
+        serde_json::json!(["memory", "disk"])
+    );
+    let rest = json(&daemon, &["ls", "--after", &first, "--limit", "5"]);
+    assert_eq!(rest["chunks"].as_array().unwrap().len(), 1);
+    assert!(text(&daemon, &["ls"]).ends_with("2 chunks, 512.5KiB\n"));
+
+    let file = directory.path().join("chunk.kv");
+    let path = file.to_str().unwrap();
+    let got = json(&daemon, &["get", &first, "-o", path]);
+    assert_eq!(got["bytes"], fs::metadata(&file).unwrap().len());
+    assert!(text(&daemon, &["get", &first, "--output", path]).contains("from memory"));
+
+    let removed = json(&daemon, &["rm", &first, &key(9).to_string()]);
+    assert_eq!(
+        (&removed["deleted"], &removed["absent"]),
+        (&1.into(), &1.into())
+    );
+    assert_eq!(text(&daemon, &["rm", &second]), "1 deleted\n");
+
+    let put = json(&daemon, &["put", path]);
+    assert_eq!(put["stored"][0]["key"], first.as_str());
+    assert_eq!(put["stored"][0]["outcome"], "stored");
+    assert_eq!(put["stored"][0]["durable"], true);
+    assert!(text(&daemon, &["put", path]).contains("already-present"));
+    assert_eq!(read_all(&client, &[1]).await, 1);
+
+    let ticks = text(&daemon, &["top", "--json", "-n", "2", "-i", "0.05"]);
+    let ticks: Vec<Value> = ticks
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    assert_eq!(ticks.len(), 2);
+    assert!(ticks[1]["rates"]["sent_bytes"].is_number());
+    assert!(text(&daemon, &["top", "-n", "1"]).contains("received"));
+}
+
+#[test]
+fn errors_say_what_to_do_next() {
+    let directory = tempfile::tempdir().unwrap();
+    let daemon = Daemon::start(&directory.path().join("data"), &[]);
+    let absent = key(9).to_string();
+    let file = directory.path().join("chunk.kv");
+    let path = file.to_str().unwrap();
+    let error = failure(&daemon, &["get", &absent, "-o", path]);
+    assert!(error.contains("kvasir ls"), "{error}");
+    assert!(!file.exists());
+    let error = failure(&daemon, &["rm", &absent]);
+    assert!(error.contains("kvasir ls"), "{error}");
+    let error = failure(&daemon, &["get", "abc", "-o", path]);
+    assert!(error.contains("64 hexadecimal digits"), "{error}");
+    fs::write(&file, b"not a chunk").unwrap();
+    let error = failure(&daemon, &["put", path]);
+    assert!(error.contains("not an intact chunk"), "{error}");
+    let error = failure(&daemon, &["put", "/nonexistent"]);
+    assert!(error.contains("cannot read /nonexistent"), "{error}");
+    let error = failure(&daemon, &["status", "--endpoint", "127.0.0.1:9"]);
+    assert!(error.contains("start `kvasird`"), "{error}");
+    assert_eq!(error.lines().count(), 1, "{error}");
+    let error = failure(&daemon, &["status", "--endpoint", "nowhere"]);
+    assert!(error.contains("HOST:PORT"), "{error}");
+}

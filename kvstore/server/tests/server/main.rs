@@ -1,0 +1,16 @@
+//! The daemon, over real sockets.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::cast_possible_truncation,
+    reason = "a test that cannot go on should panic; test values are small"
+)]
+
+mod calls;
+mod command;
+mod daemon;
+mod lifecycle;
+mod refusals;
+mod support;
+mod transfers;
+mod watching;

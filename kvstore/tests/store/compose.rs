@@ -1,0 +1,255 @@
+//! Tiers together: write-through, promotion, pins, events, throttling.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use kvasir_store::{
+    Clock, DiskConfig, EventKind, MemoryConfig, PinRefused, PutError, PutOutcome, ReadError, Store,
+    StoreConfig, TierKind, WriteError,
+};
+use kvasir_types::{ByteSize, DType, KvLayout, LayerRange, Planes};
+
+use crate::{all, get, key, layout, memory_only, object, object_of, on_disk};
+
+#[tokio::test]
+async fn lookup_finds_the_longest_prefix_and_changes_nothing() {
+    let store = Store::open(memory_only(ByteSize::mib(1))).await.unwrap();
+    for number in [1, 2, 4] {
+        assert_eq!(store.put(object(number)).await.unwrap(), PutOutcome::Stored);
+    }
+    let before = store.stats();
+    let result = store.lookup(&[1, 2, 3, 4].map(key));
+    assert_eq!(result.prefix, 2);
+    assert!(result.found[2].is_none());
+    let found = result.found[3].unwrap();
+    assert_eq!(found.tier, TierKind::Memory);
+    assert_eq!(found.bytes, object(4).header().object_bytes());
+    assert_eq!(found.layout_digest, layout().digest());
+    assert_eq!(store.lookup(&[]).prefix, 0);
+    assert_eq!(store.stats(), before);
+}
+
+#[tokio::test]
+async fn writes_go_through_and_reads_promote() {
+    let directory = tempfile::tempdir().unwrap();
+    let chunk = Store::charged_bytes(object(0).header());
+    let config = StoreConfig {
+        // Two chunks, and not a third.
+        memory: MemoryConfig::with_capacity(ByteSize::bytes(chunk * 2)),
+        disk: Some(DiskConfig::at(directory.path())),
+    };
+    let store = Store::open(config).await.unwrap();
+    for number in 0..3 {
+        assert_eq!(store.put(object(number)).await.unwrap(), PutOutcome::Stored);
+    }
+    let stats = store.stats();
+    assert_eq!((stats.memory.chunks, stats.disk.unwrap().chunks), (2, 3));
+    let tier_of = |number| store.lookup(&[key(number)]).found[0].unwrap().tier;
+    assert_eq!(tier_of(0), TierKind::Disk);
+    assert_eq!(tier_of(2), TierKind::Memory);
+    let listed = store.list(Some(&key(0)), 1);
+    assert_eq!(listed[0].key, key(1));
+    assert_eq!(listed[0].tiers, [TierKind::Memory, TierKind::Disk]);
+    assert_eq!(store.list(None, 10).len(), 3);
+
+    // Layer by layer, out of order, through one lease.
+    let lease = store.lease(key(0)).await.unwrap();
+    assert_eq!((lease.tier(), *lease.layout()), (TierKind::Disk, layout()));
+    for (start, end) in [(2, 4), (0, 1), (1, 2)] {
+        assert_eq!(tier_of(0), TierKind::Disk);
+        let range = LayerRange::new(start, end).unwrap();
+        let layers = lease.read_layers(range).await.unwrap();
+        let expected = object(0).layers()[usize::from(start)..usize::from(end)].to_vec();
+        assert_eq!(layers, expected);
+    }
+    assert_eq!(tier_of(0), TierKind::Memory);
+    drop(lease);
+    assert_eq!(store.lease(key(0)).await.unwrap().tier(), TierKind::Memory);
+    assert_eq!(get(&store, 0).await.unwrap(), object(0).layers());
+    assert_eq!(store.stats().leases, 0);
+    assert!(store.stats().memory.bytes <= chunk * 2);
+}
+
+#[tokio::test]
+async fn a_put_is_repeatable_and_concurrent_puts_converge() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = Store::open(on_disk(directory.path())).await.unwrap();
+    let puts = (0..8).map(|_| {
+        let store = store.clone();
+        tokio::spawn(async move {
+            let object = object(1);
+            let reservation = store.reserve(object.header().object_bytes()).unwrap();
+            store.put_reserved(object, reservation).await.unwrap()
+        })
+    });
+    let outcomes: Vec<PutOutcome> = futures::future::join_all(puts)
+        .await
+        .into_iter()
+        .map(Result::unwrap)
+        .collect();
+    let stored = outcomes.iter().filter(|o| **o == PutOutcome::Stored);
+    assert_eq!(stored.count(), 1);
+    let stats = store.stats();
+    assert_eq!(stats.disk.unwrap().writes, 1, "the others did not write");
+    assert_eq!(stats.memory.bytes, Store::charged_bytes(object(1).header()));
+}
+
+#[tokio::test]
+async fn deleting_removes_every_copy_but_not_what_is_held() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = Store::open(on_disk(directory.path())).await.unwrap();
+    let _ = store.put(object(1)).await.unwrap();
+    let lease = store.lease(key(1)).await.unwrap();
+    assert!(store.delete(key(1)).await.unwrap());
+    assert!(!store.delete(key(1)).await.unwrap());
+    assert!(store.lease(key(1)).await.is_none());
+    assert_eq!(lease.read_layers(all()).await.unwrap(), object(1).layers());
+    drop(lease);
+    assert_eq!(store.stats().memory.bytes, 0);
+    assert_eq!(store.stats().disk.unwrap().bytes, 0);
+}
+
+/// A lease from before a deletion must not bring the chunk back by promotion.
+#[tokio::test]
+async fn a_deleted_chunk_does_not_come_back_through_a_lease() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = Store::open(on_disk(directory.path())).await.unwrap();
+    let _ = store.put(object(1)).await.unwrap();
+    crate::close(store).await;
+    let store = Store::open(on_disk(directory.path())).await.unwrap();
+    let lease = store.lease(key(1)).await.unwrap();
+    assert_eq!(lease.tier(), TierKind::Disk);
+    assert!(store.delete(key(1)).await.unwrap());
+    assert_eq!(lease.read_layers(all()).await.unwrap(), object(1).layers());
+    assert_eq!(store.lookup(&[key(1)]).prefix, 0);
+}
+
+#[tokio::test]
+async fn what_cannot_be_evicted_throttles() {
+    let chunk = Store::charged_bytes(object(0).header());
+    let store = Store::open(memory_only(ByteSize::bytes(chunk * 2)))
+        .await
+        .unwrap();
+    let _ = store.put(object(0)).await.unwrap();
+    // One chunk held as bytes alone, after its lease ended; one pinned.
+    let held = get(&store, 0).await.unwrap();
+    let _ = store.put(object(1)).await.unwrap();
+    let pin = store.pin(&[key(1)], Duration::from_secs(60)).unwrap();
+
+    let error = store.put(object(2)).await.unwrap_err();
+    assert!(matches!(error, PutError::Throttled(_)), "{error}");
+    assert!(store.reserve(chunk).is_err());
+    assert_eq!(store.stats().memory.evictions, 0);
+    assert_eq!(store.lookup(&[key(0), key(1)]).prefix, 2);
+
+    assert!(store.unpin(pin));
+    assert_eq!(store.put(object(2)).await.unwrap(), PutOutcome::Stored);
+    assert_eq!(held, object(0).layers());
+
+    let large = KvLayout::new(4, 2, Planes::symmetric(128), 128, DType::Bf16).unwrap();
+    let error = store.put(object_of(9, &large)).await.unwrap_err();
+    assert!(matches!(
+        error,
+        PutError::Write(WriteError::TooLarge { .. })
+    ));
+}
+
+/// Reading from disk needs memory; where there is none, the chunk is not lost.
+#[tokio::test]
+async fn a_read_without_memory_is_throttled_and_works_later() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = Store::open(on_disk(directory.path())).await.unwrap();
+    let _ = store.put(object(1)).await.unwrap();
+    crate::close(store).await;
+    let store = Store::open(on_disk(directory.path())).await.unwrap();
+    let lease = store.lease(key(1)).await.unwrap();
+    let everything = store.reserve(ByteSize::mib(16).as_u64()).unwrap();
+    assert!(matches!(
+        lease.read_layers(all()).await,
+        Err(ReadError::Throttled(_))
+    ));
+    drop(everything);
+    assert_eq!(lease.read_layers(all()).await.unwrap(), object(1).layers());
+}
+
+#[tokio::test]
+async fn pins_live_in_the_lowest_tier_and_expire_in_virtual_time() {
+    let directory = tempfile::tempdir().unwrap();
+    let start = Instant::now();
+    let seconds = Arc::new(AtomicU64::new(0));
+    let passed = Arc::clone(&seconds);
+    let clock = Clock::new(move || start + Duration::from_secs(passed.load(Ordering::SeqCst)));
+    // Three files of 16 KiB payload and a header.
+    let disk = DiskConfig {
+        capacity: ByteSize::kib(60),
+        pin_limit: Some(ByteSize::kib(20)),
+        ..DiskConfig::at(directory.path())
+    };
+    let config = StoreConfig {
+        memory: MemoryConfig::default(),
+        disk: Some(disk),
+    };
+    let store = Store::open_with_clock(config, clock).await.unwrap();
+    for number in 0..3 {
+        let _ = store.put(object(number)).await.unwrap();
+    }
+    let minute = Duration::from_secs(60);
+    store.pin(&[key(0)], minute).unwrap();
+    assert_eq!(store.stats().disk.unwrap().pins, 1);
+    let refused = store.pin(&[key(1)], minute).unwrap_err();
+    assert!(matches!(refused, PinRefused::OverLimit { .. }));
+    let refused = store.pin(&[key(0), key(77)], minute).unwrap_err();
+    assert_eq!(refused, PinRefused::Missing(key(77)));
+    assert_eq!(store.stats().disk.unwrap().pins, 1, "all or none");
+
+    let disk_has = |number| {
+        let listed = store.list(None, 100);
+        listed
+            .iter()
+            .any(|item| item.key == key(number) && item.tiers.contains(&TierKind::Disk))
+    };
+    let _ = store.put(object(3)).await.unwrap();
+    assert!(disk_has(0) && !disk_has(1));
+    seconds.store(60, Ordering::SeqCst);
+    let _ = store.put(object(4)).await.unwrap();
+    assert!(!disk_has(0));
+    // Memory still has chunk 0, so it is pinned there.
+    store.pin(&[key(0)], Duration::MAX).unwrap();
+    assert_eq!(store.stats().memory.pins, 1);
+}
+
+#[tokio::test]
+async fn events_and_snapshots_agree() {
+    let directory = tempfile::tempdir().unwrap();
+    let config = StoreConfig {
+        memory: MemoryConfig::with_capacity(ByteSize::kib(64)),
+        disk: Some(DiskConfig::at(directory.path())),
+    };
+    let store = Store::open(config).await.unwrap();
+    let mut events = store.events();
+    let before = store.snapshot();
+    assert_eq!(before.sequence, 0);
+    for number in 0..6 {
+        let _ = store.put(object(number)).await.unwrap();
+    }
+    assert!(store.delete(key(2)).await.unwrap());
+
+    let after = store.snapshot();
+    let mut copies = std::collections::BTreeSet::new();
+    for sequence in 1..=after.sequence {
+        let event = events.try_recv().unwrap();
+        assert_eq!((event.epoch, event.sequence), (after.epoch, sequence));
+        let copy = (event.key, event.tier);
+        match event.kind {
+            EventKind::Stored => assert!(copies.insert(copy), "stored twice"),
+            EventKind::Removed => assert!(copies.remove(&copy), "removed unseen"),
+        }
+    }
+    assert!(events.try_recv().is_err());
+    assert_eq!(copies, after.copies.into_iter().collect());
+    assert!(store.stats().memory.evictions > 0, "evictions are events");
+
+    let other = Store::open(memory_only(ByteSize::mib(1))).await.unwrap();
+    assert_ne!(other.snapshot().epoch, after.epoch);
+}
