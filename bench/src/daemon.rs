@@ -21,7 +21,9 @@ impl Daemon {
     /// Starts a daemon with its data in `data`.
     pub(crate) fn start(data: &Path, memory: ByteSize, listen: &str) -> anyhow::Result<Self> {
         let mut command = Command::new(std::env::current_exe()?);
-        command.args(["daemon", "--listen", listen, "--data-dir"]).arg(data);
+        command
+            .args(["daemon", "--listen", listen, "--data-dir"])
+            .arg(data);
         command.args(["--memory", &memory.to_string()]);
         Ok(Self {
             child: ListeningChild::start(command)?,

@@ -81,9 +81,7 @@ async fn run(suite: Suite, json: bool, quick: bool) -> anyhow::Result<()> {
         }
         Suite::Ttft => ttft::run(quick).await?.print(json),
         Suite::Lookup => lookup::run(quick).await?.print(json),
-        Suite::Prefill { python } => {
-            prefill::run(quick, python.as_deref())?.print(json)
-        }
+        Suite::Prefill { python } => prefill::run(quick, python.as_deref())?.print(json),
         Suite::Daemon { .. } => Ok(()),
         Suite::RawStream { layer_bytes } => raw_stream::serve(layer_bytes).await,
     }

@@ -187,7 +187,9 @@ impl Rig {
 
     /// Runs one request to its end.
     pub async fn ask(&self, prompt: &[u32], cache: Use) -> Answer {
-        self.submit(prompt, cache).await.expect("the request finishes")
+        self.submit(prompt, cache)
+            .await
+            .expect("the request finishes")
     }
 
     /// Runs one request; `None` when it failed.
@@ -210,7 +212,9 @@ impl Rig {
         while let Some(event) = events.recv().await {
             match event {
                 Event::Prefilled { .. } => {}
-                Event::Token { id, logits_digest, .. } => {
+                Event::Token {
+                    id, logits_digest, ..
+                } => {
                     tokens.push(id);
                     logits.extend(logits_digest);
                 }
@@ -252,11 +256,17 @@ impl Rig {
                 let question: serde_json::Value =
                     serde_json::from_str(line).expect("a question is JSON");
                 let document = question["document"].as_str().expect("it has a document");
-                self.tokenizer.encode(document, false).expect("its words are known")
+                self.tokenizer
+                    .encode(document, false)
+                    .expect("its words are known")
             })
             .take(tokens)
             .collect();
-        assert_eq!(documents.len(), tokens, "the shipped documents are too short");
+        assert_eq!(
+            documents.len(),
+            tokens,
+            "the shipped documents are too short"
+        );
         documents
     }
 }

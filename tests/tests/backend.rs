@@ -1,6 +1,9 @@
 //! The conformance suite of [`EngineBackend`], run against every implementation.
 
-#![allow(clippy::unwrap_used, reason = "a test states its expectations by unwrapping")]
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test states its expectations by unwrapping"
+)]
 
 use std::collections::HashMap;
 
@@ -84,7 +87,8 @@ impl EngineBackend for MapBackend {
         payload: &[u8],
     ) -> Result<(), BackendError> {
         self.check(chunk, layer, payload.len())?;
-        self.layers.insert((pages.0, chunk, layer.0), payload.to_vec());
+        self.layers
+            .insert((pages.0, chunk, layer.0), payload.to_vec());
         Ok(())
     }
 

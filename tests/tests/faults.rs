@@ -1,6 +1,9 @@
 //! Whatever happens to the cache, a request answers, and answers what computing answers.
 
-#![allow(clippy::unwrap_used, reason = "a test states its expectations by unwrapping")]
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test states its expectations by unwrapping"
+)]
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -9,9 +12,7 @@ use bytes::Bytes;
 use kvasir_client::{Chunk, Client, Tier};
 use kvasir_plugin::PluginConfig;
 use kvasir_server::child::ListeningChild;
-use kvasir_tests::harness::{
-    Answer, CHUNK_TOKENS, Proxy, Rig, Use, signal, start_daemon,
-};
+use kvasir_tests::harness::{Answer, CHUNK_TOKENS, Proxy, Rig, Use, signal, start_daemon};
 use kvasir_types::{DType, KvLayout, Level, Planes};
 use rustix::process::Signal;
 
@@ -220,7 +221,10 @@ async fn a_wrong_layout_under_the_right_name_is_a_miss() {
         layers,
     };
     client.put(&chunk).await.unwrap();
-    assert_eq!(client.lookup(&keys).await.unwrap().prefix_chunks, keys.len());
+    assert_eq!(
+        client.lookup(&keys).await.unwrap().prefix_chunks,
+        keys.len()
+    );
     let answer = faulty.ask().await;
     assert!(answer.usage.cached_tokens <= 2 * CHUNK_TOKENS as usize);
 }

@@ -1,7 +1,10 @@
 //! A second request that skips its prefill: engine, plugin, client, daemon, tiers, and
 //! back into attention, over real processes and sockets.
 
-#![allow(clippy::unwrap_used, reason = "a test states its expectations by unwrapping")]
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test states its expectations by unwrapping"
+)]
 
 use std::time::Duration;
 
@@ -12,7 +15,8 @@ use kvasir_engine::kv::{BLOCK_TOKENS, BlockId, KvDtype, KvPool};
 use kvasir_engine::model::{LogitsWanted, Model, Scratch, Step};
 use kvasir_engine::tokenizer::Tokenizer;
 use kvasir_plugin::{
-    CaptureOutcome, CachePlugin, ChunkCopy, EngineBackend as _, FetchOutcome, LoadPolicy, PluginConfig, Prompt,
+    CachePlugin, CaptureOutcome, ChunkCopy, EngineBackend as _, FetchOutcome, LoadPolicy,
+    PluginConfig, Prompt,
 };
 use kvasir_tests::harness::{self, CHUNK_TOKENS, Rig, Use, model_dir, start_daemon};
 use kvasir_types::LayerIdx;
@@ -59,7 +63,9 @@ async fn fetched_and_computed_answers_are_the_same() {
         }
         for concurrency in [1, 2, 8] {
             for group in (0..prompts.len()).collect::<Vec<_>>().chunks(concurrency) {
-                let asked = group.iter().map(|&index| rig.ask(&prompts[index], Use::Read));
+                let asked = group
+                    .iter()
+                    .map(|&index| rig.ask(&prompts[index], Use::Read));
                 let answers = futures::future::join_all(asked).await;
                 for (&index, answer) in group.iter().zip(answers) {
                     answer.assert_equals(&computed[index]);
@@ -82,8 +88,7 @@ async fn fetched_pages_are_byte_equal() {
     let tokenizer = Tokenizer::load(&model_dir(), &[]).unwrap();
     let namespace = harness::namespace(&model, &tokenizer);
     let runtime = tokio::runtime::Handle::current();
-    let plugin =
-        CachePlugin::connect(daemon.address(), runtime, namespace, patient()).unwrap();
+    let plugin = CachePlugin::connect(daemon.address(), runtime, namespace, patient()).unwrap();
     let tokens: Vec<u32> = (0..500).map(|i| 7 + i * 13 % 800).collect();
     let prompt = Prompt::new(plugin.namespace(), &tokens);
     let layout = *plugin.namespace().layout();
@@ -149,7 +154,13 @@ impl Pages {
         Self { pool, blocks }
     }
 
-    fn run(&mut self, model: &Model, scratch: &mut Scratch, tokens: &[u32], from: usize) -> Vec<u32> {
+    fn run(
+        &mut self,
+        model: &Model,
+        scratch: &mut Scratch,
+        tokens: &[u32],
+        from: usize,
+    ) -> Vec<u32> {
         let step = Step {
             tokens: &tokens[from..],
             position: from,
@@ -157,9 +168,16 @@ impl Pages {
             logits: LogitsWanted::Last,
         };
         let logits = model
-            .forward(&mut self.pool, scratch, &[step], &mut |_, _| ControlFlow::Continue(()))
+            .forward(&mut self.pool, scratch, &[step], &mut |_, _| {
+                ControlFlow::Continue(())
+            })
             .unwrap();
-        logits.last(0).unwrap().iter().map(|value| value.to_bits()).collect()
+        logits
+            .last(0)
+            .unwrap()
+            .iter()
+            .map(|value| value.to_bits())
+            .collect()
     }
 
     fn layer(&mut self, layout: &kvasir_types::KvLayout, chunk: usize, layer: u16) -> Vec<u8> {

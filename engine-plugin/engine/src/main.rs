@@ -130,7 +130,12 @@ async fn serve(args: ServeArgs) -> anyhow::Result<()> {
         let namespace = cache::namespace(&model, layout, &tokenizer.digest(), salt);
         let runtime = tokio::runtime::Handle::current();
         let config = PluginConfig::default();
-        Some(CachePlugin::connect(&args.kvasir, runtime, namespace, config)?)
+        Some(CachePlugin::connect(
+            &args.kvasir,
+            runtime,
+            namespace,
+            config,
+        )?)
     };
 
     let block_bytes = layout.chunk_bytes() / u64::from(args.chunk_tokens) * u64::from(block);
@@ -141,7 +146,10 @@ async fn serve(args: ServeArgs) -> anyhow::Result<()> {
             (DEFAULT_SEQUENCES * sequence).min(DEFAULT_KV_MEMORY.as_u64() / block_bytes)
         }
     };
-    ensure!(blocks > 0, "--kv-memory holds not one page of {block_bytes} bytes");
+    ensure!(
+        blocks > 0,
+        "--kv-memory holds not one page of {block_bytes} bytes"
+    );
     let mut config = EngineConfig::for_tokens(usize::try_from(blocks)? * BLOCK_TOKENS);
     config.kv_dtype = dtype;
     config.batch_tokens = args.batch_tokens;
@@ -173,7 +181,11 @@ async fn serve(args: ServeArgs) -> anyhow::Result<()> {
         model = front.model,
         kv_bytes = blocks * block_bytes,
         context_tokens = limits.context_tokens,
-        cache = if args.no_cache { "none" } else { args.kvasir.as_str() },
+        cache = if args.no_cache {
+            "none"
+        } else {
+            args.kvasir.as_str()
+        },
         "ready"
     );
     // Parents read this line to learn the port.
@@ -187,7 +199,10 @@ async fn serve(args: ServeArgs) -> anyhow::Result<()> {
 /// Completes at SIGINT or SIGTERM.
 async fn interrupted() {
     use tokio::signal::unix::{SignalKind, signal};
-    let signals = (signal(SignalKind::interrupt()), signal(SignalKind::terminate()));
+    let signals = (
+        signal(SignalKind::interrupt()),
+        signal(SignalKind::terminate()),
+    );
     if let (Ok(mut interrupt), Ok(mut terminate)) = signals {
         tokio::select! {
             _ = interrupt.recv() => {}

@@ -117,10 +117,12 @@ impl Drop for ListeningChild {
 /// Its arguments are those of `kvasird`, set here so that parents agree on them.
 pub fn daemon_command(program: &OsStr, data_dir: &Path, memory: ByteSize, listen: &str) -> Command {
     let mut command = Command::new(program);
-    command
-        .arg("--data-dir")
-        .arg(data_dir)
-        .args(["--memory", &memory.to_string(), "--listen", listen]);
+    command.arg("--data-dir").arg(data_dir).args([
+        "--memory",
+        &memory.to_string(),
+        "--listen",
+        listen,
+    ]);
     command
 }
 

@@ -51,19 +51,37 @@ pub fn run<B: EngineBackend>(backend: &mut B, pages: &B::Pages, others: &B::Page
     let good = payload(0, 0, 0);
     let mut buffer = good.clone();
     let outside = BackendError::OutsidePages { chunk: CHUNKS };
-    assert_eq!(backend.write_layer(pages, CHUNKS, LayerIdx(0), &good), Err(outside));
-    assert_eq!(backend.read_layer(pages, CHUNKS, LayerIdx(0), &mut buffer), Err(outside));
+    assert_eq!(
+        backend.write_layer(pages, CHUNKS, LayerIdx(0), &good),
+        Err(outside)
+    );
+    assert_eq!(
+        backend.read_layer(pages, CHUNKS, LayerIdx(0), &mut buffer),
+        Err(outside)
+    );
     let far = BackendError::OutsidePages { chunk: usize::MAX };
-    assert_eq!(backend.write_layer(pages, usize::MAX, LayerIdx(0), &good), Err(far));
+    assert_eq!(
+        backend.write_layer(pages, usize::MAX, LayerIdx(0), &good),
+        Err(far)
+    );
     let no_layer = BackendError::NoSuchLayer(LayerIdx(layers));
-    assert_eq!(backend.write_layer(pages, 0, LayerIdx(layers), &good), Err(no_layer));
+    assert_eq!(
+        backend.write_layer(pages, 0, LayerIdx(layers), &good),
+        Err(no_layer)
+    );
     for length in [0, good.len() - 1, good.len() + 1] {
         let wrong = BackendError::WrongLength {
             expected: good.len(),
             found: length,
         };
-        assert_eq!(backend.write_layer(pages, 0, LayerIdx(0), &vec![0; length]), Err(wrong));
-        assert_eq!(backend.read_layer(pages, 0, LayerIdx(0), &mut vec![0; length]), Err(wrong));
+        assert_eq!(
+            backend.write_layer(pages, 0, LayerIdx(0), &vec![0; length]),
+            Err(wrong)
+        );
+        assert_eq!(
+            backend.read_layer(pages, 0, LayerIdx(0), &mut vec![0; length]),
+            Err(wrong)
+        );
     }
     // A refused write changes nothing.
     check_all(backend);

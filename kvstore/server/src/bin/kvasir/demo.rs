@@ -223,10 +223,13 @@ fn by_document(questions: &[Question]) -> BTreeMap<usize, Vec<usize>> {
     let mut documents: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
     for (index, question) in questions.iter().enumerate() {
         let id = question.document_id.as_str();
-        let place = order.iter().position(|known| *known == id).unwrap_or_else(|| {
-            order.push(id);
-            order.len() - 1
-        });
+        let place = order
+            .iter()
+            .position(|known| *known == id)
+            .unwrap_or_else(|| {
+                order.push(id);
+                order.len() - 1
+            });
         documents.entry(place).or_default().push(index);
     }
     documents

@@ -102,7 +102,11 @@ impl Engine {
                     continue;
                 }
                 let event: Value = serde_json::from_slice(data)?;
-                ensure!(event["error"].is_null(), "the engine failed: {}", event["error"]);
+                ensure!(
+                    event["error"].is_null(),
+                    "the engine failed: {}",
+                    event["error"]
+                );
                 if let Some(piece) = event["choices"][0]["text"].as_str() {
                     ttft.get_or_insert_with(|| begun.elapsed());
                     text.push_str(piece);

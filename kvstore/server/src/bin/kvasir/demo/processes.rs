@@ -35,7 +35,9 @@ impl Daemon {
 
     pub(super) async fn memory_tier(&self) -> anyhow::Result<TierStats> {
         let stats = Client::connect(self.address()).await?.stats().await?;
-        let tier = stats.tier(Tier::Memory).context("the daemon has a memory tier")?;
+        let tier = stats
+            .tier(Tier::Memory)
+            .context("the daemon has a memory tier")?;
         Ok(tier.clone())
     }
 

@@ -35,7 +35,11 @@ pub(super) fn load(file: Option<&Path>, model: &Path) -> anyhow::Result<Vec<Ques
     let text = std::fs::read_to_string(path)
         .with_context(|| format!("reading questions from {}", path.display()))?;
     let mut questions = Vec::new();
-    for (number, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
+    for (number, line) in text
+        .lines()
+        .enumerate()
+        .filter(|(_, line)| !line.trim().is_empty())
+    {
         let mut question: Question = serde_json::from_str(line)
             .with_context(|| format!("{}, line {}", path.display(), number + 1))?;
         if foreign {
@@ -43,6 +47,10 @@ pub(super) fn load(file: Option<&Path>, model: &Path) -> anyhow::Result<Vec<Ques
         }
         questions.push(question);
     }
-    ensure!(!questions.is_empty(), "{} holds no questions", path.display());
+    ensure!(
+        !questions.is_empty(),
+        "{} holds no questions",
+        path.display()
+    );
     Ok(questions)
 }
