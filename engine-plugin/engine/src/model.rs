@@ -16,6 +16,8 @@ use crate::kv::KvPool;
 use crate::rope::Frequencies;
 
 mod forward;
+#[cfg(test)]
+mod tests;
 mod weights;
 
 pub use forward::{ForwardError, Logits, LogitsWanted, Scratch, Step};

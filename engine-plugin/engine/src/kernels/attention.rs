@@ -15,7 +15,7 @@
 
 use rayon::prelude::*;
 
-use super::elementwise::{LANES, exp, sum_lanes};
+use super::elementwise::{LANES, exp, max_lanes, sum_lanes};
 use super::isa::{Kind, dispatch};
 use super::{AlignedBuf, Isa};
 use crate::kv::{BLOCK_TOKENS, BlockId, HeadBlock, KvPool, Plane};
@@ -24,7 +24,7 @@ use crate::kv::{BLOCK_TOKENS, BlockId, HeadBlock, KvPool, Plane};
 pub const KEY_TILE: usize = 4 * BLOCK_TOKENS;
 
 /// Query rows per unit of work, about: tokens times query heads of one group.
-const QUERY_TILE: usize = 96;
+const QUERY_TILE: usize = 192;
 
 /// Rows whose scores are computed together, in registers.
 const ROW_BLOCK: usize = 6;
@@ -389,7 +389,7 @@ fn soften_body(
                 *highest = if score > *highest { score } else { *highest };
             }
         }
-        let new = highest.into_iter().fold(*largest, f32::max);
+        let new = max_lanes(highest).max(*largest);
         rescale[row] = exp(*largest - new);
         let mut lanes = [0.0; LANES];
         for chunk in scores.as_chunks_mut::<LANES>().0 {

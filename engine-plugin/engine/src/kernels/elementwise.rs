@@ -98,6 +98,24 @@ pub(super) fn sum_lanes(mut lanes: [f32; LANES]) -> f32 {
     lanes[0]
 }
 
+/// The largest lane. A comparison, not `f32::max`: one instruction per step.
+#[inline(always)]
+pub(super) fn max_lanes(mut lanes: [f32; LANES]) -> f32 {
+    let mut width = LANES / 2;
+    while width > 0 {
+        for lane in 0..width {
+            let other = lanes[lane + width];
+            lanes[lane] = if other > lanes[lane] {
+                other
+            } else {
+                lanes[lane]
+            };
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
 /// `e^x` to 2 units in the last place, without branches, so that loops over it
 /// vectorise. Exactly 1 at 0; exactly 0 below -87.33, `-inf` included.
 ///

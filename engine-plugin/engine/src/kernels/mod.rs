@@ -68,3 +68,6 @@ impl<T> std::ops::DerefMut for AlignedBuf<T> {
         &mut self.data[self.start..self.start + self.len]
     }
 }
+
+#[cfg(test)]
+pub(crate) use elementwise::tests::noise;
