@@ -42,7 +42,9 @@ impl Daemon {
     /// Stops the daemon and drops what the page cache holds of its data, so that the
     /// next one reads from the medium.
     pub(crate) fn stop(self) -> anyhow::Result<()> {
-        self.child.stop()?;
-        drop_page_cache(&self.data).context("dropping cached pages of the daemon's data")
+        tokio::task::block_in_place(|| {
+            self.child.stop()?;
+            drop_page_cache(&self.data).context("dropping cached pages of the daemon's data")
+        })
     }
 }

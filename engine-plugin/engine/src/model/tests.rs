@@ -1,4 +1,5 @@
 use std::fs;
+use std::ops::ControlFlow;
 
 use proptest::prelude::*;
 use safetensors::tensor::{Dtype, TensorView};
@@ -106,7 +107,9 @@ fn run(model: &Model, threads: usize, batches: &[Vec<(usize, usize, &[u32])>]) -
                 })
                 .collect();
             model
-                .forward(&mut pool, &mut scratch, &steps, &mut |_, _| {})
+                .forward(&mut pool, &mut scratch, &steps, &mut |_, _| {
+                    ControlFlow::Continue(())
+                })
                 .unwrap()
         })
         .collect()
@@ -278,7 +281,9 @@ fn steps_that_do_not_fit_are_refused() {
             logits: LogitsWanted::Last,
         };
         model
-            .forward(&mut pool, &mut scratch, &[step], &mut |_, _| {})
+            .forward(&mut pool, &mut scratch, &[step], &mut |_, _| {
+                ControlFlow::Continue(())
+            })
             .unwrap_err()
     };
     assert!(matches!(
@@ -321,7 +326,9 @@ fn steps_that_do_not_fit_are_refused() {
         logits: LogitsWanted::None,
     };
     let error = model
-        .forward(&mut pool, &mut scratch, &[step], &mut |_, _| {})
+        .forward(&mut pool, &mut scratch, &[step], &mut |_, _| {
+            ControlFlow::Continue(())
+        })
         .unwrap_err();
     assert!(matches!(error, ForwardError::Pool));
 }
@@ -343,7 +350,8 @@ fn steps_without_logits_fill_pages_and_every_layer_is_announced() {
         };
         model
             .forward(pool, &mut scratch, &[step], &mut |layer, _| {
-                announced.push(layer)
+                announced.push(layer);
+                ControlFlow::Continue(())
             })
             .unwrap()
     };

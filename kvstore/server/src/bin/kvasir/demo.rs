@@ -122,7 +122,7 @@ pub(crate) async fn run(context: &Context, args: &Arguments) -> anyhow::Result<(
 
     progress.set_message("restarting");
     let address = daemon.address().to_owned();
-    daemon.stop()?;
+    daemon.stop().await?;
     let daemon = Daemon::start(data.path(), args.memory, &address)?;
     progress.set_message("from disk");
     let mut disk = Vec::with_capacity(documents.len());

@@ -43,9 +43,14 @@ impl Daemon {
 
     /// Stops the daemon as an operator would, and makes the next one read its data from
     /// the disk, not from the page cache.
-    pub(super) fn stop(self) -> anyhow::Result<()> {
-        self.child.stop()?;
-        drop_page_cache(&self.data).context("dropping cached pages of the daemon's data")
+    pub(super) async fn stop(self) -> anyhow::Result<()> {
+        let Self { child, data } = self;
+        // Waiting on a thread of its own: our own connections must close meanwhile.
+        tokio::task::spawn_blocking(move || {
+            child.stop()?;
+            drop_page_cache(&data).context("dropping cached pages of the daemon's data")
+        })
+        .await?
     }
 }
 
