@@ -22,6 +22,7 @@ pub struct Budget(Arc<Account>);
 struct Account {
     capacity: u64,
     used: AtomicU64,
+    peak: AtomicU64,
 }
 
 /// No room: what fills the budget is pinned, or held by readers and writers.
@@ -45,6 +46,7 @@ impl Budget {
         Self(Arc::new(Account {
             capacity,
             used: AtomicU64::new(0),
+            peak: AtomicU64::new(0),
         }))
     }
 
@@ -57,9 +59,12 @@ impl Budget {
                     .filter(|&used| used <= self.0.capacity)
             })
             .ok()
-            .map(|_| Reservation {
-                budget: self.clone(),
-                bytes,
+            .map(|before| {
+                self.0.peak.fetch_max(before + bytes, Ordering::Relaxed);
+                Reservation {
+                    budget: self.clone(),
+                    bytes,
+                }
             })
     }
 
@@ -71,6 +76,11 @@ impl Budget {
     /// Bytes reserved now.
     pub fn used(&self) -> u64 {
         self.0.used.load(Ordering::Acquire)
+    }
+
+    /// Most bytes that were ever reserved at once.
+    pub fn peak(&self) -> u64 {
+        self.0.peak.load(Ordering::Relaxed)
     }
 
     pub(crate) fn throttled(&self, wanted: u64) -> Throttled {
@@ -178,7 +188,7 @@ mod tests {
         let four = budget.try_reserve(4).unwrap();
         assert_eq!(budget.used(), 10);
         drop((six, four));
-        assert_eq!(budget.used(), 0);
+        assert_eq!((budget.used(), budget.peak()), (0, 10));
     }
 
     #[test]

@@ -129,6 +129,7 @@ impl<E: Entry> Index<E> {
         Usage {
             chunks: self.entries.len() as u64,
             bytes: budget.used(),
+            peak_bytes: budget.peak(),
             capacity: budget.capacity(),
             pins: self.pins.len() as u64,
             pinned_bytes: self.pins.bytes(),

@@ -1,6 +1,6 @@
 //! A reader's hold on a chunk.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use kvasir_codec::ObjectHeader;
@@ -9,6 +9,7 @@ use kvasir_types::{ChunkKey, KvLayout, LayerRange, Level};
 use crate::budget::ChargedBytes;
 use crate::disk::DiskReader;
 use crate::memory::{Chunk, MemoryReader};
+use crate::promotion::Promotion;
 use crate::store::Inner;
 use crate::tier::{ChunkReader, ReadError, TierKind};
 
@@ -21,7 +22,7 @@ use crate::tier::{ChunkReader, ReadError, TierKind};
 ///
 /// When all layers of a chunk on disk were read through one lease, the chunk is
 /// copied into memory, if there is room. The copy costs nothing: memory keeps the
-/// bytes that the reader got.
+/// bytes that the reader got. Until then they give way to whoever needs the memory.
 #[derive(Debug)]
 pub struct Lease {
     source: Source,
@@ -31,7 +32,7 @@ pub struct Lease {
 #[derive(Debug)]
 enum Source {
     Memory(MemoryReader),
-    Disk(DiskReader, Promotion),
+    Disk(DiskReader, Arc<Promotion>),
 }
 
 impl Lease {
@@ -40,7 +41,8 @@ impl Lease {
     }
 
     pub(crate) fn disk(reader: DiskReader, store: Arc<Inner>) -> Self {
-        let promotion = Promotion::new(reader.header().layout().layers());
+        let layers = reader.header().layout().layers();
+        let promotion = store.memory.promotions().begin(layers);
         Self::new(Source::Disk(reader, promotion), store)
     }
 
@@ -60,11 +62,7 @@ impl Lease {
             Source::Memory(reader) => return reader.read_layers(range).await,
             Source::Disk(reader, promotion) => (reader, promotion),
         };
-        let layers = match reader.read(range).await {
-            // What was kept for the promotion may be what is missing.
-            Err(ReadError::Throttled(_)) if promotion.abandon() => reader.read(range).await?,
-            other => other?,
-        };
+        let layers = reader.read(range).await?;
         let bytes = layers.iter().map(ChargedBytes::share).collect();
         if let Some(layers) = promotion.add(range, layers) {
             self.store.promote(reader, layers);
@@ -112,56 +110,6 @@ impl Lease {
 impl Drop for Lease {
     fn drop(&mut self) {
         self.store.lease_ends();
-    }
-}
-
-/// The layers that a lease has read so far; complete ones move to memory.
-#[derive(Debug)]
-struct Promotion(Mutex<Gathered>);
-
-#[derive(Debug)]
-struct Gathered {
-    layers: Vec<Option<ChargedBytes>>,
-    /// No longer wanted: done, or the memory was needed.
-    over: bool,
-}
-
-impl Promotion {
-    fn new(layers: u16) -> Self {
-        Self(Mutex::new(Gathered {
-            layers: vec![None; usize::from(layers)],
-            over: false,
-        }))
-    }
-
-    /// Keeps `layers`; gives all of them, once, when none is missing.
-    fn add(&self, range: LayerRange, layers: Vec<ChargedBytes>) -> Option<Vec<ChargedBytes>> {
-        let mut gathered = self.lock();
-        if gathered.over {
-            return None;
-        }
-        let slots = gathered.layers.iter_mut().skip(range.start().into());
-        for (slot, layer) in slots.zip(layers) {
-            *slot = Some(layer);
-        }
-        if gathered.layers.iter().any(Option::is_none) {
-            return None;
-        }
-        gathered.over = true;
-        std::mem::take(&mut gathered.layers).into_iter().collect()
-    }
-
-    /// Lets go of what was gathered. Says whether there was anything.
-    fn abandon(&self) -> bool {
-        let mut gathered = self.lock();
-        gathered.over = true;
-        std::mem::take(&mut gathered.layers)
-            .iter()
-            .any(Option::is_some)
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Gathered> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -55,6 +55,7 @@ mod index;
 mod lease;
 mod memory;
 mod pins;
+mod promotion;
 mod store;
 mod tier;
 

@@ -19,6 +19,7 @@ use crate::config::MemoryConfig;
 use crate::events::EventLog;
 use crate::index::{Counters, Entry, Index, count};
 use crate::pins::{PinId, PinRefused};
+use crate::promotion::Promotions;
 use crate::tier::{
     ChunkReader, DeviceError, Facts, ReadError, Tier, TierKind, Usage, WriteError, Written,
 };
@@ -31,6 +32,7 @@ pub struct MemoryTier(Arc<Shared>);
 struct Shared {
     budget: Budget,
     index: Mutex<Index<Arc<Chunk>>>,
+    promotions: Promotions,
     counters: Counters,
     clock: Clock,
 }
@@ -131,6 +133,7 @@ impl MemoryTier {
                 config.pin_limit_bytes(),
                 events,
             )),
+            promotions: Promotions::default(),
             counters: Counters::default(),
             clock,
         }))
@@ -154,6 +157,9 @@ impl MemoryTier {
             // Zero: somebody let go in between.
             let victims = shared.lock().evict(excess, shared.clock.now());
             if excess > 0 && victims.is_empty() {
+                if shared.promotions.abandon() {
+                    continue;
+                }
                 count(&shared.counters.throttled);
                 return Err(throttled);
             }
@@ -161,6 +167,10 @@ impl MemoryTier {
                 count(&shared.counters.evictions);
             }
         }
+    }
+
+    pub(crate) fn promotions(&self) -> &Promotions {
+        &self.0.promotions
     }
 
     /// Charges an object, to a reservation of this tier if there is one.

@@ -240,6 +240,8 @@ pub struct Usage {
     pub chunks: u64,
     /// Bytes charged: chunks, their index entries, and what readers and writers hold.
     pub bytes: u64,
+    /// Most that `bytes` ever was.
+    pub peak_bytes: u64,
     /// Limit of `bytes`.
     pub capacity: u64,
     /// Pins that last.

@@ -6,11 +6,10 @@
 //! before the header is sent until the stream ends.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures::stream::{self, BoxStream, StreamExt as _};
+use futures::stream::{self, BoxStream, FuturesOrdered, StreamExt as _};
 use kvasir_proto::{InvalidField, convert, v1};
 use kvasir_store::{Lease, ReadError};
 use kvasir_types::{Checksum, ChunkKey, LayerIdx, LayerRange};
@@ -45,7 +44,6 @@ pub(crate) async fn serve(
     tokio::spawn(async move {
         let transfer = Transfer {
             shared,
-            live: AtomicUsize::new(leases.len()),
             leases,
             sender,
             _permit: permit,
@@ -122,8 +120,6 @@ enum Stop {
 struct Transfer {
     shared: Arc<Shared>,
     leases: Vec<Lease>,
-    /// Chunks that are not lost: the first `live` ones.
-    live: AtomicUsize,
     sender: mpsc::Sender<v1::GetResponse>,
     _permit: OwnedSemaphorePermit,
 }
@@ -136,54 +132,49 @@ impl Transfer {
             return Ok(());
         };
         let ahead = self.shared.limits.read_ahead.as_u64() / first.layout().layer_bytes() as u64;
-        let ahead = usize::try_from(ahead)
+        let mut ahead = usize::try_from(ahead)
             .unwrap_or(MAX_READS)
             .clamp(2, MAX_READS);
-
-        let order = range
-            .iter()
-            .flat_map(|layer| (0..self.leases.len()).map(move |chunk| (layer, chunk)));
-        let mut reads =
-            stream::iter(order)
-                .filter(|(_, chunk)| std::future::ready(self.is_live(*chunk)))
-                .map(|(layer, chunk)| async move {
-                    (layer, chunk, self.read(chunk, LayerIdx(layer)).await)
-                })
-                .buffered(ahead);
-        while let Some((layer, chunk, read)) = reads.next().await {
-            if !self.is_live(chunk) {
+        let mut places = Places::new(range, self.leases.len());
+        let mut reads = FuturesOrdered::new();
+        loop {
+            while reads.len() < ahead
+                && let Some(place) = places.next()
+            {
+                reads.push_back(async move { (place, self.read(place).await) });
+            }
+            let Some((place, mut read)) = reads.next().await else {
+                return Ok(());
+            };
+            if place.chunk >= places.live {
                 continue;
             }
+            if matches!(read, Err(Reason::Throttled)) {
+                // Layers read ahead may hold the very memory that this one needs.
+                reads = FuturesOrdered::new();
+                places.back_to_after(place);
+                ahead = (ahead / 2).max(1);
+                read = self.read_patiently(place).await;
+            }
             match read {
-                Ok((data, checksum)) => self.send_layer(chunk, layer, data, checksum).await?,
+                Ok((data, checksum)) => self.send_layer(place, data, checksum).await?,
                 Err(reason) => {
-                    self.live.store(chunk, Ordering::Relaxed);
+                    places.live = place.chunk;
                     self.send(Message::Lost(v1::ChunkLost {
-                        chunk: wire_index(chunk),
+                        chunk: wire_index(place.chunk),
                         reason: reason.into(),
                     }))
                     .await?;
                 }
             }
         }
-        Ok(())
     }
 
-    fn is_live(&self, chunk: usize) -> bool {
-        chunk < self.live.load(Ordering::Relaxed)
-    }
-
-    async fn send_layer(
-        &self,
-        chunk: usize,
-        layer: u16,
-        data: Bytes,
-        checksum: Checksum,
-    ) -> Result<(), Stop> {
+    async fn send_layer(&self, place: Place, data: Bytes, checksum: Checksum) -> Result<(), Stop> {
         let bytes = data.len();
-        for piece in convert::pieces(layer, data, checksum) {
+        for piece in convert::pieces(place.layer, data, checksum) {
             self.send(Message::Piece(v1::ChunkPiece {
-                chunk: wire_index(chunk),
+                chunk: wire_index(place.chunk),
                 piece: Some(piece),
             }))
             .await?;
@@ -213,10 +204,11 @@ impl Transfer {
     }
 
     /// One layer and the checksum its header states, which the store has compared.
-    async fn read(&self, chunk: usize, layer: LayerIdx) -> Result<(Bytes, Checksum), Reason> {
-        let lease = self.leases.get(chunk).ok_or(Reason::Device)?;
-        let failed = match read_patiently(lease, layer).await {
+    async fn read(&self, place: Place) -> Result<(Bytes, Checksum), Reason> {
+        let lease = self.leases.get(place.chunk).ok_or(Reason::Device)?;
+        let failed = match read_layer(lease, place.layer).await {
             Ok(read) => return Ok(read),
+            Err(ReadError::Throttled(_)) => return Err(Reason::Throttled),
             Err(error) => error,
         };
         let key = lease.key();
@@ -225,42 +217,94 @@ impl Transfer {
             && let Some(other) = self.shared.store.lease(*key).await
             && other.layout() == lease.layout()
             && other.level() == lease.level()
-            && let Ok(read) = read_patiently(&other, layer).await
+            && let Ok(read) = read_layer(&other, place.layer).await
         {
             return Ok(read);
         }
-        tracing::warn!(%key, %layer, error = %failed, "a chunk was lost while being sent");
+        tracing::warn!(%key, layer = place.layer, error = %failed, "a chunk was lost while being sent");
         Err(match failed {
             ReadError::Corrupt { .. } => Reason::Corrupt,
-            ReadError::Throttled(_) => Reason::Throttled,
             _ => Reason::Device,
         })
     }
+
+    /// Waits a little where memory is short: other receivers are about to let go.
+    async fn read_patiently(&self, place: Place) -> Result<(Bytes, Checksum), Reason> {
+        for _ in 0..THROTTLED_WAITS {
+            match self.read(place).await {
+                Err(Reason::Throttled) => tokio::time::sleep(THROTTLED_WAIT).await,
+                read => return read,
+            }
+        }
+        self.read(place).await
+    }
 }
 
-/// Waits a little where memory is short: other receivers are about to let go.
-async fn read_patiently(lease: &Lease, layer: LayerIdx) -> Result<(Bytes, Checksum), ReadError> {
-    let out_of_range = |range| ReadError::OutOfRange {
+/// A layer of a chunk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Place {
+    layer: u16,
+    chunk: usize,
+}
+
+/// What is to be read, layer-major.
+#[derive(Debug)]
+struct Places {
+    next: Place,
+    end: u16,
+    /// Chunks that are not lost: the first `live` ones.
+    live: usize,
+}
+
+impl Places {
+    fn new(range: LayerRange, chunks: usize) -> Self {
+        Self {
+            next: Place {
+                layer: range.start(),
+                chunk: 0,
+            },
+            end: range.end(),
+            live: chunks,
+        }
+    }
+
+    fn next(&mut self) -> Option<Place> {
+        if self.next.chunk >= self.live {
+            self.next = Place {
+                layer: self.next.layer.saturating_add(1),
+                chunk: 0,
+            };
+        }
+        if self.next.layer >= self.end || self.live == 0 {
+            return None;
+        }
+        let place = self.next;
+        self.next.chunk += 1;
+        Some(place)
+    }
+
+    fn back_to_after(&mut self, place: Place) {
+        self.next = Place {
+            chunk: place.chunk + 1,
+            ..place
+        };
+    }
+}
+
+async fn read_layer(lease: &Lease, layer: u16) -> Result<(Bytes, Checksum), ReadError> {
+    let range =
+        LayerRange::new(layer, layer.saturating_add(1)).expect("a layer lies below its end");
+    let out_of_range = || ReadError::OutOfRange {
         range,
         layers: lease.layout().layers(),
     };
-    let range = LayerRange::new(layer.0, layer.0.saturating_add(1))
-        .expect("a range of one layer is not empty");
-    let entry = lease.header().layer(layer).ok_or(out_of_range(range))?;
+    let entry = lease
+        .header()
+        .layer(LayerIdx(layer))
+        .ok_or_else(out_of_range)?;
     let checksum = Checksum::from_u64(entry.checksum.as_u64());
-    let mut waits = THROTTLED_WAITS;
-    loop {
-        match lease.read_layers(range).await {
-            Err(ReadError::Throttled(_)) if waits > 0 => {
-                waits -= 1;
-                tokio::time::sleep(THROTTLED_WAIT).await;
-            }
-            read => {
-                let data = read?.pop().ok_or(out_of_range(range))?;
-                return Ok((data, checksum));
-            }
-        }
-    }
+    let data = lease.read_layers(range).await?.pop();
+    Ok((data.ok_or_else(out_of_range)?, checksum))
 }
 
 fn info(lease: &Lease) -> v1::ChunkInfo {

@@ -28,7 +28,7 @@ pub(crate) fn usage(kind: TierKind, usage: &Usage) -> v1::TierStats {
         chunks: usage.chunks,
         bytes: usage.bytes,
         capacity_bytes: usage.capacity,
-        peak_bytes: usage.bytes,
+        peak_bytes: usage.peak_bytes,
         hits: usage.hits,
         misses: usage.misses,
         evictions: usage.evictions,

@@ -63,7 +63,8 @@ async fn every_command_speaks_text_and_json() {
     );
     let rest = json(&daemon, &["ls", "--after", &first, "--limit", "5"]);
     assert_eq!(rest["chunks"].as_array().unwrap().len(), 1);
-    assert!(text(&daemon, &["ls"]).ends_with("2 chunks, 512.5KiB\n"));
+    let table = text(&daemon, &["ls"]);
+    assert!(table.ends_with("2 chunks, 512.3KiB\n"), "{table}");
 
     let file = directory.path().join("chunk.kv");
     let path = file.to_str().unwrap();

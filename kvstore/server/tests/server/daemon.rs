@@ -91,6 +91,11 @@ async fn a_stopped_daemon_delays_nobody_past_the_deadline() {
     let client = Client::connect(&daemon.endpoint).await.unwrap();
     client.put(&chunk(1)).await.unwrap();
     daemon.signal(Signal::STOP);
+    let status = format!("/proc/{}/status", daemon.child.id());
+    soon("the daemon is stopped", || {
+        fs::read_to_string(&status).unwrap().contains("T (stopped)")
+    })
+    .await;
     let begin = Instant::now();
     let deadline = begin + Duration::from_millis(100);
     let options = GetOptions {
