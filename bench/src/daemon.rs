@@ -25,6 +25,9 @@ impl Daemon {
             .args(["daemon", "--listen", listen, "--data-dir"])
             .arg(data);
         command.args(["--memory", &memory.to_string()]);
+        if std::env::var_os("RUST_LOG").is_none() {
+            command.env("RUST_LOG", "warn");
+        }
         Ok(Self {
             child: ListeningChild::start(command)?,
             data: data.to_owned(),
@@ -33,6 +36,10 @@ impl Daemon {
 
     pub(crate) fn address(&self) -> &str {
         self.child.address()
+    }
+
+    pub(crate) fn pid(&self) -> rustix::process::Pid {
+        self.child.pid()
     }
 
     pub(crate) async fn client(&self) -> anyhow::Result<Client> {

@@ -7,6 +7,7 @@
 
 mod checkpoint;
 mod daemon;
+mod faults;
 mod lookup;
 mod prefill;
 mod raw_stream;
@@ -39,6 +40,8 @@ enum Suite {
     All,
     /// Time to first token: computed, fetched from host memory, fetched from disk.
     Ttft,
+    /// What a daemon that stalls in the middle of a fetch costs a request.
+    Faults,
     /// Looking up 512 chunk keys in one call.
     Lookup,
     /// Prefill of 512 tokens beside torch on the CPU.
@@ -77,8 +80,10 @@ async fn run(suite: Suite, json: bool, quick: bool) -> anyhow::Result<()> {
         Suite::All => {
             lookup::run(quick).await?.print(json)?;
             prefill::run(quick, None)?.print(json)?;
+            faults::run(quick).await?.print(json)?;
             ttft::run(quick).await?.print(json)
         }
+        Suite::Faults => faults::run(quick).await?.print(json),
         Suite::Ttft => ttft::run(quick).await?.print(json),
         Suite::Lookup => lookup::run(quick).await?.print(json),
         Suite::Prefill { python } => prefill::run(quick, python.as_deref())?.print(json),

@@ -1,15 +1,14 @@
 //! The raw limit of a gRPC stream over loopback: the same messages, nothing behind them.
 
-use std::io::{BufRead as _, BufReader};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::time::Instant;
 
-use anyhow::Context as _;
 use bytes::Bytes;
 use futures::stream::BoxStream;
 use kvasir_proto::v1::{self, cache_client::CacheClient, cache_server};
 use kvasir_proto::{MAX_MESSAGE_BYTES, convert};
-use kvasir_types::Checksum;
+use kvasir_server::child::ListeningChild;
+use kvasir_types::{Checksum, KvLayout};
 use tokio::net::TcpListener;
 use tokio_stream::wrappers::TcpListenerStream;
 use tonic::{Request, Response, Status};
@@ -19,20 +18,17 @@ use crate::report::median;
 const RUNS: usize = 5;
 const WINDOW_BYTES: u32 = 16 << 20;
 
-/// Bytes per second of streaming `layers · chunks` messages of `layer_bytes` each from
-/// another process: the median of several runs.
-pub(crate) async fn bandwidth(
-    layer_bytes: usize,
-    layers: u16,
-    chunks: usize,
-) -> anyhow::Result<f64> {
-    let mut server = RawServer::start(layer_bytes)?;
-    let channel = tonic::transport::Channel::builder(server.endpoint()?.parse()?)
-        .initial_stream_window_size(WINDOW_BYTES)
-        .initial_connection_window_size(WINDOW_BYTES)
-        .tcp_nodelay(true)
-        .connect()
-        .await?;
+/// Bytes per second of streaming the layers of `chunks` chunks from another process: the
+/// median of several runs.
+pub(crate) async fn bandwidth(layout: &KvLayout, chunks: usize) -> anyhow::Result<f64> {
+    let server = start_server(layout.layer_bytes())?;
+    let channel =
+        tonic::transport::Channel::builder(format!("http://{}", server.address()).parse()?)
+            .initial_stream_window_size(WINDOW_BYTES)
+            .initial_connection_window_size(WINDOW_BYTES)
+            .tcp_nodelay(true)
+            .connect()
+            .await?;
     let mut client = CacheClient::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES);
     let mut speeds = Vec::with_capacity(RUNS);
     for run in 0..=RUNS {
@@ -41,7 +37,7 @@ pub(crate) async fn bandwidth(
             keys: vec![Bytes::new(); chunks.max(1)],
             layers: Some(v1::LayerRange {
                 start: 0,
-                end: layers.into(),
+                end: layout.layers().into(),
             }),
         };
         let mut stream = client.get(request).await?.into_inner();
@@ -60,40 +56,16 @@ pub(crate) async fn bandwidth(
     Ok(median(&mut speeds))
 }
 
-struct RawServer {
-    child: Child,
-}
-
-impl RawServer {
-    fn start(layer_bytes: usize) -> anyhow::Result<Self> {
-        let child = Command::new(std::env::current_exe()?)
-            .args(["raw-stream", "--layer-bytes", &layer_bytes.to_string()])
-            .stdout(Stdio::piped())
-            .stdin(Stdio::null())
-            .spawn()?;
-        Ok(Self { child })
-    }
-
-    fn endpoint(&mut self) -> anyhow::Result<String> {
-        let stdout = self.child.stdout.take().context("output is piped")?;
-        let mut line = String::new();
-        BufReader::new(stdout).read_line(&mut line)?;
-        Ok(format!("http://{}", line.trim()))
-    }
-}
-
-impl Drop for RawServer {
-    fn drop(&mut self) {
-        // Nothing depends on how it ends.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
+fn start_server(layer_bytes: usize) -> anyhow::Result<ListeningChild> {
+    let mut command = Command::new(std::env::current_exe()?);
+    command.args(["raw-stream", "--layer-bytes", &layer_bytes.to_string()]);
+    Ok(ListeningChild::start(command)?)
 }
 
 /// Serves `Get` with constant bytes until killed; prints its address.
 pub(crate) async fn serve(layer_bytes: usize) -> anyhow::Result<()> {
     let listener = TcpListener::bind("127.0.0.1:0").await?;
-    println!("{}", listener.local_addr()?);
+    println!("listening on {}", listener.local_addr()?);
     let data = Bytes::from(vec![0x5a; layer_bytes]);
     let checksum = Checksum::of(&data);
     tonic::transport::Server::builder()

@@ -6,16 +6,14 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use kvasir_engine::kv::KvDtype;
 use kvasir_engine::model::Model;
-use kvasir_engine::request::{Event, GenerateRequest, Usage};
-use kvasir_engine::sampling::SamplingParams;
-use kvasir_engine::scheduler::{Engine, EngineConfig, EngineHandle};
-use kvasir_plugin::{CachePlugin, PluginConfig};
-use kvasir_types::ByteSize;
+use kvasir_plugin::PluginConfig;
+use kvasir_tests::harness::{Rig, Use};
+use kvasir_types::{ByteSize, KvLayout};
 use rand::{RngCore as _, SeedableRng as _};
 use rand_chacha::ChaCha8Rng;
 
@@ -27,21 +25,10 @@ use crate::report::{Report, Row, median};
 const QUESTION_TOKENS: usize = 16;
 const CHUNK_TOKENS: u32 = 256;
 
-/// One answered request.
-struct Answer {
-    ttft: Duration,
-    /// From the first token to the second: one decode step.
-    step: Duration,
-    usage: Usage,
-    digest: [u8; 32],
-}
-
 struct Setup {
-    engine: EngineHandle,
-    plugin: CachePlugin,
+    rig: Rig,
     address: String,
-    layer_bytes: usize,
-    layers: u16,
+    layout: KvLayout,
 }
 
 pub(crate) async fn run(quick: bool) -> anyhow::Result<Report> {
@@ -67,23 +54,17 @@ pub(crate) async fn run(quick: bool) -> anyhow::Result<Report> {
     let longest = contexts.iter().max().context("there are contexts")? + 2 * QUESTION_TOKENS;
     let layout = kvasir_engine::cache::layout(model.config(), KvDtype::F32, CHUNK_TOKENS)?;
     let namespace = kvasir_engine::cache::namespace(&model, layout, &[0; 32], b"");
-    let plugin = CachePlugin::connect(
-        daemon.address(),
-        tokio::runtime::Handle::current(),
-        namespace,
-        PluginConfig::default(),
-    )?;
-    let engine = Engine::start(
+    let rig = Rig::start(
         model,
-        &EngineConfig::for_tokens(longest),
-        Some(plugin.clone()),
-    )?;
+        namespace,
+        longest,
+        daemon.address(),
+        PluginConfig::default(),
+    );
     let setup = Setup {
-        engine: engine.handle(),
-        plugin,
+        rig,
         address,
-        layer_bytes: layout.layer_bytes(),
-        layers: layout.layers(),
+        layout,
     };
     for &context in contexts {
         daemon = measure(&setup, daemon, data.path(), context, quick, &mut report).await?;
@@ -113,22 +94,24 @@ async fn measure(
     let mut steps = Vec::new();
     let mut digest = None;
     for run in 0..computed_runs {
-        let answer = ask(&setup.engine, &prompt, false, run == 0).await?;
+        let answer = setup
+            .rig
+            .ask(&prompt, if run == 0 { Use::Write } else { Use::Nothing })
+            .await;
         ensure!(
             answer.usage.cached_tokens == 0,
             "a computed run used the cache"
         );
+        let logits = &answer.logits;
         ensure!(
-            *digest.get_or_insert(answer.digest) == answer.digest,
+            digest.get_or_insert_with(|| logits.clone()) == logits,
             "two computed runs differ"
         );
-        computed.push(millis(answer.ttft));
-        steps.push(millis(answer.step));
+        computed.push(millis(answer.ttft()));
+        steps.push(millis(answer.times[1] - answer.times[0]));
         progress.inc(1);
     }
-    while setup.plugin.capture_stats().waiting > 0 {
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
+    setup.rig.stored(&daemon.client().await?, &prompt).await;
 
     let mut host = Vec::new();
     let mut disk = Vec::new();
@@ -141,28 +124,23 @@ async fn measure(
             daemon = Daemon::start(data, ByteSize::gib(1), &setup.address)?;
             daemon.client().await?;
         }
-        let answer = ask(&setup.engine, &prompt, true, false).await?;
+        let answer = setup.rig.ask(&prompt, Use::Read).await;
         ensure!(
             answer.usage.cached_tokens == context,
             "{} of {context} context tokens came from the cache",
             answer.usage.cached_tokens
         );
         ensure!(
-            digest == Some(answer.digest),
+            digest.as_ref() == Some(&answer.logits),
             "fetched and computed logits differ"
         );
         bytes = answer.usage.fetched_bytes;
-        if from_disk { &mut disk } else { &mut host }.push(millis(answer.ttft));
+        if from_disk { &mut disk } else { &mut host }.push(millis(answer.ttft()));
         progress.inc(1);
     }
     progress.finish_and_clear();
 
-    let bandwidth = raw_stream::bandwidth(
-        setup.layer_bytes,
-        setup.layers,
-        context / CHUNK_TOKENS as usize,
-    )
-    .await?;
+    let bandwidth = raw_stream::bandwidth(&setup.layout, context / CHUNK_TOKENS as usize).await?;
     let step = median(&mut steps);
     let limit = as_f64(bytes) / bandwidth * 1e3 + step;
     let computed = median(&mut computed);
@@ -184,52 +162,6 @@ async fn measure(
         "GB/s",
     ));
     Ok(daemon)
-}
-
-async fn ask(
-    engine: &EngineHandle,
-    prompt: &[u32],
-    read_cache: bool,
-    write_cache: bool,
-) -> anyhow::Result<Answer> {
-    let begun = Instant::now();
-    let mut events = engine.submit(GenerateRequest {
-        prompt: prompt.to_vec(),
-        max_tokens: 2,
-        sampling: SamplingParams::greedy(),
-        stop_tokens: Vec::new(),
-        read_cache,
-        write_cache,
-        logits_digest: true,
-    })?;
-    let mut first = None;
-    let mut second = None;
-    while let Some(event) = events.recv().await {
-        match event {
-            Event::Prefilled { .. } => {}
-            Event::Token { logits_digest, .. } => match first {
-                None => {
-                    first = Some((
-                        begun.elapsed(),
-                        logits_digest.context("a digest was asked for")?,
-                    ))
-                }
-                Some(_) => second = Some(begun.elapsed()),
-            },
-            Event::Finished { usage, .. } => {
-                let (ttft, digest) = first.context("a sequence ended without a token")?;
-                let step = second.context("a sequence ended after one token")? - ttft;
-                return Ok(Answer {
-                    ttft,
-                    step,
-                    usage,
-                    digest,
-                });
-            }
-            Event::Failed(error) => return Err(error.into()),
-        }
-    }
-    anyhow::bail!("the engine ended before the sequence did")
 }
 
 fn prompt(context: usize) -> Vec<u32> {

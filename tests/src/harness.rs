@@ -107,15 +107,13 @@ fn burn(fuse: &AtomicU64, count: u64) -> bool {
     before.is_ok_and(|left| left <= count)
 }
 
-/// An engine on the shipped model, connected to a daemon.
+/// An engine in this process, connected to a daemon.
 #[derive(Debug)]
 pub struct Rig {
     /// Submits requests.
     pub engine: EngineHandle,
     /// The engine's connection to the cache.
     pub plugin: CachePlugin,
-    /// The shipped model's tokenizer.
-    pub tokenizer: Arc<Tokenizer>,
     _engine: Engine,
 }
 
@@ -128,11 +126,16 @@ pub struct Answer {
     pub logits: Vec<[u8; 32]>,
     /// What it cost.
     pub usage: Usage,
-    /// From submission to the end.
-    pub elapsed: Duration,
+    /// From submission to each token.
+    pub times: Vec<Duration>,
 }
 
 impl Answer {
+    /// From submission to the first token.
+    pub fn ttft(&self) -> Duration {
+        self.times.first().copied().unwrap_or(Duration::MAX)
+    }
+
     /// Asserts the same tokens from the very same logits.
     #[track_caller]
     pub fn assert_equals(&self, other: &Self) {
@@ -159,28 +162,62 @@ pub fn namespace(model: &Model, tokenizer: &Tokenizer) -> Namespace {
     kvasir_engine::cache::namespace(model, layout, &tokenizer.digest(), b"")
 }
 
+/// A prompt of `tokens` tokens out of the shipped documents, different for each `seed`.
+pub fn prompt(tokens: usize, seed: usize) -> Vec<u32> {
+    let text = std::fs::read_to_string(model_dir().join("questions.jsonl"))
+        .expect("the shipped questions are there");
+    let tokenizer = tokenizer();
+    let documents: Vec<u32> = text
+        .lines()
+        .skip(seed)
+        .flat_map(|line| {
+            let question: serde_json::Value =
+                serde_json::from_str(line).expect("a question is JSON");
+            let document = question["document"].as_str().expect("it has a document");
+            tokenizer
+                .encode(document, false)
+                .expect("its words are known")
+        })
+        .take(tokens)
+        .collect();
+    assert_eq!(
+        documents.len(),
+        tokens,
+        "the shipped documents are too short"
+    );
+    documents
+}
+
+/// The shipped model's tokenizer.
+pub fn tokenizer() -> Tokenizer {
+    Tokenizer::load(&model_dir(), &[]).expect("the shipped tokenizer loads")
+}
+
 impl Rig {
-    /// Starts an engine that looks for its cache at `endpoint`.
-    pub fn start(endpoint: &str, config: PluginConfig) -> Self {
+    /// Starts an engine on the shipped model that looks for its cache at `endpoint`.
+    pub fn reader(endpoint: &str, config: PluginConfig) -> Self {
         let model = Model::load(&model_dir()).expect("the shipped model loads");
-        let tokenizer = Arc::new(
-            Tokenizer::load(&model_dir(), &model.config().eos_token_ids)
-                .expect("the shipped tokenizer loads"),
-        );
-        let namespace = namespace(&model, &tokenizer);
+        let namespace = namespace(&model, &tokenizer());
+        Self::start(Arc::new(model), namespace, 20_000, endpoint, config)
+    }
+
+    /// Starts an engine on `model` with pages for `kv_tokens` tokens.
+    pub fn start(
+        model: Arc<Model>,
+        namespace: Namespace,
+        kv_tokens: usize,
+        endpoint: &str,
+        config: PluginConfig,
+    ) -> Self {
         let runtime = tokio::runtime::Handle::current();
         let plugin = CachePlugin::connect(endpoint, runtime, namespace, config)
             .expect("the endpoint is well formed");
-        let config = EngineConfig {
-            threads: 2,
-            ..EngineConfig::for_tokens(20_000)
-        };
-        let engine = Engine::start(Arc::new(model), &config, Some(plugin.clone()))
-            .expect("the system grants threads");
+        let config = EngineConfig::for_tokens(kv_tokens);
+        let engine =
+            Engine::start(model, &config, Some(plugin.clone())).expect("the system grants threads");
         Self {
             engine: engine.handle(),
             plugin,
-            tokenizer,
             _engine: engine,
         }
     }
@@ -209,12 +246,14 @@ impl Rig {
             .ok()?;
         let mut tokens = Vec::new();
         let mut logits = Vec::new();
+        let mut times = Vec::new();
         while let Some(event) = events.recv().await {
             match event {
                 Event::Prefilled { .. } => {}
                 Event::Token {
                     id, logits_digest, ..
                 } => {
+                    times.push(begun.elapsed());
                     tokens.push(id);
                     logits.extend(logits_digest);
                 }
@@ -223,7 +262,7 @@ impl Rig {
                         tokens,
                         logits,
                         usage,
-                        elapsed: begun.elapsed(),
+                        times,
                     });
                 }
                 Event::Failed(_) => return None,
@@ -235,38 +274,13 @@ impl Rig {
     /// Waits until the daemon holds every whole chunk of `prompt`.
     pub async fn stored(&self, client: &Client, prompt: &[u32]) {
         let keys = self.plugin.namespace().prefix_keys(prompt);
-        for _ in 0..2000 {
+        for _ in 0..12_000 {
             let lookup = client.lookup(&keys).await.expect("the daemon answers");
             if lookup.prefix_chunks == keys.len() {
                 return;
             }
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
-        panic!("the prompt's chunks were not stored within ten seconds");
-    }
-
-    /// A prompt of `tokens` tokens out of the shipped documents, different for each `seed`.
-    pub fn prompt(&self, tokens: usize, seed: usize) -> Vec<u32> {
-        let text = std::fs::read_to_string(model_dir().join("questions.jsonl"))
-            .expect("the shipped questions are there");
-        let documents: Vec<u32> = text
-            .lines()
-            .skip(seed)
-            .flat_map(|line| {
-                let question: serde_json::Value =
-                    serde_json::from_str(line).expect("a question is JSON");
-                let document = question["document"].as_str().expect("it has a document");
-                self.tokenizer
-                    .encode(document, false)
-                    .expect("its words are known")
-            })
-            .take(tokens)
-            .collect();
-        assert_eq!(
-            documents.len(),
-            tokens,
-            "the shipped documents are too short"
-        );
-        documents
+        panic!("the prompt's chunks were not stored within a minute");
     }
 }

@@ -12,7 +12,7 @@ use bytes::Bytes;
 use kvasir_client::{Chunk, Client, Tier};
 use kvasir_plugin::PluginConfig;
 use kvasir_server::child::ListeningChild;
-use kvasir_tests::harness::{Answer, CHUNK_TOKENS, Proxy, Rig, Use, signal, start_daemon};
+use kvasir_tests::harness::{self, Answer, CHUNK_TOKENS, Proxy, Rig, Use, signal, start_daemon};
 use kvasir_types::{DType, KvLayout, Level, Planes};
 use rustix::process::Signal;
 
@@ -45,8 +45,8 @@ struct Faulty {
 
 /// A daemon that holds a prompt, and an engine that reaches it through `endpoint`.
 async fn stored(daemon: &ListeningChild, data: tempfile::TempDir, endpoint: &str) -> Faulty {
-    let rig = Rig::start(endpoint, config());
-    let prompt = rig.prompt(PROMPT_TOKENS, 0);
+    let rig = Rig::reader(endpoint, config());
+    let prompt = harness::prompt(PROMPT_TOKENS, 0);
     let computed = rig.ask(&prompt, Use::Write).await;
     let client = Client::connect(daemon.address()).await.unwrap();
     rig.stored(&client, &prompt).await;
@@ -64,8 +64,8 @@ impl Faulty {
         let answer = self.rig.ask(&self.prompt, Use::Read).await;
         answer.assert_equals(&self.computed);
         let budget = self.rig.plugin.cost_model().compute_time(0, PROMPT_TOKENS);
-        let bound = config().lookup_timeout + budget + self.computed.elapsed + NOISE;
-        assert!(answer.elapsed < bound, "{:?} of {bound:?}", answer.elapsed);
+        let bound = config().lookup_timeout + budget + self.computed.ttft() + NOISE;
+        assert!(answer.ttft() < bound, "{:?} of {bound:?}", answer.ttft());
         answer
     }
 
@@ -131,7 +131,7 @@ async fn an_absent_daemon_is_a_miss() {
     let endpoint = daemon.address().to_owned();
     let faulty = stored(&daemon, data, &endpoint).await;
     daemon.stop().unwrap();
-    let second = Rig::start(&endpoint, config());
+    let second = Rig::reader(&endpoint, config());
     let answer = second.ask(&faulty.prompt, Use::Read).await;
     answer.assert_equals(&faulty.computed);
     assert_eq!(answer.usage.cached_tokens, 0);

@@ -13,7 +13,6 @@ use kvasir_engine::cache::{self, PoolBackend};
 use kvasir_engine::kernels::Threads;
 use kvasir_engine::kv::{BLOCK_TOKENS, BlockId, KvDtype, KvPool};
 use kvasir_engine::model::{LogitsWanted, Model, Scratch, Step};
-use kvasir_engine::tokenizer::Tokenizer;
 use kvasir_plugin::{
     CachePlugin, CaptureOutcome, ChunkCopy, EngineBackend as _, FetchOutcome, LoadPolicy,
     PluginConfig, Prompt,
@@ -40,12 +39,12 @@ fn patient() -> PluginConfig {
 async fn fetched_and_computed_answers_are_the_same() {
     let data = tempfile::tempdir().unwrap();
     let mut daemon = start_daemon(DAEMON, data.path(), "127.0.0.1:0");
-    let rig = Rig::start(daemon.address(), patient());
+    let rig = Rig::reader(daemon.address(), patient());
     let lengths = [640, 703, 704, 705, 900, 1000, 1023, 1151];
     let prompts: Vec<_> = lengths
         .iter()
         .enumerate()
-        .map(|(seed, &tokens)| rig.prompt(tokens, 6 * seed))
+        .map(|(seed, &tokens)| harness::prompt(tokens, 6 * seed))
         .collect();
     let mut computed = Vec::new();
     let client = Client::connect(daemon.address()).await.unwrap();
@@ -85,7 +84,7 @@ async fn fetched_pages_are_byte_equal() {
     let data = tempfile::tempdir().unwrap();
     let daemon = start_daemon(DAEMON, data.path(), "127.0.0.1:0");
     let model = Model::load(&model_dir()).unwrap();
-    let tokenizer = Tokenizer::load(&model_dir(), &[]).unwrap();
+    let tokenizer = harness::tokenizer();
     let namespace = harness::namespace(&model, &tokenizer);
     let runtime = tokio::runtime::Handle::current();
     let plugin = CachePlugin::connect(daemon.address(), runtime, namespace, patient()).unwrap();
