@@ -12,6 +12,7 @@ use tonic::Status;
 #[derive(Debug)]
 pub(crate) struct Admission {
     streams: Arc<Semaphore>,
+    limit: u32,
     /// Shutdown has begun: nothing new starts.
     pub(crate) draining: CancellationToken,
     /// Shutdown has waited long enough: what runs ends.
@@ -20,9 +21,11 @@ pub(crate) struct Admission {
 
 impl Admission {
     pub(crate) fn new(streams: u32) -> Self {
-        let permits = usize::try_from(streams.max(1)).unwrap_or(Semaphore::MAX_PERMITS);
+        let limit = streams.max(1);
+        let permits = usize::try_from(limit).unwrap_or(Semaphore::MAX_PERMITS);
         Self {
             streams: Arc::new(Semaphore::new(permits.min(Semaphore::MAX_PERMITS))),
+            limit,
             draining: CancellationToken::new(),
             aborting: CancellationToken::new(),
         }
@@ -36,6 +39,12 @@ impl Admission {
         Arc::clone(&self.streams)
             .try_acquire_owned()
             .map_err(|_| status::come_back("too many puts and gets at once", BUSY))
+    }
+
+    /// Waits until no transfer is in progress.
+    pub(crate) async fn idle(&self) {
+        // An error would mean a closed semaphore, which nobody closes.
+        let _ = self.streams.acquire_many(self.limit).await;
     }
 }
 

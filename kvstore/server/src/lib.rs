@@ -30,8 +30,8 @@
 //!
 //! # Shutdown
 //! [`Running::shutdown`] reports `NOT_SERVING`, stops accepting, ends watches, lets
-//! transfers finish for [`Limits::drain_ms`], ends the rest as `UNAVAILABLE`, and
-//! closes the store. Whatever was acknowledged as durable by then needs none of it.
+//! transfers finish for [`Limits::drain_ms`], ends the rest as `UNAVAILABLE`, gives
+//! peers two seconds to close their connections, and closes the store. Whatever was acknowledged as durable by then needs none of it.
 
 #![forbid(unsafe_code)]
 

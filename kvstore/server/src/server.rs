@@ -4,9 +4,9 @@ use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use kvasir_proto::MAX_MESSAGE_BYTES;
 use kvasir_proto::v1::FILE_DESCRIPTOR_SET;
 use kvasir_proto::v1::cache_server::CacheServer;
+use kvasir_proto::{MAX_FRAME_BYTES, MAX_MESSAGE_BYTES};
 use kvasir_store::{OpenError, Store};
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
@@ -126,20 +126,24 @@ impl Running {
     }
 
     /// Stops: see the [crate documentation](crate#shutdown). Returns when nothing is
-    /// left to do, [`Limits::drain_ms`] and a second later at the latest.
+    /// left to do, [`Limits::drain_ms`] and some seconds later at the latest.
     pub async fn shutdown(mut self) {
         let shared = self.service.shared().clone();
         self.health.set_not_serving::<CacheServer<Service>>().await;
         shared.admission.draining.cancel();
-        let drained = tokio::time::timeout(shared.limits.drain(), &mut self.serving).await;
-        if drained.is_err() {
-            tracing::warn!("transfers did not finish in time and are ended");
-            shared.admission.aborting.cancel();
-            if tokio::time::timeout(ABORT, &mut self.serving)
-                .await
-                .is_err()
-            {
-                self.serving.abort();
+        tokio::select! {
+            // Every peer has closed its connection.
+            _ = &mut self.serving => (),
+            finished = tokio::time::timeout(shared.limits.drain(), shared.admission.idle()) => {
+                if finished.is_err() {
+                    tracing::warn!("transfers did not finish in time and are ended");
+                    shared.admission.aborting.cancel();
+                }
+                // What was sent last is on its way; a peer that is stuck may never
+                // close its connection.
+                if tokio::time::timeout(LINGER, &mut self.serving).await.is_err() {
+                    self.serving.abort();
+                }
             }
         }
         if let Err(error) = shared.store.close().await {
@@ -164,6 +168,7 @@ async fn router(
     let router = tonic::transport::Server::builder()
         .initial_stream_window_size(limits.window_bytes())
         .initial_connection_window_size(limits.window_bytes())
+        .max_frame_size(MAX_FRAME_BYTES)
         .http2_keepalive_interval(Some(KEEP_ALIVE))
         .http2_keepalive_timeout(Some(KEEP_ALIVE))
         .add_service(cache)
@@ -175,5 +180,5 @@ async fn router(
 /// How often a silent peer is asked whether it is there, and how long it may take
 /// to answer.
 const KEEP_ALIVE: Duration = Duration::from_secs(20);
-/// How long ended transfers may take to say so.
-const ABORT: Duration = Duration::from_secs(1);
+/// How long peers may take to receive what was sent and to close their connections.
+const LINGER: Duration = Duration::from_secs(2);

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kvasir_proto::v1::cache_client::CacheClient;
-use kvasir_proto::{InvalidField, MAX_KEYS, MAX_MESSAGE_BYTES, convert, v1};
+use kvasir_proto::{InvalidField, MAX_FRAME_BYTES, MAX_KEYS, MAX_MESSAGE_BYTES, convert, v1};
 use kvasir_types::ChunkKey;
 use tonic::Status;
 use tonic::transport::Channel;
@@ -119,6 +119,7 @@ impl Client {
             .tcp_nodelay(true)
             .initial_stream_window_size(config.window_bytes)
             .initial_connection_window_size(config.window_bytes)
+            .max_frame_size(MAX_FRAME_BYTES)
             .http2_keep_alive_interval(config.keep_alive)
             .keep_alive_timeout(config.keep_alive)
             .connect_lazy();

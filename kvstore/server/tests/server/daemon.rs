@@ -65,7 +65,13 @@ async fn sigterm_drains_and_exits_with_zero() {
         let client = Client::connect(&daemon.endpoint).await.unwrap();
         assert!(client.put(&chunk(1)).await.unwrap().durable);
         daemon.signal(signal);
-        assert!(daemon.child.wait().unwrap().success());
+        let mut status = None;
+        soon("the daemon ends", || {
+            status = daemon.child.try_wait().unwrap();
+            status.is_some()
+        })
+        .await;
+        assert!(status.unwrap().success());
     }
 }
 

@@ -63,6 +63,15 @@ async fn shutdown_does_not_wait_for_ever() {
 }
 
 #[tokio::test]
+async fn shutdown_does_not_wait_for_stuck_peers() {
+    let (server, _client) = start(memory(ByteSize::mib(64))).await;
+    let _silent = std::net::TcpStream::connect(server.addr()).unwrap();
+    let begin = Instant::now();
+    server.shutdown().await;
+    assert!(begin.elapsed() < Duration::from_secs(5));
+}
+
+#[tokio::test]
 async fn a_client_recovers_when_its_daemon_comes_back() {
     let (server, client) = start(memory(ByteSize::mib(64))).await;
     let addr = server.addr();

@@ -2,9 +2,9 @@
 
 use bytes::Bytes;
 use futures::stream;
-use kvasir_client::{CallError, Client, ClientConfig, GetOptions, RetryConfig};
+use kvasir_client::{CallError, Chunk, Client, ClientConfig, GetOptions, RetryConfig};
 use kvasir_proto::{convert, status, v1};
-use kvasir_types::{ByteSize, Checksum, LayerRange};
+use kvasir_types::{ByteSize, Checksum, DType, KvLayout, LayerRange, Level, Planes};
 use tonic::{Code, Status};
 use v1::put_request::Message;
 
@@ -175,6 +175,29 @@ async fn a_chunk_that_can_never_fit_is_malformed() {
     let (server, client) = start(memory(ByteSize::kib(100))).await;
     let error = client.put(&chunk(1)).await.unwrap_err();
     assert!(matches!(error, CallError::Invalid { field, .. } if field == "header.layout"));
+    server.shutdown().await;
+}
+
+/// The daemon answers after the header, while most of the chunk is still on its way.
+#[tokio::test]
+async fn a_refusal_reaches_a_sender_with_much_left_to_send() {
+    let (server, client) = start(memory(ByteSize::mib(8))).await;
+    let layout = KvLayout::new(8, 8, Planes::symmetric(128), 2048, DType::F16).unwrap();
+    let large = Chunk {
+        key: key(1),
+        layout,
+        level: Level::RAW,
+        layers: vec![Bytes::from(vec![1; layout.layer_bytes()]); 8],
+    };
+    for _ in 0..20 {
+        let error = client.put(&large).await.unwrap_err();
+        assert!(
+            matches!(&error, CallError::Invalid { field, .. } if field == "header.layout"),
+            "{error:?}"
+        );
+    }
+    // The connection is as good as before.
+    client.put(&chunk(1)).await.unwrap();
     server.shutdown().await;
 }
 
