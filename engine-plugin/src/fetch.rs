@@ -19,8 +19,8 @@ use crate::{Decision, EngineBackend, FetchObservation, LoadPolicy, Prompt, Share
 /// lost takes all later chunks with it; spent patience takes every chunk that is
 /// not whole.
 ///
-/// Patience is the time in which the cache had nothing for the engine. Time in
-/// which layers waited for a busy engine is not the cache's fault and not counted.
+/// Patience is the time the engine spends waiting for the cache. Time in which
+/// layers waited for a busy engine is not the cache's fault and not counted.
 #[derive(Debug)]
 pub struct Prefetch {
     runtime: tokio::runtime::Handle,
@@ -29,7 +29,7 @@ pub struct Prefetch {
     layout: KvLayout,
     /// How much longer the engine waits for the cache, over all arrivals.
     patience: Duration,
-    /// Since when no arrival was seen.
+    /// Since when the engine has had nothing of this fetch to land.
     idle_since: Option<Instant>,
     stage: Stage,
     /// Layers landed, per planned chunk.
@@ -189,7 +189,13 @@ impl Prefetch {
         }
     }
 
-    fn receive<B: EngineBackend>(&mut self, longest: Duration, backend: &mut B, pages: &B::Pages) {
+    fn receive<B: EngineBackend>(
+        &mut self,
+        longest: Duration,
+        backend: &mut B,
+        pages: &B::Pages,
+    ) {
+        self.idle_since.get_or_insert_with(Instant::now);
         let longest = longest.min(self.patience);
         let received = self
             .runtime
@@ -202,7 +208,7 @@ impl Prefetch {
         }
     }
 
-    /// Charges the time since the channel was last seen empty.
+    /// Charges the time in which the engine waited, or found nothing when it looked.
     fn spend_patience(&mut self) {
         let now = Instant::now();
         if let Some(since) = self.idle_since.replace(now) {
