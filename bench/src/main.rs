@@ -1,1 +1,102 @@
-fn main() {}
+//! Benchmarks of Kvasir: each suite beside a raw limit or a peer of the same run.
+//!
+//! `kvasir-bench SUITE --json` prints one JSON object as its last line; without
+//! `--json`, a table. Progress and everything else go to stderr.
+
+#![forbid(unsafe_code)]
+
+mod checkpoint;
+mod daemon;
+mod faults;
+mod lookup;
+mod prefill;
+mod raw_stream;
+mod report;
+mod ttft;
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use indicatif::{ProgressBar, ProgressStyle};
+
+#[derive(Debug, Parser)]
+#[command(about = "Benchmarks of Kvasir, each beside a raw limit or a peer of the same run")]
+struct Args {
+    #[command(subcommand)]
+    suite: Suite,
+    /// Print one JSON object per suite instead of a table.
+    #[arg(long, global = true)]
+    json: bool,
+    /// Fewer and shorter runs: under a minute per suite.
+    #[arg(long, global = true)]
+    quick: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum Suite {
+    /// Every suite in turn.
+    All,
+    /// Time to first token: computed, fetched from host memory, fetched from disk.
+    Ttft,
+    /// What a daemon that stalls in the middle of a fetch costs a request.
+    Faults,
+    /// Looking up 512 chunk keys in one call.
+    Lookup,
+    /// Prefill of 512 tokens beside torch on the CPU.
+    Prefill {
+        /// A Python with the packages of bench/torch/requirements.txt.
+        #[arg(long)]
+        python: Option<PathBuf>,
+    },
+    /// `kvasird` for the other suites, in a process of its own.
+    #[command(hide = true)]
+    Daemon {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<OsString>,
+    },
+    /// A gRPC server that only streams constant bytes.
+    #[command(hide = true)]
+    RawStream {
+        #[arg(long)]
+        layer_bytes: usize,
+    },
+}
+
+fn main() -> anyhow::Result<ExitCode> {
+    let Args { suite, json, quick } = Args::parse();
+    if let Suite::Daemon { arguments } = suite {
+        let arguments = std::iter::once("kvasird".into()).chain(arguments);
+        return Ok(kvasir_server::daemon::main(arguments));
+    }
+    let runtime = tokio::runtime::Runtime::new()?;
+    runtime.block_on(run(suite, json, quick))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn run(suite: Suite, json: bool, quick: bool) -> anyhow::Result<()> {
+    match suite {
+        Suite::All => {
+            lookup::run(quick).await?.print(json)?;
+            prefill::run(quick, None)?.print(json)?;
+            faults::run(quick).await?.print(json)?;
+            ttft::run(quick).await?.print(json)
+        }
+        Suite::Faults => faults::run(quick).await?.print(json),
+        Suite::Ttft => ttft::run(quick).await?.print(json),
+        Suite::Lookup => lookup::run(quick).await?.print(json),
+        Suite::Prefill { python } => prefill::run(quick, python.as_deref())?.print(json),
+        Suite::Daemon { .. } => Ok(()),
+        Suite::RawStream { layer_bytes } => raw_stream::serve(layer_bytes).await,
+    }
+}
+
+/// A progress bar on stderr; invisible when stderr is not a terminal.
+fn progress(length: u64, what: &str) -> ProgressBar {
+    let style = ProgressStyle::with_template("{msg:<24} {bar:40} {pos}/{len} {eta}")
+        .unwrap_or_else(|_| ProgressStyle::default_bar());
+    ProgressBar::new(length)
+        .with_style(style)
+        .with_message(what.to_owned())
+}

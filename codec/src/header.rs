@@ -26,7 +26,7 @@ use kvasir_types::{
     ChunkKey, KvLayout, LayerIdx, LayerRange, LayoutDigest, LayoutError, Level, UnknownLevel,
 };
 
-use crate::checksum::Checksum;
+use kvasir_types::Checksum;
 
 /// Where one layer lies in an object, and what it must hash to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

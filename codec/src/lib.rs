@@ -29,10 +29,8 @@
 
 #![forbid(unsafe_code)]
 
-mod checksum;
 mod header;
 mod object;
 
-pub use checksum::Checksum;
 pub use header::{HeaderError, IdentityError, LayerEntry, LayerError, ObjectHeader};
 pub use object::{Object, ObjectError};

@@ -3,10 +3,8 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use bytes::Bytes;
-use kvasir_codec::{
-    Checksum, HeaderError, IdentityError, LayerError, Object, ObjectError, ObjectHeader,
-};
-use kvasir_types::{ChunkKey, DType, KvLayout, LayerIdx, LayerRange, Level, Planes};
+use kvasir_codec::{HeaderError, IdentityError, LayerError, Object, ObjectError, ObjectHeader};
+use kvasir_types::{Checksum, ChunkKey, DType, KvLayout, LayerIdx, LayerRange, Level, Planes};
 use proptest::prelude::*;
 
 fn layers_of(layout: &KvLayout, seed: u8) -> Vec<Bytes> {

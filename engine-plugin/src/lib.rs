@@ -1,1 +1,224 @@
-//! Placeholder replaced before the first release.
+//! Engine-neutral reuse of KV caches: look up, fetch, compute the rest, capture.
+//!
+//! An engine gives three things: a [`Namespace`](kvasir_types::Namespace) that says
+//! what its KV is, an [`EngineBackend`] that moves one layer of one chunk between
+//! bytes and its pages, and measured prefill times. It gets back, for each prompt:
+//!
+//! ```text
+//! prefetch   lookup ─ decide (cost model) ─ get ─▶ layers, in order      [async task]
+//!                                                     │ bounded channel
+//! engine     admit ─ land layer l into pages ─ attention of layer l       [engine thread]
+//!                                                     │ after the first token
+//! capture    copy new chunks out of pages ─▶ bounded queue ─ put          [async task]
+//! ```
+//!
+//! Promises to the request in front of us:
+//!
+//! * **Never wrong.** Layers land only after their checksum matched; a prefix counts
+//!   as cached only when every layer of every one of its chunks has landed.
+//! * **Never slower.** Fetching starts only if [`CostModel`] expects it to beat
+//!   computing, and ends at a deadline that is at most the time computing would take.
+//! * **Never failing.** A miss, an error, a late or broken daemon all become
+//!   "compute that part". After a failure the daemon is left alone for a while
+//!   ([`PluginConfig::cooldown`]), so that an outage costs one deadline, not one per
+//!   request.
+//!
+//! Ownership: the engine thread owns the pages and does every copy into and out of
+//! them, so no page is ever shared between threads. Dropping a [`Prefetch`] cancels
+//! its fetch. Chunks waiting for capture are lost when the process ends.
+//!
+//! Not here: models, attention, scheduling (`kvasir-engine`); wire (`kvasir-client`).
+
+#![forbid(unsafe_code)]
+
+mod backend;
+mod breaker;
+mod capture;
+mod cost;
+mod fetch;
+mod prompt;
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use kvasir_client::{Client, ClientConfig};
+use kvasir_types::{ByteSize, Namespace};
+
+pub use kvasir_client::ParseEndpointError;
+
+pub use backend::{BackendError, EngineBackend};
+pub use capture::{CaptureOutcome, CaptureStats, ChunkCopy};
+pub use cost::{CostModel, Decision, FetchObservation};
+pub use fetch::{FetchOutcome, Prefetch, Shortfall};
+pub use prompt::Prompt;
+
+use breaker::Breaker;
+use capture::CaptureQueue;
+
+/// When a cached prefix is loaded.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LoadPolicy {
+    /// When [`CostModel`] expects loading to beat computing; the wait ends, at the
+    /// latest, when computing would have ended.
+    #[default]
+    WhenFaster,
+    /// Always, within [`PluginConfig::fetch_timeout`]: for engines whose compute is
+    /// worth more than their time, and for tests.
+    Always,
+}
+
+/// How the plugin spends time and memory.
+#[derive(Clone, Debug)]
+pub struct PluginConfig {
+    /// When a cached prefix is loaded. Default: when faster.
+    pub load: LoadPolicy,
+    /// Longest wait for the answer to a lookup. Default: 50 ms.
+    pub lookup_timeout: Duration,
+    /// Longest wait for a fetch, whatever the cost model says. Default: 10 s.
+    pub fetch_timeout: Duration,
+    /// Bytes of fetched layers that may wait for the engine thread, per request.
+    /// Default: 128 MiB.
+    pub fetch_buffer: ByteSize,
+    /// Bytes of captured chunks that may wait to be stored. When they are spent,
+    /// new chunks are not captured, and counted. Default: 512 MiB.
+    pub capture_buffer: ByteSize,
+    /// Deadline of storing one chunk. Default: 10 s.
+    pub store_timeout: Duration,
+    /// How long the daemon is left alone after it failed; doubles with each failure
+    /// up to 32 times this. Default: 1 s.
+    pub cooldown: Duration,
+}
+
+impl Default for PluginConfig {
+    fn default() -> Self {
+        Self {
+            load: LoadPolicy::default(),
+            lookup_timeout: Duration::from_millis(50),
+            fetch_timeout: Duration::from_secs(10),
+            fetch_buffer: ByteSize::mib(128),
+            capture_buffer: ByteSize::mib(512),
+            store_timeout: Duration::from_secs(10),
+            cooldown: Duration::from_secs(1),
+        }
+    }
+}
+
+/// One engine's connection to the cache. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct CachePlugin {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+pub(crate) struct Shared {
+    client: Client,
+    runtime: tokio::runtime::Handle,
+    namespace: Namespace,
+    config: PluginConfig,
+    cost: Mutex<CostModel>,
+    breaker: Mutex<Breaker>,
+    capture: CaptureQueue,
+}
+
+impl CachePlugin {
+    /// A plugin that stores and finds KV of `namespace` through `client`. Its async
+    /// work runs on `runtime`; the engine calls it from threads of its own.
+    pub fn new(
+        client: Client,
+        runtime: tokio::runtime::Handle,
+        namespace: Namespace,
+        config: PluginConfig,
+    ) -> Self {
+        let capture = CaptureQueue::start(&runtime, client.clone(), namespace, &config);
+        Self {
+            shared: Arc::new(Shared {
+                client,
+                runtime,
+                namespace,
+                cost: Mutex::new(CostModel::default()),
+                breaker: Mutex::new(Breaker::new(config.cooldown)),
+                capture,
+                config,
+            }),
+        }
+    }
+
+    /// A plugin of the daemon at `endpoint` (`HOST:PORT`). Does not wait for it: an
+    /// engine may start before its cache.
+    ///
+    /// # Errors
+    /// `endpoint` is malformed.
+    pub fn connect(
+        endpoint: &str,
+        runtime: tokio::runtime::Handle,
+        namespace: Namespace,
+        config: PluginConfig,
+    ) -> Result<Self, ParseEndpointError> {
+        let client_config = ClientConfig {
+            endpoint: endpoint.parse()?,
+            ..ClientConfig::default()
+        };
+        // The connection's tasks live on the runtime.
+        let guard = runtime.enter();
+        let client = Client::connect_lazy(client_config);
+        drop(guard);
+        Ok(Self::new(client, runtime, namespace, config))
+    }
+
+    /// What this engine's KV is.
+    pub fn namespace(&self) -> &Namespace {
+        &self.shared.namespace
+    }
+
+    /// Starts to look for the longest cached prefix of `prompt`, and to fetch it if
+    /// that is expected to be faster than computing. Returns at once.
+    pub fn prefetch(&self, prompt: &Prompt) -> Prefetch {
+        fetch::start(&self.shared, prompt)
+    }
+
+    /// Whether `bytes` more can wait to be stored. Ask before copying a chunk.
+    pub fn has_capture_room(&self, bytes: u64) -> bool {
+        self.shared.capture.has_room(bytes)
+    }
+
+    /// Queues a chunk for storing, off the request's path.
+    pub fn capture(&self, chunk: ChunkCopy) -> CaptureOutcome {
+        self.shared.capture.push(chunk)
+    }
+
+    /// Counts a chunk that was not even copied, for lack of room.
+    pub fn note_dropped_capture(&self) {
+        self.shared.capture.note_dropped();
+    }
+
+    /// What became of captured chunks so far.
+    pub fn capture_stats(&self) -> CaptureStats {
+        self.shared.capture.stats()
+    }
+
+    /// Tells the cost model that prefill of tokens `from..to` of a sequence took
+    /// `elapsed`, alone in its batch.
+    pub fn observe_prefill(&self, from: usize, to: usize, elapsed: Duration) {
+        self.shared.cost().observe_prefill(from, to, elapsed);
+    }
+
+    /// A copy of the cost model as it stands.
+    pub fn cost_model(&self) -> CostModel {
+        self.shared.cost().clone()
+    }
+}
+
+impl Shared {
+    fn cost(&self) -> std::sync::MutexGuard<'_, CostModel> {
+        // Plain numbers: a panic elsewhere cannot leave them half-written.
+        self.cost.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn breaker(&self) -> std::sync::MutexGuard<'_, Breaker> {
+        self.breaker.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn allows(&self, now: Instant) -> bool {
+        self.breaker().allows(now)
+    }
+}

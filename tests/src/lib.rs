@@ -1,7 +1,9 @@
-//! Suites that every implementation of a trait must pass, and end-to-end tests.
+//! Conformance suites, fault injection and end-to-end tests.
 //!
-//! * [`conformance`]: one suite per domain trait, run from `tests/tests`.
+//! Suites in [`conformance`] state a trait's contract and run against every
+//! implementation; [`harness`] starts real processes and sits between them.
 
 #![forbid(unsafe_code)]
 
 pub mod conformance;
+pub mod harness;

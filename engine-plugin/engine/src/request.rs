@@ -26,9 +26,17 @@ pub struct GenerateRequest {
     pub logits_digest: bool,
 }
 
-/// Progress of one request, in order: tokens, then one `Finished` or `Failed`.
+/// Progress of one request, in order: `Prefilled`, tokens, then one `Finished`; or
+/// `Failed` at any point.
 #[derive(Clone, Debug)]
 pub enum Event {
+    /// The whole prompt is in the pages; the first token follows at once.
+    Prefilled {
+        /// Prompt tokens whose KV came from the cache.
+        cached_tokens: usize,
+        /// Payload bytes fetched for them.
+        fetched_bytes: u64,
+    },
     /// The next token.
     Token {
         /// Its id.
@@ -89,7 +97,9 @@ pub enum RequestError {
         vocabulary: usize,
     },
     /// Prompt and completion do not fit the model's context or the KV pool.
-    #[error("{needed} tokens do not fit: the limit is {limit}; shorten the prompt or lower max_tokens")]
+    #[error(
+        "{needed} tokens do not fit: the limit is {limit}; shorten the prompt or lower max_tokens"
+    )]
     TooLong {
         /// Prompt plus completion.
         needed: usize,
@@ -108,4 +118,7 @@ pub enum RequestError {
     /// The model produced a value that is not a number.
     #[error("the model's output is not finite; the checkpoint or its precision is at fault")]
     NotFinite,
+    /// The batch this request was part of failed; the log says why.
+    #[error("the engine failed on this request; its log says why")]
+    Internal,
 }

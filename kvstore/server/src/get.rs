@@ -302,7 +302,7 @@ async fn read_layer(lease: &Lease, layer: u16) -> Result<(Bytes, Checksum), Read
         .header()
         .layer(LayerIdx(layer))
         .ok_or_else(out_of_range)?;
-    let checksum = Checksum::from_u64(entry.checksum.as_u64());
+    let checksum = entry.checksum;
     let data = lease.read_layers(range).await?.pop();
     Ok((data.ok_or_else(out_of_range)?, checksum))
 }

@@ -36,9 +36,11 @@
 #![forbid(unsafe_code)]
 
 mod admission;
+pub mod child;
 mod config;
 mod connections;
 mod counters;
+pub mod daemon;
 mod get;
 mod process;
 mod put;

@@ -9,9 +9,14 @@ pub(crate) struct Resident {
     pub(crate) peak: u64,
 }
 
-/// Zero where the kernel does not say.
+/// Of this process; zero where the kernel does not say.
 pub(crate) fn resident() -> Resident {
-    fs::read_to_string("/proc/self/status")
+    resident_of(std::process::id())
+}
+
+/// Of the process `pid`; zero where the kernel does not say.
+pub(crate) fn resident_of(pid: u32) -> Resident {
+    fs::read_to_string(format!("/proc/{pid}/status"))
         .map_or_else(|_| Resident::default(), |text| parse(&text))
 }
 

@@ -27,9 +27,15 @@ impl Checksum {
     }
 }
 
+impl fmt::Display for Checksum {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:016x}", self.0)
+    }
+}
+
 impl fmt::Debug for Checksum {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Checksum({:016x})", self.0)
+        write!(f, "Checksum({self})")
     }
 }
 
@@ -37,9 +43,10 @@ impl fmt::Debug for Checksum {
 mod tests {
     use super::*;
 
-    /// The check value of the CRC catalogue for CRC-64/NVME.
+    /// The check value of the CRC catalogue, and the all-zero page of the NVMe text.
     #[test]
-    fn agrees_with_the_catalogue() {
-        assert_eq!(Checksum::of(b"123456789").as_u64(), 0xAE8B_1486_0A79_9888);
+    fn agrees_with_the_published_values() {
+        assert_eq!(Checksum::of(b"123456789").as_u64(), 0xae8b_1486_0a79_9888);
+        assert_eq!(Checksum::of(&[0; 4096]).as_u64(), 0x6482_d367_eb22_b64e);
     }
 }

@@ -30,15 +30,8 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    #[command(flatten)]
-    Ask(Ask),
     /// See the cache at work, without any preparation.
     Demo(demo::Arguments),
-}
-
-/// Commands for a daemon that runs.
-#[derive(Debug, Subcommand)]
-enum Ask {
     /// What the daemon holds and how it is doing.
     Status,
     /// Status and rates, refreshed.
@@ -66,22 +59,20 @@ fn main() -> ExitCode {
 
 fn run(arguments: Arguments) -> anyhow::Result<()> {
     let context = Context::new(arguments.global)?;
-    match arguments.command {
-        Command::Ask(command) => tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()?
-            .block_on(ask(&context, command)),
-        Command::Demo(arguments) => demo::run(&context, &arguments),
-    }
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?
+        .block_on(dispatch(&context, arguments.command))
 }
 
-async fn ask(context: &Context, command: Ask) -> anyhow::Result<()> {
+async fn dispatch(context: &Context, command: Command) -> anyhow::Result<()> {
     match command {
-        Ask::Status => status::run(context).await,
-        Ask::Top(arguments) => top::run(context, &arguments).await,
-        Ask::Ls(arguments) => list::run(context, &arguments).await,
-        Ask::Get(arguments) => get::run(context, &arguments).await,
-        Ask::Put(arguments) => put::run(context, &arguments).await,
-        Ask::Rm(arguments) => remove::run(context, &arguments).await,
+        Command::Demo(arguments) => demo::run(context, &arguments).await,
+        Command::Status => status::run(context).await,
+        Command::Top(arguments) => top::run(context, &arguments).await,
+        Command::Ls(arguments) => list::run(context, &arguments).await,
+        Command::Get(arguments) => get::run(context, &arguments).await,
+        Command::Put(arguments) => put::run(context, &arguments).await,
+        Command::Rm(arguments) => remove::run(context, &arguments).await,
     }
 }

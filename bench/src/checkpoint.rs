@@ -1,0 +1,152 @@
+//! A random Llama checkpoint in the Hugging Face layout, written on the spot.
+
+use std::fs::File;
+use std::io::{BufWriter, Write as _};
+use std::path::Path;
+
+use anyhow::Context as _;
+use rand::{RngCore as _, SeedableRng as _};
+use rand_chacha::ChaCha8Rng;
+use serde_json::json;
+
+/// Geometry of a random model.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Shape {
+    pub(crate) hidden: usize,
+    pub(crate) layers: usize,
+    pub(crate) heads: usize,
+    pub(crate) kv_heads: usize,
+    pub(crate) intermediate: usize,
+    pub(crate) vocabulary: usize,
+    pub(crate) positions: usize,
+}
+
+impl Shape {
+    /// About 124 M parameters: 24 KiB of f32 KV per token.
+    pub(crate) const SERVING: Self = Self {
+        hidden: 768,
+        layers: 12,
+        heads: 12,
+        kv_heads: 4,
+        intermediate: 2048,
+        vocabulary: 32_000,
+        positions: 32_768,
+    };
+
+    /// The model that prefill is compared with torch on: about 246 M parameters.
+    pub(crate) const PREFILL: Self = Self {
+        hidden: 1024,
+        layers: 16,
+        heads: 16,
+        kv_heads: 4,
+        intermediate: 2816,
+        vocabulary: 32_000,
+        positions: 4096,
+    };
+
+    const fn head_dim(&self) -> usize {
+        self.hidden / self.heads
+    }
+
+    /// Name and shape of every tensor; norms have one dimension.
+    fn tensors(&self) -> Vec<(String, Vec<usize>)> {
+        let kv = self.kv_heads * self.head_dim();
+        let mut tensors = vec![(
+            "model.embed_tokens.weight".to_owned(),
+            vec![self.vocabulary, self.hidden],
+        )];
+        for layer in 0..self.layers {
+            let mut push = |name: &str, shape: &[usize]| {
+                tensors.push((
+                    format!("model.layers.{layer}.{name}.weight"),
+                    shape.to_vec(),
+                ));
+            };
+            push("input_layernorm", &[self.hidden]);
+            push("self_attn.q_proj", &[self.hidden, self.hidden]);
+            push("self_attn.k_proj", &[kv, self.hidden]);
+            push("self_attn.v_proj", &[kv, self.hidden]);
+            push("self_attn.o_proj", &[self.hidden, self.hidden]);
+            push("post_attention_layernorm", &[self.hidden]);
+            push("mlp.gate_proj", &[self.intermediate, self.hidden]);
+            push("mlp.up_proj", &[self.intermediate, self.hidden]);
+            push("mlp.down_proj", &[self.hidden, self.intermediate]);
+        }
+        tensors.push(("model.norm.weight".to_owned(), vec![self.hidden]));
+        tensors.push((
+            "lm_head.weight".to_owned(),
+            vec![self.vocabulary, self.hidden],
+        ));
+        tensors
+    }
+
+    pub(crate) fn parameters(&self) -> usize {
+        self.tensors()
+            .iter()
+            .map(|(_, shape)| shape.iter().product::<usize>())
+            .sum()
+    }
+}
+
+/// Writes `config.json` and `model.safetensors` (f32) into `dir`.
+pub(crate) fn write(dir: &Path, shape: &Shape) -> anyhow::Result<()> {
+    let config = json!({
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": shape.vocabulary,
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.intermediate,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_dim(),
+        "max_position_embeddings": shape.positions,
+        "rope_theta": 10000.0,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+        "tie_word_embeddings": false,
+        "attention_bias": false,
+        "mlp_bias": false,
+        "torch_dtype": "float32",
+    });
+    std::fs::write(dir.join("config.json"), config.to_string())?;
+    let path = dir.join("model.safetensors");
+    write_tensors(&path, shape).with_context(|| format!("writing {}", path.display()))
+}
+
+fn write_tensors(path: &Path, shape: &Shape) -> anyhow::Result<()> {
+    let tensors = shape.tensors();
+    let mut header = serde_json::Map::new();
+    let mut offset = 0usize;
+    for (name, dimensions) in &tensors {
+        let end = offset + dimensions.iter().product::<usize>() * 4;
+        header.insert(
+            name.clone(),
+            json!({"dtype": "F32", "shape": dimensions, "data_offsets": [offset, end]}),
+        );
+        offset = end;
+    }
+    let mut header = serde_json::to_vec(&header)?;
+    header.resize(header.len().next_multiple_of(8), b' ');
+    let mut out = BufWriter::with_capacity(1 << 20, File::create(path)?);
+    out.write_all(&(header.len() as u64).to_le_bytes())?;
+    out.write_all(&header)?;
+    let mut rng = ChaCha8Rng::seed_from_u64(7);
+    for (_, dimensions) in &tensors {
+        let count: usize = dimensions.iter().product();
+        // Norms are one; matrices uniform with the variance of a trained model's start.
+        let spread = if dimensions.len() == 1 { 0.0 } else { 0.035 };
+        for _ in 0..count {
+            #[expect(clippy::cast_precision_loss, reason = "24 random bits fit an f32")]
+            let unit = (rng.next_u32() >> 8) as f32 / (1u32 << 24) as f32;
+            let value = if spread == 0.0 {
+                1.0
+            } else {
+                (unit * 2.0 - 1.0) * spread
+            };
+            out.write_all(&value.to_le_bytes())?;
+        }
+    }
+    out.flush()?;
+    Ok(())
+}

@@ -1,0 +1,128 @@
+//! The engine's pages as the cache plugin sees them, and what its KV is.
+
+use kvasir_plugin::{BackendError, EngineBackend};
+use kvasir_types::{DType, KvLayout, LayerIdx, LayoutError, ModelIdentity, Namespace, Planes};
+
+use crate::config::ModelConfig;
+use crate::kv::{BlockId, KvDtype, KvPool};
+use crate::model::Model;
+
+/// Geometry of the chunks a model exchanges.
+///
+/// # Errors
+/// A model too large for the layout's fields, or a chunk above its size limit.
+pub fn layout(
+    config: &ModelConfig,
+    dtype: KvDtype,
+    chunk_tokens: u32,
+) -> Result<KvLayout, LayoutError> {
+    let narrow =
+        |value: usize| u16::try_from(value).map_err(|_| LayoutError::TooLarge(value as u128));
+    let dtype = match dtype {
+        KvDtype::F32 => DType::F32,
+        KvDtype::Bf16 => DType::Bf16,
+        KvDtype::F16 => DType::F16,
+    };
+    KvLayout::new(
+        narrow(config.layers)?,
+        narrow(config.kv_heads)?,
+        Planes::symmetric(narrow(config.head_dim)?),
+        chunk_tokens,
+        dtype,
+    )
+}
+
+/// What this model's KV is: every configuration value, the weights' digest, the
+/// layout, the tokenizer, and the tenant.
+pub fn namespace(
+    model: &Model,
+    layout: KvLayout,
+    tokenizer: &[u8; 32],
+    tenant_salt: &[u8],
+) -> Namespace {
+    let digest: String = model
+        .weights_digest()
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
+    let identity = ModelIdentity {
+        architecture: model.config().canonical(),
+        weights: digest,
+        rope: format!("{:?}", model.config().rope),
+    };
+    Namespace::new(&identity, None, layout, tokenizer, tenant_salt)
+}
+
+/// A [`KvPool`] that exchanges chunks of a fixed layout.
+#[derive(Debug)]
+pub struct PoolBackend<'a> {
+    pool: &'a mut KvPool,
+    layout: &'a KvLayout,
+}
+
+impl<'a> PoolBackend<'a> {
+    /// `pool` must have the geometry and element type of `layout`.
+    pub fn new(pool: &'a mut KvPool, layout: &'a KvLayout) -> Self {
+        Self { pool, layout }
+    }
+
+    fn check(
+        &self,
+        pages: &[BlockId],
+        chunk: usize,
+        layer: LayerIdx,
+        length: usize,
+    ) -> Result<(usize, usize), BackendError> {
+        let tokens = self.layout.tokens() as usize;
+        if layer.0 >= self.layout.layers() {
+            return Err(BackendError::NoSuchLayer(layer));
+        }
+        if length != self.layout.layer_bytes() {
+            return Err(BackendError::WrongLength {
+                expected: self.layout.layer_bytes(),
+                found: length,
+            });
+        }
+        let outside = BackendError::OutsidePages { chunk };
+        let first = chunk.checked_mul(tokens).ok_or(outside)?;
+        let end = first.checked_add(tokens).ok_or(outside)?;
+        if end > pages.len() * crate::kv::BLOCK_TOKENS {
+            return Err(outside);
+        }
+        Ok((first, tokens))
+    }
+}
+
+impl EngineBackend for PoolBackend<'_> {
+    type Pages = [BlockId];
+
+    fn layout(&self) -> &KvLayout {
+        self.layout
+    }
+
+    fn write_layer(
+        &mut self,
+        pages: &[BlockId],
+        chunk: usize,
+        layer: LayerIdx,
+        payload: &[u8],
+    ) -> Result<(), BackendError> {
+        let (first, tokens) = self.check(pages, chunk, layer, payload.len())?;
+        self.pool
+            .write_layer(pages, first, tokens, layer.0.into(), payload)
+            .map_err(|_| BackendError::OutsidePages { chunk })
+    }
+
+    fn read_layer(
+        &self,
+        pages: &[BlockId],
+        chunk: usize,
+        layer: LayerIdx,
+        payload: &mut [u8],
+    ) -> Result<(), BackendError> {
+        let (first, tokens) = self.check(pages, chunk, layer, payload.len())?;
+        self.pool
+            .read_layer(pages, first, tokens, layer.0.into(), payload)
+            .map_err(|_| BackendError::OutsidePages { chunk })
+    }
+}

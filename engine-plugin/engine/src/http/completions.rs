@@ -1,0 +1,174 @@
+//! `POST /v1/completions`.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use axum::body::Bytes;
+use axum::extract::State;
+use axum::extract::rejection::BytesRejection;
+use axum::response::Response;
+use serde::Deserialize;
+use serde_json::json;
+
+use super::Front;
+use super::answer::{Answer, Choice, Shape, completion_logprobs, counted};
+use super::error::ApiError;
+use super::fields::{Common, Fields};
+use super::generation::{Generation, Prompt};
+use super::text::Piece;
+use crate::tokenizer::Tokenizer;
+
+/// The handler.
+pub(super) async fn handle(
+    State(front): State<Arc<Front>>,
+    body: Result<Bytes, BytesRejection>,
+) -> Response {
+    let answer = async |body: Bytes, arrived| complete(&front, &body, arrived).await;
+    counted("completions", body, &front, answer).await
+}
+
+async fn complete(front: &Arc<Front>, body: &[u8], arrived: Instant) -> Result<Response, ApiError> {
+    let Request {
+        common,
+        prompts,
+        max_tokens,
+        logprobs,
+    } = Request::parse(body, front)?;
+    let tokenizer = Arc::clone(&front.tokenizer);
+    let prepare = move || {
+        let prompt = |input: Input| {
+            let ids = input.ids(&tokenizer)?;
+            Ok(Prompt {
+                detokenizer: tokenizer.detokenizer(&ids)?,
+                ids,
+                max_tokens,
+                param: PROMPT,
+                arrived,
+            })
+        };
+        prompts
+            .into_iter()
+            .map(prompt)
+            .collect::<Result<Vec<_>, _>>()
+    };
+    let prompts: Result<Vec<Prompt>, ApiError> = tokio::task::spawn_blocking(prepare)
+        .await
+        .map_err(ApiError::Worker)?;
+    let submit = |prompt| Generation::submit(front, &common, prompt);
+    let generations = prompts?.into_iter().map(submit).collect::<Result<_, _>>()?;
+    let answer = Answer {
+        shape: &SHAPE,
+        common,
+        logprobs,
+        generations,
+    };
+    answer.respond(front).await
+}
+
+/// A checked request.
+#[derive(Debug)]
+struct Request {
+    common: Common,
+    prompts: Vec<Input>,
+    max_tokens: usize,
+    logprobs: bool,
+}
+
+impl Request {
+    fn parse(body: &[u8], front: &Front) -> Result<Self, ApiError> {
+        let refuse = |param, rule| Err(ApiError::Value { param, rule });
+        let fields = Fields::parse(body)?;
+        let common = Common::parse(&fields, front)?;
+        if fields.get("echo")?.unwrap_or(false) {
+            return refuse("echo", "is not supported");
+        }
+        if fields
+            .get::<String>("suffix")?
+            .is_some_and(|suffix| !suffix.is_empty())
+        {
+            return refuse("suffix", "is not supported");
+        }
+        let prompts = fields
+            .get::<Inputs>(PROMPT)?
+            .ok_or(ApiError::Missing(PROMPT))?
+            .list();
+        if prompts.is_empty() {
+            return refuse(PROMPT, "holds no prompt");
+        }
+        if prompts.len() > front.limits.prompts {
+            return refuse(PROMPT, "holds too many prompts; send several requests");
+        }
+        if common.kvasir.logits_digest && prompts.len() > 1 {
+            return refuse("kvasir", "takes logits_digest with one prompt only");
+        }
+        let logprobs = fields.get::<u8>("logprobs")?;
+        if logprobs.is_some_and(|count| count > 5) {
+            return refuse("logprobs", "must be at most 5");
+        }
+        let max_tokens = fields.max_tokens("max_tokens")?;
+        Ok(Self {
+            common,
+            prompts,
+            max_tokens: max_tokens.unwrap_or(front.defaults.completion_tokens),
+            logprobs: logprobs.is_some(),
+        })
+    }
+}
+
+/// `prompt` in any of its four forms.
+#[derive(Debug, Deserialize)]
+#[serde(
+    untagged,
+    expecting = "expected a string, an array of strings, an array of token ids or an array of such arrays"
+)]
+enum Inputs {
+    Text(String),
+    Texts(Vec<String>),
+    Ids(Vec<u32>),
+    ManyIds(Vec<Vec<u32>>),
+}
+
+impl Inputs {
+    fn list(self) -> Vec<Input> {
+        match self {
+            Self::Text(text) => vec![Input::Text(text)],
+            Self::Texts(texts) => texts.into_iter().map(Input::Text).collect(),
+            Self::Ids(ids) => vec![Input::Ids(ids)],
+            Self::ManyIds(many) => many.into_iter().map(Input::Ids).collect(),
+        }
+    }
+}
+
+/// One prompt.
+#[derive(Debug)]
+enum Input {
+    Text(String),
+    Ids(Vec<u32>),
+}
+
+impl Input {
+    fn ids(self, tokenizer: &Tokenizer) -> Result<Vec<u32>, ApiError> {
+        match self {
+            Self::Text(text) => Ok(tokenizer.encode(&text, true)?),
+            Self::Ids(ids) => Ok(ids),
+        }
+    }
+}
+
+static SHAPE: Shape = Shape {
+    id_prefix: "cmpl",
+    object: "text_completion",
+    chunk_object: "text_completion",
+    choice,
+    deltas: |delta| vec![choice(delta.piece, delta.logprobs)],
+};
+
+fn choice(piece: &Piece, logprobs: bool) -> Choice {
+    let logprobs = logprobs.then(|| completion_logprobs(&piece.tokens));
+    Choice::from_iter([
+        ("text".to_owned(), json!(piece.text)),
+        ("logprobs".to_owned(), json!(logprobs)),
+    ])
+}
+
+const PROMPT: &str = "prompt";

@@ -1,0 +1,215 @@
+//! `kvasir-engine`: serves a checkpoint over an OpenAI-compatible HTTP interface.
+
+#![forbid(unsafe_code)]
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use anyhow::{Context as _, ensure};
+use clap::{Parser, Subcommand, ValueEnum};
+use kvasir_engine::cache;
+use kvasir_engine::chat::ChatTemplate;
+use kvasir_engine::http::{self, Defaults, Front, Limits};
+use kvasir_engine::scheduler::{Engine, EngineConfig};
+use kvasir_engine::tokenizer::Tokenizer;
+use kvasir_engine::{BLOCK_TOKENS, KvDtype, Model, metrics};
+use kvasir_plugin::{CachePlugin, PluginConfig};
+use kvasir_types::ByteSize;
+use tokio::net::TcpListener;
+use tracing_subscriber::EnvFilter;
+
+/// A CPU inference engine that fetches prefill from Kvasir.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Serve a checkpoint until interrupted.
+    Serve(ServeArgs),
+}
+
+#[derive(Debug, clap::Args)]
+struct ServeArgs {
+    /// A checkpoint in the Hugging Face layout: config.json, safetensors, tokenizer.json.
+    #[arg(long)]
+    model: PathBuf,
+    /// Name under which the model is served. Default: the directory's name.
+    #[arg(long)]
+    model_name: Option<String>,
+    /// Where to listen; port 0 takes a free one.
+    #[arg(long, default_value = "127.0.0.1:8000")]
+    listen: SocketAddr,
+    /// The cache daemon, HOST:PORT. It may start later than this engine.
+    #[arg(long, env = "KVASIR_ENDPOINT", default_value = "127.0.0.1:7420")]
+    kvasir: String,
+    /// Serve without a cache.
+    #[arg(long)]
+    no_cache: bool,
+    /// Tokens per cached chunk; a multiple of 16.
+    #[arg(long, default_value_t = 256)]
+    chunk_tokens: u32,
+    /// Keeps this engine's chunks apart from those of engines with another salt.
+    #[arg(long, default_value = "", hide_default_value = true)]
+    tenant_salt: String,
+    /// Memory for KV pages. Default: enough for eight sequences of the model's full
+    /// context, at most 1 GiB.
+    #[arg(long)]
+    kv_memory: Option<ByteSize>,
+    /// Element type of the KV pages.
+    #[arg(long, value_enum, default_value_t = KvDtypeArg::F32)]
+    kv_dtype: KvDtypeArg,
+    /// Threads that compute. Default: one per core.
+    #[arg(long)]
+    threads: Option<usize>,
+    /// Tokens of one batch, prefill and decode together.
+    #[arg(long, default_value_t = EngineConfig::BATCH_TOKENS)]
+    batch_tokens: usize,
+    /// Requests that may wait for pages before more are refused.
+    #[arg(long, default_value_t = EngineConfig::MAX_WAITING)]
+    max_waiting: usize,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum KvDtypeArg {
+    F32,
+    Bf16,
+    F16,
+}
+
+impl From<KvDtypeArg> for KvDtype {
+    fn from(arg: KvDtypeArg) -> Self {
+        match arg {
+            KvDtypeArg::F32 => Self::F32,
+            KvDtypeArg::Bf16 => Self::Bf16,
+            KvDtypeArg::F16 => Self::F16,
+        }
+    }
+}
+
+const DEFAULT_KV_MEMORY: ByteSize = ByteSize::gib(1);
+const DEFAULT_SEQUENCES: u64 = 8;
+
+#[tokio::main]
+async fn main() -> anyhow::Result<()> {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .init();
+    let Command::Serve(args) = Args::parse().command;
+    serve(args).await
+}
+
+async fn serve(args: ServeArgs) -> anyhow::Result<()> {
+    let block = u32::try_from(BLOCK_TOKENS)?;
+    ensure!(
+        args.chunk_tokens > 0 && args.chunk_tokens.is_multiple_of(block),
+        "--chunk-tokens {} is not a multiple of {BLOCK_TOKENS}",
+        args.chunk_tokens
+    );
+    let recorder = metrics::install()?;
+    let model = Model::load(&args.model)
+        .with_context(|| format!("loading the model in {}", args.model.display()))?;
+    let tokenizer = Arc::new(
+        Tokenizer::load(&args.model, &model.config().eos_token_ids)
+            .with_context(|| format!("loading the tokenizer in {}", args.model.display()))?,
+    );
+    let chat = ChatTemplate::new(tokenizer.templates(), tokenizer.special_tokens())?;
+    let dtype = KvDtype::from(args.kv_dtype);
+    let layout = cache::layout(model.config(), dtype, args.chunk_tokens)?;
+    let plugin = if args.no_cache {
+        None
+    } else {
+        let salt = args.tenant_salt.as_bytes();
+        let namespace = cache::namespace(&model, layout, &tokenizer.digest(), salt);
+        let runtime = tokio::runtime::Handle::current();
+        let config = PluginConfig::default();
+        Some(CachePlugin::connect(
+            &args.kvasir,
+            runtime,
+            namespace,
+            config,
+        )?)
+    };
+
+    let block_bytes = layout.chunk_bytes() / u64::from(args.chunk_tokens) * u64::from(block);
+    let blocks = match args.kv_memory {
+        Some(memory) => memory.as_u64() / block_bytes,
+        None => {
+            let sequence = model.config().max_positions.div_ceil(BLOCK_TOKENS) as u64;
+            (DEFAULT_SEQUENCES * sequence).min(DEFAULT_KV_MEMORY.as_u64() / block_bytes)
+        }
+    };
+    ensure!(
+        blocks > 0,
+        "--kv-memory holds not one page of {block_bytes} bytes"
+    );
+    let mut config = EngineConfig::for_tokens(usize::try_from(blocks)? * BLOCK_TOKENS);
+    config.kv_dtype = dtype;
+    config.batch_tokens = args.batch_tokens;
+    config.max_waiting = args.max_waiting;
+    config.threads = args.threads.unwrap_or(config.threads);
+
+    let listener = TcpListener::bind(args.listen)
+        .await
+        .with_context(|| format!("listening on {}; is another process there?", args.listen))?;
+    let address = listener.local_addr()?;
+    let engine = Engine::start(Arc::new(model), &config, plugin)?;
+    let handle = engine.handle();
+    let limits = Limits::of_context(handle.limits().sequence_tokens);
+    let name = args.model_name.or_else(|| {
+        let name = args.model.canonicalize().ok()?;
+        Some(name.file_name()?.to_string_lossy().into_owned())
+    });
+    let front = Front {
+        model: name.unwrap_or_else(|| "model".to_owned()),
+        tokenizer,
+        chat,
+        submit: Arc::new(move |request| handle.submit(request)),
+        ready: Arc::new(AtomicBool::new(true)),
+        limits,
+        defaults: Defaults::default(),
+        metrics: Some(recorder),
+    };
+    tracing::info!(
+        model = front.model,
+        kv_bytes = blocks * block_bytes,
+        context_tokens = limits.context_tokens,
+        cache = if args.no_cache {
+            "none"
+        } else {
+            args.kvasir.as_str()
+        },
+        "ready"
+    );
+    // Parents read this line to learn the port.
+    println!("listening on {address}");
+    http::serve(listener, front, interrupted()).await?;
+    // The handles are gone with the front: the engine thread ends by itself.
+    tokio::task::block_in_place(|| drop(engine));
+    Ok(())
+}
+
+/// Completes at SIGINT or SIGTERM.
+async fn interrupted() {
+    use tokio::signal::unix::{SignalKind, signal};
+    let signals = (
+        signal(SignalKind::interrupt()),
+        signal(SignalKind::terminate()),
+    );
+    if let (Ok(mut interrupt), Ok(mut terminate)) = signals {
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+        }
+    } else {
+        tracing::error!("signals cannot be watched; stop this process with SIGKILL");
+        std::future::pending().await
+    }
+}

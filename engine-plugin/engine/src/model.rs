@@ -1,0 +1,141 @@
+//! A model in memory, and running it.
+//!
+//! [`Model`] is weights and config, immutable and shared. [`Model::forward`]
+//! runs one batch of [`Step`]s over the pages of a [`KvPool`]; prompts, parts of
+//! prompts and single decoded tokens mix freely.
+//!
+//! Not here: which steps to run, sampling, sharing of pages.
+
+use std::fmt;
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+
+use crate::checkpoint::CheckpointError;
+use crate::config::{ConfigError, ModelConfig};
+use crate::kv::KvPool;
+use crate::rope::Frequencies;
+
+mod forward;
+#[cfg(test)]
+mod tests;
+mod weights;
+
+pub use forward::{ForwardError, Logits, LogitsWanted, Scratch, Step};
+
+/// Weights and config of one model.
+pub struct Model {
+    config: ModelConfig,
+    weights: weights::Weights,
+    weights_digest: [u8; 32],
+    frequencies: Frequencies,
+}
+
+impl Model {
+    /// Reads `config.json` and the safetensors checkpoint in `dir`, converting
+    /// weights to f32 and to the layout that the kernels want.
+    ///
+    /// # Errors
+    ///
+    /// [`LoadError`]; nothing of the model is kept then.
+    pub fn load(dir: &Path) -> Result<Self, LoadError> {
+        let path = dir.join("config.json");
+        let bytes = std::fs::read(&path).map_err(|source| LoadError::ConfigFile {
+            path: path.clone(),
+            source,
+        })?;
+        let config =
+            ModelConfig::from_json(&bytes).map_err(|source| LoadError::Config { path, source })?;
+        let (weights, weights_digest) = weights::Weights::load(dir, &config)?;
+        let frequencies = config.rope.frequencies(config.head_dim);
+        Ok(Self {
+            config,
+            weights,
+            weights_digest,
+            frequencies,
+        })
+    }
+
+    /// What the model is.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Bytes that weights take in memory.
+    pub fn weights_bytes(&self) -> u64 {
+        self.weights.bytes()
+    }
+
+    /// BLAKE3 over name, element type, shape and data of all tensors that the
+    /// model uses, as stored. The same for every way of sharding them.
+    pub fn weights_digest(&self) -> [u8; 32] {
+        self.weights_digest
+    }
+
+    /// Text that identifies everything besides weights and tokens that changes
+    /// K and V: architecture, normalised config, RoPE. See
+    /// [`ModelConfig::canonical`].
+    pub fn fingerprint_material(&self) -> String {
+        self.config.canonical()
+    }
+
+    /// Runs all `steps` as one batch and writes their K and V into the pages.
+    ///
+    /// For each layer, K and V of the new tokens are written first, then
+    /// `before_layer(layer, pool)` is called, then attention reads the pages: so
+    /// a caller may land fetched K and V of that layer, of positions before the
+    /// steps, from there. It runs on a thread of the scratch's pool, and other
+    /// threads wait for it. If it breaks, the batch ends there without a result.
+    ///
+    /// Steps must not write to one page twice.
+    ///
+    /// # Errors
+    ///
+    /// [`ForwardError::Stopped`] when `before_layer` broke off; any other
+    /// [`ForwardError`] when a step does not fit model or pages, and nothing is
+    /// written then.
+    pub fn forward(
+        &self,
+        pool: &mut KvPool,
+        scratch: &mut Scratch,
+        steps: &[Step<'_>],
+        before_layer: &mut (dyn FnMut(usize, &mut KvPool) -> ControlFlow<()> + Send),
+    ) -> Result<Logits, ForwardError> {
+        forward::run(self, pool, scratch, steps, before_layer)
+    }
+}
+
+impl fmt::Debug for Model {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Model")
+            .field("config", &self.config)
+            .field("weights_bytes", &self.weights_bytes())
+            .finish_non_exhaustive()
+    }
+}
+
+/// Why a model cannot be loaded.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LoadError {
+    /// `config.json` cannot be read.
+    #[error("{}: cannot be read", .path.display())]
+    ConfigFile {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The config is wrong, or of a model that the engine does not run.
+    #[error("{}: not a model that the engine runs", .path.display())]
+    Config {
+        /// The file.
+        path: PathBuf,
+        /// The field and the reason.
+        #[source]
+        source: ConfigError,
+    },
+    /// The weights cannot be read, or are not those that the config implies.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+}

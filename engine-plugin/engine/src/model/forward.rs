@@ -1,0 +1,486 @@
+//! One batch of steps through all layers.
+
+use std::ops::ControlFlow;
+
+use rayon::prelude::*;
+
+use super::Model;
+use super::weights::{Layer, Linear};
+use crate::config::ModelConfig;
+use crate::kernels::{
+    AlignedBuf, AttentionShape, AttentionWork, Isa, QueryRange, Threads, add_bias, attend, matmul,
+    rms_norm, rms_norm_in_place, rotate, silu_mul,
+};
+use crate::kv::{BlockId, KvError, KvPool};
+
+/// Consecutive tokens of one sequence.
+#[derive(Clone, Copy, Debug)]
+pub struct Step<'a> {
+    /// Token ids; at least one.
+    pub tokens: &'a [u32],
+    /// Position of `tokens[0]`. K and V of all earlier positions are in the
+    /// pages, or will be once `before_layer` has run for a layer.
+    pub position: usize,
+    /// The sequence's page table from position 0; covers the tokens.
+    pub blocks: &'a [BlockId],
+    /// Rows of logits to return.
+    pub logits: LogitsWanted,
+}
+
+/// Which rows of logits a step returns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogitsWanted {
+    /// None: the step only fills pages.
+    None,
+    /// Of its last token.
+    Last,
+    /// Of every token.
+    All,
+}
+
+impl LogitsWanted {
+    /// First of `tokens` rows that is wanted; `tokens` for none.
+    fn first(self, tokens: usize) -> usize {
+        match self {
+            Self::None => tokens,
+            Self::Last => tokens - 1,
+            Self::All => 0,
+        }
+    }
+}
+
+/// Logits of one batch.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Logits {
+    vocab: usize,
+    values: Vec<f32>,
+    /// Per step: first row, rows.
+    steps: Vec<(usize, usize)>,
+}
+
+impl Logits {
+    /// Rows of step `step`, in the order of its tokens; each `vocab_size` long.
+    ///
+    /// # Panics
+    ///
+    /// When the batch had no such step.
+    pub fn rows(&self, step: usize) -> std::slice::ChunksExact<'_, f32> {
+        let (first, rows) = self.steps[step];
+        self.values[first * self.vocab..][..rows * self.vocab].chunks_exact(self.vocab)
+    }
+
+    /// The last wanted row of step `step`, or `None` when it wanted none.
+    ///
+    /// # Panics
+    ///
+    /// When the batch had no such step.
+    pub fn last(&self, step: usize) -> Option<&[f32]> {
+        self.rows(step).next_back()
+    }
+}
+
+/// Compute threads, and buffers for activations. One per thread that calls
+/// [`Model::forward`]; buffers grow to the largest batch seen.
+#[derive(Debug)]
+pub struct Scratch {
+    threads: Threads,
+    isa: Isa,
+    /// Residual stream, `[row][hidden]`.
+    stream: AlignedBuf<f32>,
+    /// `[row][hidden]`.
+    normed: AlignedBuf<f32>,
+    /// `[row][qkv_width]`.
+    qkv: AlignedBuf<f32>,
+    /// `[row][heads · head_dim]`.
+    attended: AlignedBuf<f32>,
+    /// `[row][2 · intermediate]`.
+    gate_up: AlignedBuf<f32>,
+    /// `[row][intermediate]`.
+    activated: AlignedBuf<f32>,
+    /// `[row][head_dim]`: cosines, then sines, of the row's position.
+    angles: AlignedBuf<f32>,
+}
+
+impl Scratch {
+    /// Empty buffers; the first batches pay for growing them.
+    pub fn new(threads: Threads) -> Self {
+        Self {
+            threads,
+            isa: Isa::detect(),
+            stream: AlignedBuf::new(0),
+            normed: AlignedBuf::new(0),
+            qkv: AlignedBuf::new(0),
+            attended: AlignedBuf::new(0),
+            gate_up: AlignedBuf::new(0),
+            activated: AlignedBuf::new(0),
+            angles: AlignedBuf::new(0),
+        }
+    }
+
+    /// Grows the buffers to batches of `rows` tokens: about
+    /// `4 · rows · (2 · hidden + qkv_width + 3 · intermediate)` bytes.
+    pub fn reserve(&mut self, config: &ModelConfig, rows: usize) {
+        self.stream.ensure(rows * config.hidden);
+        self.normed.ensure(rows * config.hidden);
+        self.qkv.ensure(rows * config.qkv_width());
+        self.attended.ensure(rows * config.heads * config.head_dim);
+        self.gate_up.ensure(rows * 2 * config.intermediate);
+        self.activated.ensure(rows * config.intermediate);
+        self.angles.ensure(rows * config.head_dim);
+    }
+
+    /// The threads it computes on.
+    pub fn threads(&self) -> &Threads {
+        &self.threads
+    }
+}
+
+pub(super) fn run(
+    model: &Model,
+    pool: &mut KvPool,
+    scratch: &mut Scratch,
+    steps: &[Step<'_>],
+    before_layer: &mut (dyn FnMut(usize, &mut KvPool) -> ControlFlow<()> + Send),
+) -> Result<Logits, ForwardError> {
+    check(model, pool, steps)?;
+    let rows = steps.iter().map(|step| step.tokens.len()).sum();
+    scratch.reserve(&model.config, rows);
+    let threads = scratch.threads.clone();
+    threads
+        .run(|| Batch { model, steps, rows }.run(pool, scratch, before_layer))
+        .ok_or(ForwardError::Stopped)
+}
+
+fn check(model: &Model, pool: &KvPool, steps: &[Step<'_>]) -> Result<(), ForwardError> {
+    let config = &model.config;
+    if !pool.fits(config) {
+        return Err(ForwardError::Pool);
+    }
+    for (
+        step,
+        Step {
+            tokens,
+            position,
+            blocks,
+            ..
+        },
+    ) in steps.iter().enumerate()
+    {
+        if tokens.is_empty() {
+            return Err(ForwardError::Empty { step });
+        }
+        let end = position.saturating_add(tokens.len());
+        if end > config.max_positions {
+            return Err(ForwardError::TooLong {
+                step,
+                end,
+                limit: config.max_positions,
+            });
+        }
+        if let Some(&token) = tokens
+            .iter()
+            .find(|&&token| token as usize >= config.vocab_size)
+        {
+            return Err(ForwardError::Token {
+                step,
+                token,
+                vocab: config.vocab_size,
+            });
+        }
+        pool.check_table(blocks, end)
+            .map_err(|source| ForwardError::Pages { step, source })?;
+    }
+    Ok(())
+}
+
+/// Checked steps; their tokens are rows, in order.
+struct Batch<'a> {
+    model: &'a Model,
+    steps: &'a [Step<'a>],
+    rows: usize,
+}
+
+impl Batch<'_> {
+    fn run(
+        &self,
+        pool: &mut KvPool,
+        scratch: &mut Scratch,
+        before_layer: &mut (dyn FnMut(usize, &mut KvPool) -> ControlFlow<()> + Send),
+    ) -> Option<Logits> {
+        let config = &self.model.config;
+        self.embed(scratch);
+        let mut rows = self.rows;
+        for (index, layer) in self.model.weights.layers.iter().enumerate() {
+            self.project_qkv(layer, scratch);
+            self.write_pages(pool, scratch, index);
+            if before_layer(index, pool).is_break() {
+                return None;
+            }
+            let last = index + 1 == config.layers;
+            self.attend(pool, scratch, index, last);
+            if last {
+                // What follows is wanted only for rows with logits.
+                rows = self.keep_wanted(scratch);
+            }
+            self.finish_layer(layer, scratch, rows);
+        }
+        Some(self.logits(scratch, rows))
+    }
+
+    /// Embeddings into the residual stream, and the angles of each row.
+    fn embed(&self, scratch: &mut Scratch) {
+        let Self { model, steps, .. } = self;
+        let (hidden, dim) = (model.config.hidden, model.config.head_dim);
+        let tokens = steps.iter().flat_map(|step| {
+            step.tokens
+                .iter()
+                .enumerate()
+                .map(|(i, &token)| (token, step.position + i))
+        });
+        let stream = scratch.stream.chunks_exact_mut(hidden);
+        let angles = scratch.angles.chunks_exact_mut(dim);
+        for (((token, position), row), angles) in tokens.zip(stream).zip(angles) {
+            model.weights.embed(token, row);
+            let (cos, sin) = angles.split_at_mut(dim / 2);
+            model.frequencies.angles(position, cos, sin);
+        }
+    }
+
+    /// Normed stream to Q, K and V, with biases, norms and rotation applied.
+    fn project_qkv(&self, layer: &Layer, scratch: &mut Scratch) {
+        let config = &self.model.config;
+        let (isa, rows, dim) = (scratch.isa, self.rows, config.head_dim);
+        norm_rows(scratch, config, &layer.attention_norm, rows);
+        let width = config.qkv_width();
+        let qkv = &mut scratch.qkv[..rows * width];
+        matmul(
+            isa,
+            &layer.qkv.matrix,
+            rows,
+            &scratch.normed[..rows * config.hidden],
+            qkv,
+            false,
+        );
+        let angles = &scratch.angles[..rows * dim];
+        qkv.par_chunks_exact_mut(width)
+            .zip(angles.par_chunks_exact(dim))
+            .for_each(|(row, angles)| {
+                if let Some(bias) = &layer.qkv.bias {
+                    add_bias(isa, row, bias);
+                }
+                let (cos, sin) = angles.split_at(dim / 2);
+                let rotated = config.heads + config.kv_heads;
+                for (index, head) in row.chunks_exact_mut(dim).take(rotated).enumerate() {
+                    if let Some((q_norm, k_norm)) = &layer.head_norms {
+                        let weight = if index < config.heads { q_norm } else { k_norm };
+                        rms_norm_in_place(isa, head, weight, config.rms_norm_eps);
+                    }
+                    rotate(isa, head, cos, sin);
+                }
+            });
+    }
+
+    fn write_pages(&self, pool: &mut KvPool, scratch: &Scratch, layer: usize) {
+        let config = &self.model.config;
+        let mut rows = scratch.qkv.chunks_exact(config.qkv_width());
+        for step in self.steps {
+            for (index, row) in rows.by_ref().take(step.tokens.len()).enumerate() {
+                let kv = &row[config.heads * config.head_dim..];
+                let (k, v) = kv.split_at(config.kv_heads * config.head_dim);
+                pool.write_token(step.blocks, step.position + index, layer, k, v);
+            }
+        }
+    }
+
+    fn attend(&self, pool: &KvPool, scratch: &mut Scratch, layer: usize, only_wanted: bool) {
+        let config = &self.model.config;
+        let mut row = 0;
+        let mut ranges = Vec::with_capacity(self.steps.len());
+        for step in self.steps {
+            let tokens = step.tokens.len();
+            let skip = if only_wanted {
+                step.logits.first(tokens)
+            } else {
+                0
+            };
+            ranges.push(QueryRange {
+                first_row: row + skip,
+                position: step.position + skip,
+                queries: tokens - skip,
+                blocks: step.blocks,
+            });
+            row += tokens;
+        }
+        let work = AttentionWork {
+            shape: AttentionShape {
+                heads: config.heads,
+                kv_heads: config.kv_heads,
+                head_dim: config.head_dim,
+                window: config.windows[layer],
+            },
+            ranges: &ranges,
+            queries: &scratch.qkv,
+            query_stride: config.qkv_width(),
+            pool,
+            layer,
+        };
+        attend(scratch.isa, &work, &mut scratch.attended);
+    }
+
+    /// Moves the rows that give logits to the front; returns their number.
+    fn keep_wanted(&self, scratch: &mut Scratch) -> usize {
+        let config = &self.model.config;
+        let (hidden, heads) = (config.hidden, config.heads * config.head_dim);
+        let (mut row, mut kept) = (0, 0);
+        for step in self.steps {
+            let tokens = step.tokens.len();
+            for wanted in row + step.logits.first(tokens)..row + tokens {
+                scratch
+                    .stream
+                    .copy_within(wanted * hidden..(wanted + 1) * hidden, kept * hidden);
+                scratch
+                    .attended
+                    .copy_within(wanted * heads..(wanted + 1) * heads, kept * heads);
+                kept += 1;
+            }
+            row += tokens;
+        }
+        kept
+    }
+
+    /// Attention's output projection and the MLP, each added to the stream.
+    fn finish_layer(&self, layer: &Layer, scratch: &mut Scratch, rows: usize) {
+        let config = &self.model.config;
+        let (hidden, wide) = (config.hidden, config.intermediate);
+        let isa = scratch.isa;
+        let stream = &mut scratch.stream[..rows * hidden];
+        let heads = config.heads * config.head_dim;
+        linear(
+            isa,
+            &layer.output,
+            rows,
+            &scratch.attended[..rows * heads],
+            stream,
+            true,
+        );
+
+        norm_rows(scratch, config, &layer.mlp_norm, rows);
+        let gate_up = &mut scratch.gate_up[..rows * 2 * wide];
+        linear(
+            isa,
+            &layer.gate_up,
+            rows,
+            &scratch.normed[..rows * hidden],
+            gate_up,
+            false,
+        );
+        let activated = &mut scratch.activated[..rows * wide];
+        activated
+            .par_chunks_exact_mut(wide)
+            .zip(gate_up.par_chunks_exact(2 * wide))
+            .for_each(|(out, gate_up)| silu_mul(isa, gate_up, out));
+        linear(
+            isa,
+            &layer.down,
+            rows,
+            activated,
+            &mut scratch.stream[..rows * hidden],
+            true,
+        );
+    }
+
+    fn logits(&self, scratch: &mut Scratch, rows: usize) -> Logits {
+        let config = &self.model.config;
+        let vocab = config.vocab_size;
+        let weights = &self.model.weights;
+        norm_rows(scratch, config, &weights.final_norm, rows);
+        let mut values = vec![0.0; rows * vocab];
+        let normed = &scratch.normed[..rows * config.hidden];
+        matmul(
+            scratch.isa,
+            &weights.lm_head,
+            rows,
+            normed,
+            &mut values,
+            false,
+        );
+        let mut first = 0;
+        let steps = self.steps.iter().map(|step| {
+            let tokens = step.tokens.len();
+            let rows = tokens - step.logits.first(tokens);
+            first += rows;
+            (first - rows, rows)
+        });
+        Logits {
+            vocab,
+            values,
+            steps: steps.collect(),
+        }
+    }
+}
+
+/// RMSNorm of the first `rows` rows of the stream.
+fn norm_rows(scratch: &mut Scratch, config: &ModelConfig, weight: &[f32], rows: usize) {
+    let (isa, hidden) = (scratch.isa, config.hidden);
+    scratch.normed[..rows * hidden]
+        .par_chunks_exact_mut(hidden)
+        .zip(scratch.stream[..rows * hidden].par_chunks_exact(hidden))
+        .for_each(|(out, row)| rms_norm(isa, row, weight, config.rms_norm_eps, out));
+}
+
+/// A product, and the bias if there is one.
+fn linear(isa: Isa, linear: &Linear, rows: usize, x: &[f32], y: &mut [f32], accumulate: bool) {
+    matmul(isa, &linear.matrix, rows, x, y, accumulate);
+    if let Some(bias) = &linear.bias {
+        y.par_chunks_exact_mut(bias.len())
+            .for_each(|row| add_bias(isa, row, bias));
+    }
+}
+
+/// Why a batch cannot run.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ForwardError {
+    /// `before_layer` broke off. The pages hold K and V of the steps' tokens for
+    /// the layers up to that one.
+    #[error("the caller stopped the batch between layers")]
+    Stopped,
+    /// The pages were made for a model of another shape.
+    #[error("the pages were made for a model of another shape")]
+    Pool,
+    /// A step without tokens.
+    #[error("step {step} has no tokens")]
+    Empty {
+        /// Index of the step.
+        step: usize,
+    },
+    /// A step reaches past the positions that the model knows.
+    #[error("step {step} ends at position {end}, the model knows {limit}")]
+    TooLong {
+        /// Index of the step.
+        step: usize,
+        /// One past its last position.
+        end: usize,
+        /// Positions of the model.
+        limit: usize,
+    },
+    /// A token id outside the vocabulary.
+    #[error("step {step} has token {token}, the vocabulary has {vocab}")]
+    Token {
+        /// Index of the step.
+        step: usize,
+        /// The id.
+        token: u32,
+        /// Size of the vocabulary.
+        vocab: usize,
+    },
+    /// The page table does not cover the step.
+    #[error("step {step} does not fit its page table")]
+    Pages {
+        /// Index of the step.
+        step: usize,
+        /// The cause.
+        #[source]
+        source: KvError,
+    },
+}

@@ -1,0 +1,237 @@
+//! Continuous batching over paged KV.
+//!
+//! One thread, the engine thread, owns the pages and all sequences; callers hand it
+//! requests over a channel and receive events over another. Each turn of its loop:
+//!
+//! 1. take new requests; admit waiting ones, first come first served, when pages for
+//!    the whole of prompt and completion are free (so nothing is ever preempted);
+//! 2. land what the cache has delivered;
+//! 3. run one batch: every decoding sequence's next token, and prefill up to
+//!    [`EngineConfig::batch_tokens`];
+//! 4. choose tokens, report them, end sequences;
+//! 5. copy at most one finished chunk out of the pages for the cache.
+//!
+//! When a sequence that is being fetched is the only one, its attention runs layer by
+//! layer behind the fetch. When others are there, they run while it waits.
+//!
+//! Overflow: more than [`EngineConfig::max_waiting`] waiting requests are refused; a
+//! receiver that goes away cancels its sequence.
+
+mod engine_loop;
+mod sequence;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc as sync_mpsc;
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use kvasir_plugin::{CachePlugin, Prompt};
+use tokio::sync::mpsc;
+
+use crate::kernels::Threads;
+use crate::kv::{BLOCK_TOKENS, KvDtype, KvPool};
+use crate::model::Model;
+use crate::request::{Event, GenerateRequest, RequestError};
+
+use engine_loop::EngineLoop;
+
+/// How the engine spends memory and time.
+#[derive(Clone, Debug)]
+pub struct EngineConfig {
+    /// Pages of [`BLOCK_TOKENS`] tokens.
+    pub blocks: usize,
+    /// Element type of the pages. Default: f32.
+    pub kv_dtype: KvDtype,
+    /// Tokens of one batch, prefill and decode together. Default: 512.
+    pub batch_tokens: usize,
+    /// Requests that may wait for pages. Default: 256.
+    pub max_waiting: usize,
+    /// Threads that compute. Default: one per core.
+    pub threads: usize,
+}
+
+impl EngineConfig {
+    /// Default of [`Self::batch_tokens`].
+    pub const BATCH_TOKENS: usize = 512;
+    /// Default of [`Self::max_waiting`].
+    pub const MAX_WAITING: usize = 256;
+
+    /// Enough pages for `tokens` tokens, everything else by default.
+    pub fn for_tokens(tokens: usize) -> Self {
+        Self {
+            blocks: tokens.div_ceil(BLOCK_TOKENS),
+            kv_dtype: KvDtype::default(),
+            batch_tokens: Self::BATCH_TOKENS,
+            max_waiting: Self::MAX_WAITING,
+            threads: std::thread::available_parallelism().map_or(1, usize::from),
+        }
+    }
+}
+
+/// What a request must fit into.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Token ids below this exist.
+    pub vocabulary: usize,
+    /// Most tokens of one sequence, prompt and completion.
+    pub sequence_tokens: usize,
+}
+
+/// A running engine. Dropping it ends the engine thread; sequences that still run fail.
+#[derive(Debug)]
+pub struct Engine {
+    handle: Option<EngineHandle>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// Hands requests to a running engine. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct EngineHandle {
+    commands: sync_mpsc::Sender<Submission>,
+    waiting: Arc<AtomicUsize>,
+    max_waiting: usize,
+    limits: Limits,
+    plugin: Option<CachePlugin>,
+}
+
+/// Why an engine could not be started.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StartError {
+    /// No threads to compute on.
+    #[error("the system grants no threads to compute on")]
+    ComputeThreads(#[source] rayon::ThreadPoolBuildError),
+    /// No thread to schedule on.
+    #[error("the system grants no thread to schedule on")]
+    EngineThread(#[source] std::io::Error),
+}
+
+/// A request on its way to the engine thread.
+#[derive(Debug)]
+pub(crate) struct Submission {
+    request: GenerateRequest,
+    /// The prompt in chunks, when there is a cache and the request may use it.
+    prompt: Option<Prompt>,
+    events: mpsc::Sender<Event>,
+    submitted: Instant,
+}
+
+impl Engine {
+    /// Allocates the pages and starts the engine thread, which first measures a few
+    /// prefills; requests wait for that.
+    ///
+    /// # Errors
+    /// The system grants no threads.
+    pub fn start(
+        model: Arc<Model>,
+        config: &EngineConfig,
+        plugin: Option<CachePlugin>,
+    ) -> Result<Self, StartError> {
+        let threads = Threads::new(config.threads).map_err(StartError::ComputeThreads)?;
+        let (commands, submissions) = sync_mpsc::channel();
+        let waiting = Arc::new(AtomicUsize::new(0));
+        let pool = KvPool::new(model.config(), config.blocks, config.kv_dtype);
+        let limits = Limits {
+            vocabulary: model.config().vocab_size,
+            sequence_tokens: (config.blocks * BLOCK_TOKENS).min(model.config().max_positions),
+        };
+        let handle = EngineHandle {
+            commands,
+            waiting: Arc::clone(&waiting),
+            max_waiting: config.max_waiting,
+            limits,
+            plugin: plugin.clone(),
+        };
+        let mut engine =
+            EngineLoop::new(model, pool, config, threads, plugin, submissions, waiting);
+        let thread = std::thread::Builder::new()
+            .name("engine".into())
+            .spawn(move || {
+                engine.calibrate();
+                engine.run();
+            })
+            .map_err(StartError::EngineThread)?;
+        Ok(Self {
+            handle: Some(handle),
+            thread: Some(thread),
+        })
+    }
+
+    /// A handle to submit requests with.
+    pub fn handle(&self) -> EngineHandle {
+        self.handle.clone().expect("only drop takes the handle")
+    }
+}
+
+impl Drop for Engine {
+    /// Waits for the engine thread, which ends once every handle is gone and every
+    /// sequence has finished.
+    fn drop(&mut self) {
+        self.handle = None;
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the engine thread panicked");
+        }
+    }
+}
+
+impl EngineHandle {
+    /// Queues a request; its events arrive on the returned channel. Dropping the
+    /// receiver cancels the request.
+    ///
+    /// # Errors
+    /// A [`RequestError`] for a request that can never run, or not now; nothing is
+    /// queued then.
+    pub fn submit(&self, request: GenerateRequest) -> Result<mpsc::Receiver<Event>, RequestError> {
+        let submitted = Instant::now();
+        if request.prompt.is_empty() {
+            return Err(RequestError::EmptyPrompt);
+        }
+        let vocabulary = self.limits.vocabulary;
+        if let Some(&token) = request
+            .prompt
+            .iter()
+            .find(|&&token| token as usize >= vocabulary)
+        {
+            return Err(RequestError::UnknownToken { token, vocabulary });
+        }
+        let needed = request.prompt.len() + 1;
+        if needed > self.limits.sequence_tokens {
+            return Err(RequestError::TooLong {
+                needed,
+                limit: self.limits.sequence_tokens,
+            });
+        }
+        let waiting = self.waiting.fetch_add(1, Ordering::AcqRel);
+        if waiting >= self.max_waiting {
+            self.waiting.fetch_sub(1, Ordering::AcqRel);
+            return Err(RequestError::Overloaded { waiting });
+        }
+        let prompt = self
+            .plugin
+            .as_ref()
+            .filter(|_| request.read_cache || request.write_cache)
+            .map(|plugin| Prompt::new(plugin.namespace(), &request.prompt));
+        // One event per token, one before and one after them: sending never waits.
+        let completion = self.limits.sequence_tokens - request.prompt.len();
+        let (events, receiver) = mpsc::channel(completion.min(request.max_tokens) + 2);
+        let submission = Submission {
+            request,
+            prompt,
+            events,
+            submitted,
+        };
+        if self.commands.send(submission).is_err() {
+            self.waiting.fetch_sub(1, Ordering::AcqRel);
+            return Err(RequestError::ShuttingDown);
+        }
+        Ok(receiver)
+    }
+
+    /// What a request must fit into.
+    pub fn limits(&self) -> Limits {
+        self.limits
+    }
+}

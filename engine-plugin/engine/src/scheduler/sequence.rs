@@ -1,0 +1,176 @@
+//! One sequence on the engine thread.
+
+use std::time::Instant;
+
+use kvasir_plugin::{FetchOutcome, Prefetch, Prompt};
+use tokio::sync::mpsc;
+
+use crate::kv::BlockId;
+use crate::request::{Event, FinishReason, GenerateRequest, Usage};
+use crate::sampling::Sampler;
+
+/// Where a sequence stands.
+#[derive(Debug)]
+pub(crate) enum Phase {
+    /// Its prefix is being fetched.
+    Fetching(Prefetch),
+    /// Prompt tokens from `position` on are still to be computed.
+    Prefill,
+    /// The last token of `tokens` is still to be run through the model.
+    Decode,
+    /// Finished; its pages are kept until its chunks are captured.
+    Draining,
+}
+
+/// A sequence that holds pages.
+#[derive(Debug)]
+pub(crate) struct Sequence {
+    pub(crate) phase: Phase,
+    /// Prompt, then generated tokens.
+    pub(crate) tokens: Vec<u32>,
+    pub(crate) prompt_tokens: usize,
+    /// The prompt in chunks, when the cache may be used.
+    pub(crate) prompt: Option<Prompt>,
+    /// Tokens whose KV is in the pages.
+    pub(crate) position: usize,
+    pub(crate) blocks: Vec<BlockId>,
+    /// The next chunk to copy out for the cache, and one past the last.
+    pub(crate) capture: std::ops::Range<usize>,
+    request: GenerateRequest,
+    /// Prompt plus completion, at most.
+    limit: usize,
+    sampler: Sampler,
+    events: mpsc::Sender<Event>,
+    submitted: Instant,
+    pub(crate) usage: Usage,
+}
+
+/// What became of a sequence with its next token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Progress {
+    Goes,
+    Ends,
+}
+
+impl Sequence {
+    pub(crate) fn new(
+        submission: super::Submission,
+        blocks: Vec<BlockId>,
+        limit: usize,
+        fallback_seed: u64,
+    ) -> Self {
+        let super::Submission {
+            mut request,
+            prompt,
+            events,
+            submitted,
+        } = submission;
+        let tokens = std::mem::take(&mut request.prompt);
+        let prompt_tokens = tokens.len();
+        let chunks = prompt.as_ref().map_or(0, |prompt| prompt.keys().len());
+        let sampler = Sampler::new(request.sampling.clone(), fallback_seed);
+        Self {
+            phase: Phase::Prefill,
+            prompt_tokens,
+            position: 0,
+            blocks,
+            capture: if request.write_cache { 0..chunks } else { 0..0 },
+            limit,
+            sampler,
+            events,
+            submitted,
+            usage: Usage {
+                prompt_tokens,
+                ..Usage::default()
+            },
+            tokens,
+            prompt,
+            request,
+        }
+    }
+
+    pub(crate) fn reads_cache(&self) -> bool {
+        self.request.read_cache
+    }
+
+    /// Whether nobody listens any more.
+    pub(crate) fn is_cancelled(&self) -> bool {
+        self.events.is_closed()
+    }
+
+    /// Takes note of what the fetch has come to; leaves `Fetching` when it is done.
+    pub(crate) fn settle(&mut self, outcome: FetchOutcome) {
+        let Phase::Fetching(prefetch) = &self.phase else {
+            return;
+        };
+        let FetchOutcome::Done { chunks } = outcome else {
+            return;
+        };
+        let prompt = self
+            .prompt
+            .as_ref()
+            .expect("a fetch has a prompt in chunks");
+        self.position = prompt.resume_at(chunks);
+        self.usage.cached_tokens = self.position;
+        self.usage.fetched_bytes = prefetch.bytes();
+        // What the cache holds need not be stored again.
+        self.capture.start = prefetch.present().max(chunks).min(self.capture.end);
+        self.phase = Phase::Prefill;
+    }
+
+    /// Chooses the next token from `logits`, reports it, and says whether to go on.
+    pub(crate) fn advance(&mut self, logits: &[f32]) -> Progress {
+        let choice = match self.sampler.sample(logits) {
+            Ok(choice) => choice,
+            Err(_) => {
+                self.fail(crate::request::RequestError::NotFinite);
+                return Progress::Ends;
+            }
+        };
+        if self.usage.completion_tokens == 0 {
+            self.usage.ttft = self.submitted.elapsed();
+            // A receiver that went away is noticed with the token below.
+            let _ = self.events.try_send(Event::Prefilled {
+                cached_tokens: self.usage.cached_tokens,
+                fetched_bytes: self.usage.fetched_bytes,
+            });
+        }
+        self.usage.completion_tokens += 1;
+        self.tokens.push(choice.id);
+        let event = Event::Token {
+            id: choice.id,
+            logprob: choice.logprob,
+            logits_digest: self.request.logits_digest.then(|| digest(logits)),
+        };
+        if self.events.try_send(event).is_err() {
+            // The receiver went away: there is room for every event by construction.
+            return Progress::Ends;
+        }
+        let reason = if self.request.stop_tokens.contains(&choice.id) {
+            FinishReason::Stop
+        } else if self.usage.completion_tokens >= self.request.max_tokens
+            || self.tokens.len() >= self.limit
+        {
+            FinishReason::Length
+        } else {
+            self.phase = Phase::Decode;
+            return Progress::Goes;
+        };
+        let usage = self.usage;
+        // A receiver that went away needs no last word.
+        let _ = self.events.try_send(Event::Finished { reason, usage });
+        Progress::Ends
+    }
+
+    pub(crate) fn fail(&self, error: crate::request::RequestError) {
+        let _ = self.events.try_send(Event::Failed(error));
+    }
+}
+
+fn digest(logits: &[f32]) -> [u8; 32] {
+    let mut hasher = blake3::Hasher::new();
+    for value in logits {
+        hasher.update(&value.to_le_bytes());
+    }
+    *hasher.finalize().as_bytes()
+}

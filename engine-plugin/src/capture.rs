@@ -1,0 +1,156 @@
+//! Storing new chunks, off the request's path.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use bytes::Bytes;
+use kvasir_client::{Chunk, Client};
+use kvasir_types::{ChunkKey, Level, Namespace};
+use tokio::sync::mpsc;
+use tracing::warn;
+
+use crate::PluginConfig;
+
+/// Gauge: chunks that wait to be stored.
+const WAITING: &str = "kvasir_plugin_chunks_waiting";
+
+/// One chunk copied out of an engine's pages.
+#[derive(Clone, Debug)]
+pub struct ChunkCopy {
+    /// Its key.
+    pub key: ChunkKey,
+    /// Its layers, in order, each in the canonical order of the namespace's layout.
+    pub layers: Vec<Bytes>,
+}
+
+/// What became of a chunk handed to [`CachePlugin::capture`](crate::CachePlugin::capture).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CaptureOutcome {
+    /// It will be stored.
+    Queued,
+    /// Too much is waiting already; it was counted and dropped.
+    Dropped,
+}
+
+/// What became of captured chunks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CaptureStats {
+    /// Chunks waiting to be stored.
+    pub waiting: u64,
+    /// Chunks stored, or found present.
+    pub stored: u64,
+    /// Chunks the daemon refused or could not be reached for.
+    pub failed: u64,
+    /// Chunks dropped because too much was waiting.
+    pub dropped: u64,
+}
+
+/// A queue bounded in bytes; overflow drops the newest chunk.
+#[derive(Debug)]
+pub(crate) struct CaptureQueue {
+    // Bounded by `counters.waiting_bytes`, which `push` checks.
+    sender: mpsc::UnboundedSender<ChunkCopy>,
+    counters: Arc<Counters>,
+    capacity: u64,
+}
+
+#[derive(Debug, Default)]
+struct Counters {
+    waiting_bytes: AtomicU64,
+    waiting: AtomicU64,
+    stored: AtomicU64,
+    failed: AtomicU64,
+    dropped: AtomicU64,
+}
+
+impl CaptureQueue {
+    pub(crate) fn start(
+        runtime: &tokio::runtime::Handle,
+        client: Client,
+        namespace: Namespace,
+        config: &PluginConfig,
+    ) -> Self {
+        let (sender, mut chunks) = mpsc::unbounded_channel::<ChunkCopy>();
+        let counters = Arc::new(Counters::default());
+        let timeout = config.store_timeout;
+        let shared = Arc::clone(&counters);
+        runtime.spawn(async move {
+            while let Some(chunk) = chunks.recv().await {
+                let bytes = chunk.bytes();
+                let key = chunk.key;
+                let chunk = Chunk {
+                    key,
+                    layout: *namespace.layout(),
+                    level: Level::RAW,
+                    layers: chunk.layers,
+                };
+                let counter = match tokio::time::timeout(timeout, client.put(&chunk)).await {
+                    Ok(Ok(_)) => &shared.stored,
+                    Ok(Err(error)) => {
+                        warn!(%key, %error, "a chunk was not stored");
+                        &shared.failed
+                    }
+                    Err(_) => {
+                        warn!(%key, ?timeout, "a chunk was not stored in time");
+                        &shared.failed
+                    }
+                };
+                counter.fetch_add(1, Ordering::Relaxed);
+                shared.waiting_bytes.fetch_sub(bytes, Ordering::Relaxed);
+                shared.waiting.fetch_sub(1, Ordering::Relaxed);
+                metrics::gauge!(WAITING).decrement(1.0);
+            }
+        });
+        Self {
+            sender,
+            counters,
+            capacity: config.capture_buffer.as_u64(),
+        }
+    }
+
+    pub(crate) fn has_room(&self, bytes: u64) -> bool {
+        self.counters.waiting_bytes.load(Ordering::Relaxed) + bytes <= self.capacity
+    }
+
+    pub(crate) fn push(&self, chunk: ChunkCopy) -> CaptureOutcome {
+        let bytes = chunk.bytes();
+        let queued = self
+            .counters
+            .waiting_bytes
+            .fetch_add(bytes, Ordering::Relaxed)
+            + bytes;
+        self.counters.waiting.fetch_add(1, Ordering::Relaxed);
+        metrics::gauge!(WAITING).increment(1.0);
+        // The receiver is gone only when the runtime is shutting down.
+        if queued <= self.capacity && self.sender.send(chunk).is_ok() {
+            return CaptureOutcome::Queued;
+        }
+        self.counters
+            .waiting_bytes
+            .fetch_sub(bytes, Ordering::Relaxed);
+        self.counters.waiting.fetch_sub(1, Ordering::Relaxed);
+        metrics::gauge!(WAITING).decrement(1.0);
+        self.counters.dropped.fetch_add(1, Ordering::Relaxed);
+        CaptureOutcome::Dropped
+    }
+
+    pub(crate) fn note_dropped(&self) {
+        self.counters.dropped.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn stats(&self) -> CaptureStats {
+        let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        CaptureStats {
+            waiting: load(&self.counters.waiting),
+            stored: load(&self.counters.stored),
+            failed: load(&self.counters.failed),
+            dropped: load(&self.counters.dropped),
+        }
+    }
+}
+
+impl ChunkCopy {
+    fn bytes(&self) -> u64 {
+        self.layers.iter().map(|layer| layer.len() as u64).sum()
+    }
+}

@@ -1,0 +1,286 @@
+//! Real processes and sockets for end-to-end tests.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use kvasir_client::Client;
+use kvasir_engine::kv::KvDtype;
+use kvasir_engine::model::Model;
+use kvasir_engine::request::{Event, GenerateRequest, Usage};
+use kvasir_engine::sampling::SamplingParams;
+use kvasir_engine::scheduler::{Engine, EngineConfig, EngineHandle};
+use kvasir_engine::tokenizer::Tokenizer;
+use kvasir_plugin::{CachePlugin, PluginConfig};
+use kvasir_server::child::{ListeningChild, daemon_command};
+use kvasir_types::{ByteSize, Namespace};
+use rustix::process::{Pid, Signal};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpListener, TcpStream};
+
+/// Tokens per chunk in these tests.
+pub const CHUNK_TOKENS: u32 = 64;
+
+/// The shipped model's directory.
+pub fn model_dir() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/reader-5m")
+}
+
+/// Starts `binary` as `kvasird` with its data in `data`, listening on `listen`.
+pub fn start_daemon(binary: &str, data: &Path, listen: &str) -> ListeningChild {
+    let command = daemon_command(binary.as_ref(), data, ByteSize::mib(256), listen);
+    ListeningChild::start(command).expect("the daemon was built with the tests, and starts")
+}
+
+/// Sends `signal` to `pid`.
+pub fn signal(pid: Pid, signal: Signal) {
+    rustix::process::kill_process(pid, signal).expect("the process is ours");
+}
+
+/// Forwards TCP to a daemon, and does something once so many bytes came back.
+#[derive(Debug)]
+pub struct Proxy {
+    address: String,
+    /// Bytes that may still come back before the action; `u64::MAX` never acts.
+    fuse: Arc<AtomicU64>,
+}
+
+impl Proxy {
+    /// Starts to forward to `upstream`; runs `action` when the fuse burns down.
+    pub async fn start(upstream: String, action: impl Fn() + Send + Sync + 'static) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let address = listener.local_addr().expect("it is bound").to_string();
+        let fuse = Arc::new(AtomicU64::new(u64::MAX));
+        let (burning, action) = (Arc::clone(&fuse), Arc::new(action));
+        tokio::spawn(async move {
+            while let Ok((client, _)) = listener.accept().await {
+                let Ok(server) = TcpStream::connect(&upstream).await else {
+                    continue;
+                };
+                let (mut from_client, mut to_client) = client.into_split();
+                let (mut from_server, mut to_server) = server.into_split();
+                tokio::spawn(async move {
+                    // Either end may go away at any time; that is what is tested.
+                    let _ = tokio::io::copy(&mut from_client, &mut to_server).await;
+                });
+                let (fuse, action) = (Arc::clone(&burning), Arc::clone(&action));
+                tokio::spawn(async move {
+                    let mut buffer = vec![0; 16 << 10];
+                    while let Ok(count @ 1..) = from_server.read(&mut buffer).await {
+                        if burn(&fuse, count as u64) {
+                            action();
+                        }
+                        if to_client.write_all(&buffer[..count]).await.is_err() {
+                            break;
+                        }
+                    }
+                });
+            }
+        });
+        Self { address, fuse }
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// Acts after `bytes` more bytes came back.
+    pub fn arm(&self, bytes: u64) {
+        self.fuse.store(bytes, Ordering::SeqCst);
+    }
+
+    /// Whether an armed proxy has acted.
+    pub fn has_acted(&self) -> bool {
+        self.fuse.load(Ordering::SeqCst) == u64::MAX
+    }
+}
+
+/// Burns `count` off the fuse; true when it has just burnt down.
+fn burn(fuse: &AtomicU64, count: u64) -> bool {
+    let before = fuse.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| match left {
+        u64::MAX => None,
+        left if left <= count => Some(u64::MAX),
+        left => Some(left - count),
+    });
+    before.is_ok_and(|left| left <= count)
+}
+
+/// An engine in this process, connected to a daemon.
+#[derive(Debug)]
+pub struct Rig {
+    /// Submits requests.
+    pub engine: EngineHandle,
+    /// The engine's connection to the cache.
+    pub plugin: CachePlugin,
+    _engine: Engine,
+}
+
+/// One finished request.
+#[derive(Clone, Debug)]
+pub struct Answer {
+    /// Generated tokens.
+    pub tokens: Vec<u32>,
+    /// A digest of the logits behind each.
+    pub logits: Vec<[u8; 32]>,
+    /// What it cost.
+    pub usage: Usage,
+    /// From submission to each token.
+    pub times: Vec<Duration>,
+}
+
+impl Answer {
+    /// From submission to the first token.
+    pub fn ttft(&self) -> Duration {
+        self.times.first().copied().unwrap_or(Duration::MAX)
+    }
+
+    /// Asserts the same tokens from the very same logits.
+    #[track_caller]
+    pub fn assert_equals(&self, other: &Self) {
+        assert_eq!(self.tokens, other.tokens, "other tokens");
+        assert_eq!(self.logits, other.logits, "other logits");
+    }
+}
+
+/// What a request does with the cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Use {
+    /// Neither reads nor writes it.
+    Nothing,
+    /// Computes, and stores.
+    Write,
+    /// Reads.
+    Read,
+}
+
+/// The namespace of the shipped model's KV.
+pub fn namespace(model: &Model, tokenizer: &Tokenizer) -> Namespace {
+    let layout = kvasir_engine::cache::layout(model.config(), KvDtype::F32, CHUNK_TOKENS)
+        .expect("the model is small");
+    kvasir_engine::cache::namespace(model, layout, &tokenizer.digest(), b"")
+}
+
+/// A prompt of `tokens` tokens out of the shipped documents, different for each `seed`.
+pub fn prompt(tokens: usize, seed: usize) -> Vec<u32> {
+    let text = std::fs::read_to_string(model_dir().join("questions.jsonl"))
+        .expect("the shipped questions are there");
+    let tokenizer = tokenizer();
+    let documents: Vec<u32> = text
+        .lines()
+        .skip(seed)
+        .flat_map(|line| {
+            let question: serde_json::Value =
+                serde_json::from_str(line).expect("a question is JSON");
+            let document = question["document"].as_str().expect("it has a document");
+            tokenizer
+                .encode(document, false)
+                .expect("its words are known")
+        })
+        .take(tokens)
+        .collect();
+    assert_eq!(
+        documents.len(),
+        tokens,
+        "the shipped documents are too short"
+    );
+    documents
+}
+
+/// The shipped model's tokenizer.
+pub fn tokenizer() -> Tokenizer {
+    Tokenizer::load(&model_dir(), &[]).expect("the shipped tokenizer loads")
+}
+
+impl Rig {
+    /// Starts an engine on the shipped model that looks for its cache at `endpoint`.
+    pub fn reader(endpoint: &str, config: PluginConfig) -> Self {
+        let model = Model::load(&model_dir()).expect("the shipped model loads");
+        let namespace = namespace(&model, &tokenizer());
+        Self::start(Arc::new(model), namespace, 20_000, endpoint, config)
+    }
+
+    /// Starts an engine on `model` with pages for `kv_tokens` tokens.
+    pub fn start(
+        model: Arc<Model>,
+        namespace: Namespace,
+        kv_tokens: usize,
+        endpoint: &str,
+        config: PluginConfig,
+    ) -> Self {
+        let runtime = tokio::runtime::Handle::current();
+        let plugin = CachePlugin::connect(endpoint, runtime, namespace, config)
+            .expect("the endpoint is well formed");
+        let config = EngineConfig::for_tokens(kv_tokens);
+        let engine =
+            Engine::start(model, &config, Some(plugin.clone())).expect("the system grants threads");
+        Self {
+            engine: engine.handle(),
+            plugin,
+            _engine: engine,
+        }
+    }
+
+    /// Runs one request to its end.
+    pub async fn ask(&self, prompt: &[u32], cache: Use) -> Answer {
+        self.submit(prompt, cache)
+            .await
+            .expect("the request finishes")
+    }
+
+    /// Runs one request; `None` when it failed.
+    pub async fn submit(&self, prompt: &[u32], cache: Use) -> Option<Answer> {
+        let begun = Instant::now();
+        let mut events = self
+            .engine
+            .submit(GenerateRequest {
+                prompt: prompt.to_vec(),
+                max_tokens: 4,
+                sampling: SamplingParams::greedy(),
+                stop_tokens: Vec::new(),
+                read_cache: cache == Use::Read,
+                write_cache: cache == Use::Write,
+                logits_digest: true,
+            })
+            .ok()?;
+        let mut tokens = Vec::new();
+        let mut logits = Vec::new();
+        let mut times = Vec::new();
+        while let Some(event) = events.recv().await {
+            match event {
+                Event::Prefilled { .. } => {}
+                Event::Token {
+                    id, logits_digest, ..
+                } => {
+                    times.push(begun.elapsed());
+                    tokens.push(id);
+                    logits.extend(logits_digest);
+                }
+                Event::Finished { usage, .. } => {
+                    return Some(Answer {
+                        tokens,
+                        logits,
+                        usage,
+                        times,
+                    });
+                }
+                Event::Failed(_) => return None,
+            }
+        }
+        None
+    }
+
+    /// Waits until the daemon holds every whole chunk of `prompt`.
+    pub async fn stored(&self, client: &Client, prompt: &[u32]) {
+        let keys = self.plugin.namespace().prefix_keys(prompt);
+        for _ in 0..12_000 {
+            let lookup = client.lookup(&keys).await.expect("the daemon answers");
+            if lookup.prefix_chunks == keys.len() {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        panic!("the prompt's chunks were not stored within a minute");
+    }
+}

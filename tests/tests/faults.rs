@@ -1,0 +1,248 @@
+//! Whatever happens to the cache, a request answers, and answers what computing answers.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test states its expectations by unwrapping"
+)]
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use bytes::Bytes;
+use kvasir_client::{Chunk, Client, Tier};
+use kvasir_plugin::PluginConfig;
+use kvasir_server::child::ListeningChild;
+use kvasir_tests::harness::{self, Answer, CHUNK_TOKENS, Proxy, Rig, Use, signal, start_daemon};
+use kvasir_types::{DType, KvLayout, Level, Planes};
+use rustix::process::Signal;
+
+const DAEMON: &str = env!("CARGO_BIN_EXE_daemon");
+
+/// Long enough for a fetch to take several times its deadline's granularity.
+const PROMPT_TOKENS: usize = 1500;
+
+/// Bytes after which a fetch of the prompt is well under way: 1,500 tokens are 18 MB.
+const MID_FETCH: u64 = 4 << 20;
+
+/// What a busy test machine may add to any measured time. The exact overrun is a
+/// benchmark's business; here a request must not hang.
+const NOISE: Duration = Duration::from_secs(5);
+
+fn config() -> PluginConfig {
+    PluginConfig {
+        lookup_timeout: Duration::from_secs(1),
+        cooldown: Duration::from_millis(50),
+        ..PluginConfig::default()
+    }
+}
+
+struct Faulty {
+    data: tempfile::TempDir,
+    rig: Rig,
+    prompt: Vec<u32>,
+    computed: Answer,
+}
+
+/// A daemon that holds a prompt, and an engine that reaches it through `endpoint`.
+async fn stored(daemon: &ListeningChild, data: tempfile::TempDir, endpoint: &str) -> Faulty {
+    let rig = Rig::reader(endpoint, config());
+    let prompt = harness::prompt(PROMPT_TOKENS, 0);
+    let computed = rig.ask(&prompt, Use::Write).await;
+    let client = Client::connect(daemon.address()).await.unwrap();
+    rig.stored(&client, &prompt).await;
+    Faulty {
+        data,
+        rig,
+        prompt,
+        computed,
+    }
+}
+
+impl Faulty {
+    /// Asks with the cache; the answer must be the computed one, in time.
+    async fn ask(&self) -> Answer {
+        let answer = self.rig.ask(&self.prompt, Use::Read).await;
+        answer.assert_equals(&self.computed);
+        let budget = self.rig.plugin.cost_model().compute_time(0, PROMPT_TOKENS);
+        let bound = config().lookup_timeout + budget + self.computed.ttft() + NOISE;
+        assert!(answer.ttft() < bound, "{:?} of {bound:?}", answer.ttft());
+        answer
+    }
+
+    async fn hits(&self) {
+        for _ in 0..200 {
+            if self.ask().await.usage.cached_tokens > 0 {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        panic!("the engine never came back to its cache");
+    }
+}
+
+/// Stopped with SIGSTOP in the middle of a fetch: the deadline passes, the prompt is
+/// computed; when the daemon goes on, so does the cache.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_daemon_stalled_mid_fetch_costs_one_deadline() {
+    let data = tempfile::tempdir().unwrap();
+    let daemon = start_daemon(DAEMON, data.path(), "127.0.0.1:0");
+    let pid = daemon.pid();
+    let stop = move || signal(pid, Signal::STOP);
+    let proxy = Proxy::start(daemon.address().to_owned(), stop).await;
+    let faulty = stored(&daemon, data, proxy.address()).await;
+    faulty.hits().await;
+    proxy.arm(MID_FETCH);
+    let answer = faulty.ask().await;
+    assert!(proxy.has_acted(), "the daemon was never stopped");
+    assert_eq!(answer.usage.cached_tokens, 0);
+    // While it is stopped, and the engine leaves it alone or tries it again.
+    for _ in 0..3 {
+        assert_eq!(faulty.ask().await.usage.cached_tokens, 0);
+    }
+    signal(pid, Signal::CONT);
+    faulty.hits().await;
+}
+
+/// Killed in the middle of a fetch, and started again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_daemon_killed_mid_fetch_is_a_miss() {
+    let data = tempfile::tempdir().unwrap();
+    let daemon = start_daemon(DAEMON, data.path(), "127.0.0.1:0");
+    let endpoint = daemon.address().to_owned();
+    let pid = daemon.pid();
+    let kill = move || signal(pid, Signal::KILL);
+    let proxy = Proxy::start(endpoint.clone(), kill).await;
+    let faulty = stored(&daemon, data, proxy.address()).await;
+    proxy.arm(MID_FETCH);
+    let answer = faulty.ask().await;
+    assert!(proxy.has_acted(), "the daemon was never killed");
+    assert_eq!(answer.usage.cached_tokens, 0);
+    drop(daemon);
+    assert_eq!(faulty.ask().await.usage.cached_tokens, 0);
+    let _daemon = start_daemon(DAEMON, faulty.data.path(), &endpoint);
+    faulty.hits().await;
+}
+
+/// The engine starts before its cache.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_absent_daemon_is_a_miss() {
+    let data = tempfile::tempdir().unwrap();
+    let daemon = start_daemon(DAEMON, data.path(), "127.0.0.1:0");
+    let endpoint = daemon.address().to_owned();
+    let faulty = stored(&daemon, data, &endpoint).await;
+    daemon.stop().unwrap();
+    let second = Rig::reader(&endpoint, config());
+    let answer = second.ask(&faulty.prompt, Use::Read).await;
+    answer.assert_equals(&faulty.computed);
+    assert_eq!(answer.usage.cached_tokens, 0);
+}
+
+/// A flipped bit on the disk: the chunks before it are used, the rest is computed, and
+/// the broken chunk is gone.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_corrupt_object_on_disk_is_a_miss() {
+    let data = tempfile::tempdir().unwrap();
+    let daemon = start_daemon(DAEMON, data.path(), "127.0.0.1:0");
+    let endpoint = daemon.address().to_owned();
+    let faulty = stored(&daemon, data, &endpoint).await;
+    daemon.stop().unwrap();
+    let keys = faulty.rig.plugin.namespace().prefix_keys(&faulty.prompt);
+    let broken = 5;
+    let path = object_file(faulty.data.path(), &keys[broken].to_string());
+    let mut bytes = std::fs::read(&path).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 0x10;
+    std::fs::write(&path, bytes).unwrap();
+
+    let daemon = start_daemon(DAEMON, faulty.data.path(), &endpoint);
+    let answer = faulty.ask().await;
+    assert!(
+        answer.usage.cached_tokens <= broken * CHUNK_TOKENS as usize,
+        "{} cached tokens include a corrupt chunk",
+        answer.usage.cached_tokens
+    );
+    let client = Client::connect(daemon.address()).await.unwrap();
+    let stats = client.stats().await.unwrap();
+    assert_eq!(stats.tier(Tier::Disk).unwrap().corrupt, 1);
+    let lookup = client.lookup(&keys).await.unwrap();
+    assert_eq!(lookup.prefix_chunks, broken);
+    let answer = faulty.ask().await;
+    assert_eq!(answer.usage.cached_tokens, broken * CHUNK_TOKENS as usize);
+}
+
+/// A whole, valid object of another chunk under this chunk's name on the disk.
+#[tokio::test(flavor = "multi_thread")]
+async fn another_object_under_the_right_name_is_a_miss() {
+    let data = tempfile::tempdir().unwrap();
+    let daemon = start_daemon(DAEMON, data.path(), "127.0.0.1:0");
+    let endpoint = daemon.address().to_owned();
+    let faulty = stored(&daemon, data, &endpoint).await;
+    daemon.stop().unwrap();
+    let keys = faulty.rig.plugin.namespace().prefix_keys(&faulty.prompt);
+    let wrong = object_file(faulty.data.path(), &keys[3].to_string());
+    let other = object_file(faulty.data.path(), &keys[4].to_string());
+    std::fs::copy(other, wrong).unwrap();
+
+    let daemon = start_daemon(DAEMON, faulty.data.path(), &endpoint);
+    let answer = faulty.ask().await;
+    assert!(answer.usage.cached_tokens <= 3 * CHUNK_TOKENS as usize);
+    let client = Client::connect(daemon.address()).await.unwrap();
+    assert_eq!(client.lookup(&keys).await.unwrap().prefix_chunks, 3);
+}
+
+/// A chunk of another layout stored under the right name by another client.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_wrong_layout_under_the_right_name_is_a_miss() {
+    let data = tempfile::tempdir().unwrap();
+    let daemon = start_daemon(DAEMON, data.path(), "127.0.0.1:0");
+    let endpoint = daemon.address().to_owned();
+    let faulty = stored(&daemon, data, &endpoint).await;
+    let keys = faulty.rig.plugin.namespace().prefix_keys(&faulty.prompt);
+    let client = Client::connect(daemon.address()).await.unwrap();
+    let right = *faulty.rig.plugin.namespace().layout();
+    // Half the heads, twice the width: as many bytes, another meaning.
+    let layout = KvLayout::new(
+        right.layers(),
+        right.kv_heads() / 2,
+        Planes::symmetric(128),
+        CHUNK_TOKENS,
+        DType::F32,
+    )
+    .unwrap();
+    assert_eq!(layout.chunk_bytes(), right.chunk_bytes());
+    assert_eq!(client.delete(&keys[2..3]).await.unwrap(), 1);
+    let layers = (0..layout.layers())
+        .map(|_| Bytes::from(vec![1; layout.layer_bytes()]))
+        .collect();
+    let chunk = Chunk {
+        key: keys[2],
+        layout,
+        level: Level::RAW,
+        layers,
+    };
+    client.put(&chunk).await.unwrap();
+    assert_eq!(
+        client.lookup(&keys).await.unwrap().prefix_chunks,
+        keys.len()
+    );
+    let answer = faulty.ask().await;
+    assert!(answer.usage.cached_tokens <= 2 * CHUNK_TOKENS as usize);
+}
+
+/// The one file under `dir` whose name holds `key`.
+fn object_file(dir: &Path, key: &str) -> PathBuf {
+    fn walk(dir: &Path, key: &str, found: &mut Vec<PathBuf>) {
+        for entry in std::fs::read_dir(dir).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                walk(&path, key, found);
+            } else if path.to_string_lossy().contains(key) {
+                found.push(path);
+            }
+        }
+    }
+    let mut found = Vec::new();
+    walk(dir, key, &mut found);
+    assert_eq!(found.len(), 1, "files named after {key}");
+    found.remove(0)
+}
