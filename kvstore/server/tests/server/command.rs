@@ -117,6 +117,7 @@ fn errors_say_what_to_do_next() {
     assert!(error.contains("cannot read /nonexistent"), "{error}");
     let error = failure(&daemon, &["status", "--endpoint", "127.0.0.1:9"]);
     assert!(error.contains("start `kvasird`"), "{error}");
+    assert!(error.ends_with("or use its endpoint\n"), "{error}");
     assert_eq!(error.lines().count(), 1, "{error}");
     let error = failure(&daemon, &["status", "--endpoint", "nowhere"]);
     assert!(error.contains("HOST:PORT"), "{error}");

@@ -1,6 +1,6 @@
 //! How values and errors are written.
 
-use kvasir_client::CallError;
+use kvasir_client::{CallError, ConnectError};
 use kvasir_types::{ByteSize, KvLayout, Planes};
 use serde::Serialize;
 use tonic::Status;
@@ -38,20 +38,25 @@ impl From<&KvLayout> for Layout {
 pub(crate) fn explain(error: &anyhow::Error) -> String {
     let mut line = String::new();
     for cause in error.chain() {
-        // What the transport reports of a daemon that is not there helps nobody.
-        if matches!(
-            cause.downcast_ref::<CallError>(),
-            Some(CallError::Unavailable { .. })
-        ) {
-            add(&mut line, &cause.to_string());
+        if let Some(status) = cause.downcast_ref::<Box<Status>>() {
+            add(&mut line, status.message());
             break;
         }
-        match cause.downcast_ref::<Status>() {
-            Some(status) => add(&mut line, status.message()),
-            None => add(&mut line, &cause.to_string()),
+        add(&mut line, &cause.to_string());
+        // What the transport reports of a daemon that is not there helps nobody.
+        if is_unavailable(cause) {
+            break;
         }
     }
     line
+}
+
+fn is_unavailable(error: &(dyn std::error::Error + 'static)) -> bool {
+    let call = match error.downcast_ref::<ConnectError>() {
+        Some(ConnectError::Call(call)) => Some(call),
+        _ => error.downcast_ref::<CallError>(),
+    };
+    matches!(call, Some(CallError::Unavailable { .. }))
 }
 
 /// Transparent errors repeat the text of their cause.
