@@ -6,7 +6,7 @@ use std::time::Instant;
 use bytes::Bytes;
 use futures::stream::BoxStream;
 use kvasir_proto::v1::{self, cache_client::CacheClient, cache_server};
-use kvasir_proto::{MAX_MESSAGE_BYTES, convert};
+use kvasir_proto::{MAX_FRAME_BYTES, MAX_MESSAGE_BYTES, convert};
 use kvasir_server::child::ListeningChild;
 use kvasir_types::{Checksum, KvLayout};
 use tokio::net::TcpListener;
@@ -71,6 +71,7 @@ pub(crate) async fn serve(layer_bytes: usize) -> anyhow::Result<()> {
     tonic::transport::Server::builder()
         .initial_stream_window_size(WINDOW_BYTES)
         .initial_connection_window_size(WINDOW_BYTES)
+        .max_frame_size(MAX_FRAME_BYTES)
         .add_service(cache_server::CacheServer::new(Constant { data, checksum }))
         .serve_with_incoming(TcpListenerStream::new(listener))
         .await?;
