@@ -38,7 +38,7 @@ pub(crate) async fn run(quick: bool) -> anyhow::Result<Report> {
         &[256, 1024, 4096, 16_384]
     };
     if !quick {
-        eprintln!("this takes about six minutes on two cores; --quick takes less than one");
+        eprintln!("this takes about three minutes on two cores; --quick takes less than one");
     }
     let mut report = Report::new("ttft");
     let checkpoint_dir = tempfile::tempdir()?;

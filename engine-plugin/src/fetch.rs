@@ -189,12 +189,7 @@ impl Prefetch {
         }
     }
 
-    fn receive<B: EngineBackend>(
-        &mut self,
-        longest: Duration,
-        backend: &mut B,
-        pages: &B::Pages,
-    ) {
+    fn receive<B: EngineBackend>(&mut self, longest: Duration, backend: &mut B, pages: &B::Pages) {
         self.idle_since.get_or_insert_with(Instant::now);
         let longest = longest.min(self.patience);
         let received = self

@@ -1,6 +1,6 @@
 //! Engine-neutral reuse of KV caches: look up, fetch, compute the rest, capture.
 //!
-//! An engine gives three things: a [`Namespace`](kvasir_types::Namespace) that says
+//! An engine gives three things: a [`Namespace`] that says
 //! what its KV is, an [`EngineBackend`] that moves one layer of one chunk between
 //! bytes and its pages, and measured prefill times. It gets back, for each prompt:
 //!
