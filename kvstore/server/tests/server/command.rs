@@ -122,3 +122,22 @@ fn errors_say_what_to_do_next() {
     let error = failure(&daemon, &["status", "--endpoint", "nowhere"]);
     assert!(error.contains("HOST:PORT"), "{error}");
 }
+
+#[tokio::test]
+async fn a_reader_that_leaves_is_no_failure() {
+    let directory = tempfile::tempdir().unwrap();
+    let daemon = Daemon::start(directory.path(), &[]);
+    for arguments in [&["status"][..], &["ls"], &["ls", "--json"]] {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_kvasir"))
+            .env("KVASIR_ENDPOINT", &daemon.endpoint)
+            .args(arguments)
+            .stdout(std::process::Stdio::piped())
+            .stderr(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        drop(child.stdout.take());
+        let output = child.wait_with_output().unwrap();
+        assert_eq!(String::from_utf8(output.stderr).unwrap(), "");
+        assert!(output.status.success());
+    }
+}

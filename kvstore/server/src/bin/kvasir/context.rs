@@ -1,6 +1,7 @@
 //! What every command has at hand.
 
 use std::env;
+use std::io::{self, Write};
 
 use anyhow::Context as _;
 use clap::Args;
@@ -48,12 +49,17 @@ impl Context {
         Ok(Client::connect_with(config).await?)
     }
 
-    /// Prints `value` with --json, else what `text` prints.
-    pub(crate) fn print(&self, value: &impl Serialize, text: impl FnOnce()) -> anyhow::Result<()> {
+    /// Prints `value` with --json, else what `text` writes.
+    pub(crate) fn print(
+        &self,
+        value: &impl Serialize,
+        text: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+    ) -> anyhow::Result<()> {
+        let mut out = io::stdout().lock();
         if self.json {
-            println!("{}", serde_json::to_string(value)?);
+            writeln!(out, "{}", serde_json::to_string(value)?)?;
         } else {
-            text();
+            text(&mut out)?;
         }
         Ok(())
     }

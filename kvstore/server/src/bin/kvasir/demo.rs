@@ -155,7 +155,7 @@ pub(crate) async fn run(context: &Context, args: &Arguments) -> anyhow::Result<(
         memory_tier_capacity_bytes: tier.capacity_bytes,
         documents: rows,
     };
-    context.print(&outcome, || table::print(&outcome))?;
+    context.print(&outcome, |out| table::print(out, &outcome))?;
     ensure!(
         outcome.identical,
         "a fetched prefill gave other logits than a computed one; please report this"

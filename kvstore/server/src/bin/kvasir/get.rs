@@ -39,8 +39,14 @@ pub(crate) async fn run(context: &Context, arguments: &Arguments) -> anyhow::Res
     write_whole(path, &object).with_context(|| format!("cannot write {}", path.display()))?;
     let bytes = object.header().object_bytes();
     let report = json!({"key": key.to_string(), "file": path, "bytes": bytes, "tier": info.tier});
-    context.print(&report, || {
-        println!("{} from {} in {}", size(bytes), info.tier, path.display());
+    context.print(&report, |out| {
+        writeln!(
+            out,
+            "{} from {} in {}",
+            size(bytes),
+            info.tier,
+            path.display()
+        )
     })
 }
 

@@ -1,5 +1,7 @@
 //! `kvasir ls`.
 
+use std::io::{self, Write as _};
+
 use clap::Args;
 use kvasir_client::{ListOptions, ListedChunk, Tier};
 use kvasir_types::ChunkKey;
@@ -55,29 +57,32 @@ pub(crate) async fn run(context: &Context, arguments: &Arguments) -> anyhow::Res
     if context.json {
         let chunks = listing.collect().await?;
         let chunks = chunks.into_iter().map(Chunk::from).collect();
-        return context.print(&Listing { chunks }, || ());
+        return context.print(&Listing { chunks }, |_| Ok(()));
     }
     // Rows appear as they come: a listing may be long.
+    let mut out = io::stdout();
     let (mut count, mut bytes) = (0u64, 0u64);
     while let Some(chunk) = listing.next().await? {
         if count == 0 {
-            println!(
+            writeln!(
+                out,
                 "{:<64} {:>10} {:>7} {:<7} TIERS",
                 "KEY", "BYTES", "TOKENS", "DTYPE"
-            );
+            )?;
         }
         count += 1;
         bytes += chunk.bytes;
         let tiers: Vec<String> = chunk.tiers.iter().map(Tier::to_string).collect();
-        println!(
+        writeln!(
+            out,
             "{} {:>10} {:>7} {:<7} {}",
             chunk.key,
             size(chunk.bytes),
             chunk.layout.tokens(),
             chunk.layout.dtype().to_string(),
             tiers.join(",")
-        );
+        )?;
     }
-    println!("{count} chunks, {}", size(bytes));
+    writeln!(out, "{count} chunks, {}", size(bytes))?;
     Ok(())
 }

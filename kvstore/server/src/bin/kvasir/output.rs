@@ -1,5 +1,7 @@
 //! How values and errors are written.
 
+use std::io;
+
 use kvasir_client::{CallError, ConnectError};
 use kvasir_types::{ByteSize, KvLayout, Planes};
 use serde::Serialize;
@@ -32,6 +34,13 @@ impl From<&KvLayout> for Layout {
             dtype: layout.dtype().to_string(),
         }
     }
+}
+
+/// Whether the reader of stdout went away, as `head` does.
+pub(crate) fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error
+        .downcast_ref::<io::Error>()
+        .is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
 }
 
 /// An error with its causes, as one line.

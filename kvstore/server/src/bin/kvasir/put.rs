@@ -63,20 +63,22 @@ pub(crate) async fn run(context: &Context, arguments: &Arguments) -> anyhow::Res
     }
     progress.finish_and_clear();
     let report = Report { stored };
-    context.print(&report, || {
+    context.print(&report, |out| {
         for chunk in &report.stored {
             let durable = if chunk.durable {
                 ""
             } else {
                 ", in memory only"
             };
-            println!(
+            writeln!(
+                out,
                 "{} {} {}{durable}",
                 chunk.key,
                 size(chunk.bytes),
                 chunk.outcome
-            );
+            )?;
         }
+        Ok(())
     })
 }
 

@@ -21,11 +21,11 @@ pub(crate) async fn run(context: &Context, arguments: &Arguments) -> anyhow::Res
         bail!("no such chunk is stored; `kvasir ls` lists what is");
     }
     let absent = arguments.keys.len() - deleted as usize;
-    context.print(&json!({"deleted": deleted, "absent": absent}), || {
+    context.print(&json!({"deleted": deleted, "absent": absent}), |out| {
         let absent = match absent {
             0 => String::new(),
             count => format!("; {count} were not stored"),
         };
-        println!("{deleted} deleted{absent}");
+        writeln!(out, "{deleted} deleted{absent}")
     })
 }

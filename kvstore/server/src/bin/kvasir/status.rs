@@ -1,5 +1,7 @@
 //! `kvasir status`.
 
+use std::io::{self, Write};
+
 use kvasir_client::Stats;
 use serde::Serialize;
 
@@ -19,41 +21,45 @@ pub(crate) async fn run(context: &Context) -> anyhow::Result<()> {
         endpoint: context.endpoint.to_string(),
         stats: &stats,
     };
-    context.print(&report, || print(&report))
+    context.print(&report, |out| print(out, &report))
 }
 
-fn print(report: &Report<'_>) {
+fn print(out: &mut dyn Write, report: &Report<'_>) -> io::Result<()> {
     let stats = report.stats;
-    println!("kvasird {} at {}", stats.version, report.endpoint);
-    println!("up        {}", duration(stats.uptime_ms));
+    writeln!(out, "kvasird {} at {}", stats.version, report.endpoint)?;
+    writeln!(out, "up        {}", duration(stats.uptime_ms))?;
     let data_dir = match stats.data_dir.as_str() {
         "" => "none (memory only)",
         path => path,
     };
-    println!("data      {data_dir}");
-    println!(
+    writeln!(out, "data      {data_dir}")?;
+    writeln!(
+        out,
         "process   {} resident, {} at its peak",
         size(stats.resident_bytes),
         size(stats.peak_resident_bytes)
-    );
-    println!(
+    )?;
+    writeln!(
+        out,
         "lookups   {} keys, {} present",
         stats.lookup_keys,
         percent(stats.lookup_hits, stats.lookup_keys)
-    );
-    println!(
+    )?;
+    writeln!(
+        out,
         "payload   {} received, {} sent",
         size(stats.received_bytes),
         size(stats.sent_bytes)
-    );
-    println!(
+    )?;
+    writeln!(
+        out,
         "held      {} chunks by readers, {} by {} pins",
         stats.leases,
         size(stats.pinned_bytes),
         stats.pins
-    );
-    println!();
-    print!("{}", tiers(stats));
+    )?;
+    writeln!(out)?;
+    write!(out, "{}", tiers(stats))
 }
 
 /// The table of tiers, which `top` prints too.
