@@ -5,7 +5,6 @@
 mod compose;
 mod damage;
 mod recovery;
-mod speed;
 
 use std::path::{Path, PathBuf};
 
