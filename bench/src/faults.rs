@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure};
 use kvasir_plugin::{Decision, PluginConfig};
@@ -54,7 +54,11 @@ pub(crate) async fn run(quick: bool) -> anyhow::Result<Report> {
     let progress = crate::progress(repeats, "stalled daemon");
     for _ in 0..repeats {
         let alone = millis(rig.ask(&prompt, Use::Nothing).await.ttft());
-        let budget = match rig.plugin.cost_model().decide(PROMPT_TOKENS, bytes) {
+        let budget = match rig
+            .plugin
+            .cost_model()
+            .decide(PROMPT_TOKENS, bytes, Instant::now())
+        {
             Decision::Load { budget } => millis(budget),
             Decision::Compute => bail!("the cost model would not load; nothing to stall"),
         };

@@ -47,7 +47,7 @@ fn ours(dir: &Path, threads: usize, repeats: usize) -> anyhow::Result<f64> {
     let mut pool = KvPool::new(model.config(), TOKENS.div_ceil(BLOCK_TOKENS), KvDtype::F32);
     let mut scratch = Scratch::new(Threads::new(threads)?);
     let blocks: Vec<_> = std::iter::from_fn(|| pool.alloc()).collect();
-    let prompt: Vec<u32> = (0..512).collect();
+    let prompt: Vec<u32> = (0..u32::try_from(TOKENS)?).collect();
     let progress = crate::progress(repeats as u64 + 2, "prefill");
     let mut speeds = Vec::with_capacity(repeats);
     for repeat in 0..repeats + 2 {
@@ -65,7 +65,7 @@ fn ours(dir: &Path, threads: usize, repeats: usize) -> anyhow::Result<f64> {
         )?;
         // The first two warm caches and buffers, as torch's script does.
         if repeat >= 2 {
-            speeds.push(512.0 / begun.elapsed().as_secs_f64());
+            speeds.push(f64::from(u32::try_from(TOKENS)?) / begun.elapsed().as_secs_f64());
         }
         progress.inc(1);
     }

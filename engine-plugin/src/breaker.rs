@@ -3,11 +3,14 @@
 use std::time::{Duration, Instant};
 
 /// Opens on failure, for a time that doubles with each failure in a row.
+///
+/// Attempts that began before it opened last saw the same outage: their failures
+/// do not count again.
 #[derive(Debug)]
 pub(crate) struct Breaker {
     cooldown: Duration,
     failures: u32,
-    open_until: Option<Instant>,
+    opened: Option<Instant>,
 }
 
 const MAX_DOUBLINGS: u32 = 5;
@@ -17,23 +20,28 @@ impl Breaker {
         Self {
             cooldown,
             failures: 0,
-            open_until: None,
+            opened: None,
         }
     }
 
     pub(crate) fn allows(&self, now: Instant) -> bool {
-        self.open_until.is_none_or(|until| now >= until)
+        self.opened.is_none_or(|opened| {
+            let doublings = self.failures.saturating_sub(1).min(MAX_DOUBLINGS);
+            now >= opened + self.cooldown * (1 << doublings)
+        })
     }
 
-    pub(crate) fn failed(&mut self, now: Instant) {
-        let factor = 1 << self.failures.min(MAX_DOUBLINGS);
-        self.failures = self.failures.saturating_add(1);
-        self.open_until = Some(now + self.cooldown * factor);
+    /// An attempt that began at `begun` failed.
+    pub(crate) fn failed(&mut self, begun: Instant, now: Instant) {
+        if self.opened.is_none_or(|opened| begun >= opened) {
+            self.failures = self.failures.saturating_add(1);
+            self.opened = Some(now);
+        }
     }
 
     pub(crate) fn succeeded(&mut self) {
         self.failures = 0;
-        self.open_until = None;
+        self.opened = None;
     }
 }
 
@@ -41,23 +49,36 @@ impl Breaker {
 mod tests {
     use super::*;
 
+    const SECOND: Duration = Duration::from_secs(1);
+
     #[test]
     fn cooldown_doubles_and_success_resets_it() {
-        let second = Duration::from_secs(1);
         let start = Instant::now();
-        let mut breaker = Breaker::new(second);
+        let mut breaker = Breaker::new(SECOND);
         assert!(breaker.allows(start));
-        breaker.failed(start);
-        assert!(!breaker.allows(start + second / 2));
-        assert!(breaker.allows(start + second));
-        breaker.failed(start + second);
-        assert!(!breaker.allows(start + second * 2));
-        assert!(breaker.allows(start + second * 3));
+        breaker.failed(start, start);
+        assert!(!breaker.allows(start + SECOND / 2));
+        assert!(breaker.allows(start + SECOND));
+        breaker.failed(start + SECOND, start + SECOND);
+        assert!(!breaker.allows(start + SECOND * 2));
+        assert!(breaker.allows(start + SECOND * 3));
         breaker.succeeded();
         assert!(breaker.allows(start));
         for _ in 0..100 {
-            breaker.failed(start);
+            breaker.failed(start, start);
         }
-        assert!(breaker.allows(start + second * 32));
+        assert!(!breaker.allows(start + SECOND * 31));
+        assert!(breaker.allows(start + SECOND * 32));
+    }
+
+    /// Six attempts in flight when the daemon fails are one outage.
+    #[test]
+    fn one_outage_counts_once() {
+        let start = Instant::now();
+        let mut breaker = Breaker::new(SECOND);
+        for attempt in 1..=6 {
+            breaker.failed(start, start + SECOND / 100 * attempt);
+        }
+        assert!(breaker.allows(start + SECOND + SECOND / 100));
     }
 }

@@ -134,8 +134,8 @@ impl CaptureQueue {
         CaptureOutcome::Dropped
     }
 
-    pub(crate) fn note_dropped(&self) {
-        self.counters.dropped.fetch_add(1, Ordering::Relaxed);
+    pub(crate) fn note_dropped(&self, chunks: u64) {
+        self.counters.dropped.fetch_add(chunks, Ordering::Relaxed);
     }
 
     pub(crate) fn stats(&self) -> CaptureStats {

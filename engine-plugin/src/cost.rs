@@ -7,9 +7,13 @@
 //! fetches. Computing grows faster than loading with the length of the prefix, so
 //! the gain of loading is largest at an end: all available chunks, or none.
 //!
-//! Pure: time comes in as durations.
+//! What was observed grows old: within [`STALE_AFTER`] without a fetch, latency and
+//! bandwidth fall back towards what an unknown daemon is credited with, so that one
+//! bad minute does not turn the cache off for ever.
+//!
+//! Pure: time is a parameter.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Weight of the past at each new observation.
 const FORGETTING: f64 = 0.9;
@@ -18,24 +22,41 @@ const FORGETTING: f64 = 0.9;
 /// computing would take even longer.
 const PATIENCE: f64 = 4.0;
 
+/// Fewest bytes whose time says something about bandwidth.
+const MIN_OBSERVED_BYTES: u64 = 1 << 20;
+
 /// Shortest patience: scheduling noise is not a late tier.
 const MIN_PATIENCE: Duration = Duration::from_millis(20);
+
+/// Age at which observed fetches have lost half their weight.
+const STALE_AFTER: Duration = Duration::from_secs(30);
 
 /// Seconds per token assumed before the first prefill was seen. High, so that the
 /// first fetch is tried; its deadline still holds.
 const UNKNOWN_SECONDS_PER_TOKEN: f64 = 1e-3;
 
-/// Latency and bandwidth assumed before the first fetch was seen: one host, one gRPC stream.
-const UNKNOWN_LATENCY_SECONDS: f64 = 2e-3;
-const UNKNOWN_BYTES_PER_SECOND: f64 = 0.5e9;
-
 /// Measured speeds of computing and of fetching.
 #[derive(Clone, Debug)]
 pub struct CostModel {
     prefill: Fit,
-    latency_seconds: f64,
-    bytes_per_second: f64,
+    link: Link,
+    /// When `link` was observed last.
+    observed: Option<Instant>,
 }
+
+/// How long fetching takes: `latency + bytes ÷ bandwidth`.
+#[derive(Clone, Copy, Debug)]
+struct Link {
+    latency_seconds: f64,
+    seconds_per_byte: f64,
+}
+
+/// Latency and bandwidth assumed before the first fetch was seen: one host, one gRPC
+/// stream.
+const UNKNOWN_LINK: Link = Link {
+    latency_seconds: 2e-3,
+    seconds_per_byte: 1.0 / 0.5e9,
+};
 
 /// What a fetch turned out to cost.
 #[derive(Clone, Copy, Debug)]
@@ -64,8 +85,8 @@ impl Default for CostModel {
     fn default() -> Self {
         Self {
             prefill: Fit::default(),
-            latency_seconds: UNKNOWN_LATENCY_SECONDS,
-            bytes_per_second: UNKNOWN_BYTES_PER_SECOND,
+            link: UNKNOWN_LINK,
+            observed: None,
         }
     }
 }
@@ -79,15 +100,35 @@ impl CostModel {
         }
     }
 
-    /// Learns from a fetch that went well.
-    pub fn observe_fetch(&mut self, fetch: FetchObservation) {
+    /// Learns from a fetch, whole or given up.
+    pub fn observe_fetch(&mut self, fetch: FetchObservation, now: Instant) {
         let blend = |old: f64, new: f64| 0.7 * old + 0.3 * new;
-        self.latency_seconds = blend(self.latency_seconds, fetch.latency.as_secs_f64());
+        let known = self.link_at(now);
         let seconds = fetch.elapsed.as_secs_f64();
-        // Little data in little time says nothing about bandwidth.
-        if fetch.bytes >= 1 << 20 && seconds > 1e-6 {
-            let observed = to_f64(fetch.bytes) / seconds;
-            self.bytes_per_second = blend(self.bytes_per_second, observed);
+        self.link = Link {
+            latency_seconds: blend(known.latency_seconds, fetch.latency.as_secs_f64()),
+            // Little data in little time says nothing about bandwidth.
+            seconds_per_byte: if fetch.bytes >= MIN_OBSERVED_BYTES || seconds > 1.0 {
+                let bytes = to_f64(fetch.bytes.max(MIN_OBSERVED_BYTES));
+                blend(known.seconds_per_byte, seconds / bytes)
+            } else {
+                known.seconds_per_byte
+            },
+        };
+        self.observed = Some(now);
+    }
+
+    /// What is believed of the link at `now`: the observed, the more the fresher.
+    fn link_at(&self, now: Instant) -> Link {
+        let Some(observed) = self.observed else {
+            return UNKNOWN_LINK;
+        };
+        let age = now.saturating_duration_since(observed).as_secs_f64();
+        let weight = 0.5f64.powf(age / STALE_AFTER.as_secs_f64());
+        let mix = |seen: f64, unknown: f64| weight * seen + (1.0 - weight) * unknown;
+        Link {
+            latency_seconds: mix(self.link.latency_seconds, UNKNOWN_LINK.latency_seconds),
+            seconds_per_byte: mix(self.link.seconds_per_byte, UNKNOWN_LINK.seconds_per_byte),
         }
     }
 
@@ -97,16 +138,17 @@ impl CostModel {
         Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX)
     }
 
-    /// Time to fetch `bytes`.
-    pub fn fetch_time(&self, bytes: u64) -> Duration {
-        let seconds = self.latency_seconds + to_f64(bytes) / self.bytes_per_second;
+    /// Time to fetch `bytes`, as far as is known at `now`.
+    pub fn fetch_time(&self, bytes: u64, now: Instant) -> Duration {
+        let link = self.link_at(now);
+        let seconds = link.latency_seconds + to_f64(bytes) * link.seconds_per_byte;
         Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX)
     }
 
     /// Whether to fetch the first `tokens` tokens of a prompt as `bytes` bytes.
-    pub fn decide(&self, tokens: usize, bytes: u64) -> Decision {
+    pub fn decide(&self, tokens: usize, bytes: u64, now: Instant) -> Decision {
         let compute = self.compute_time(0, tokens);
-        let fetch = self.fetch_time(bytes);
+        let fetch = self.fetch_time(bytes, now);
         if tokens == 0 || fetch >= compute {
             return Decision::Compute;
         }
@@ -154,9 +196,8 @@ impl Fit {
                 return a * tokens + b * pairs;
             }
         }
-        // The linear term alone; where attention is visible it underestimates
-        // computing, which errs on the side of not fetching.
-        self.ts / self.tt * tokens
+        // One term alone: the smaller, to err on the side of not fetching.
+        (self.ts / self.tt * tokens).min(self.ps / self.pp * pairs)
     }
 }
 
@@ -208,18 +249,35 @@ mod tests {
         assert!((found - 1.024).abs() < 1e-6, "{found}");
     }
 
+    /// Steps late in a long sequence are slow; they must not make short prompts look so.
+    #[test]
+    fn late_steps_do_not_inflate_short_prompts() {
+        let mut model = CostModel::default();
+        for _ in 0..5 {
+            model.observe_prefill(30_000, 30_512, Duration::from_secs(2));
+        }
+        // The same cost per pair; per token it would be a second.
+        let found = model.compute_time(0, 256).as_secs_f64();
+        assert!(found < 0.01, "{found}");
+    }
+
+    fn fetched(bytes: u64, millis: u64) -> FetchObservation {
+        FetchObservation {
+            latency: Duration::from_millis(1),
+            bytes,
+            elapsed: Duration::from_millis(millis),
+        }
+    }
+
     #[test]
     fn loads_what_is_cheaper_and_never_waits_longer_than_computing() {
+        let now = Instant::now();
         let mut model = trained(1e-3, 0.0);
         for _ in 0..50 {
-            model.observe_fetch(FetchObservation {
-                latency: Duration::from_millis(1),
-                bytes: 1 << 30,
-                elapsed: Duration::from_secs(1),
-            });
+            model.observe_fetch(fetched(1 << 30, 1000), now);
         }
         // 4096 tokens: 4.1 s to compute, 128 MiB in about 0.13 s.
-        match model.decide(4096, 128 << 20) {
+        match model.decide(4096, 128 << 20, now) {
             Decision::Load { budget } => {
                 assert!(budget >= Duration::from_millis(400), "{budget:?}");
                 assert!(budget <= model.compute_time(0, 4096));
@@ -227,29 +285,38 @@ mod tests {
             Decision::Compute => panic!("loading is 30 times faster"),
         }
         // 16 tokens: 16 ms to compute, 64 MiB in about 63 ms.
-        assert_eq!(model.decide(16, 64 << 20), Decision::Compute);
-        assert_eq!(model.decide(0, 0), Decision::Compute);
+        assert_eq!(model.decide(16, 64 << 20, now), Decision::Compute);
+        assert_eq!(model.decide(0, 0, now), Decision::Compute);
         // Cheaper, but patience is cut to what computing takes.
-        match model.decide(64, 32 << 20) {
+        match model.decide(64, 32 << 20, now) {
             Decision::Load { budget } => assert!(budget <= model.compute_time(0, 64)),
             Decision::Compute => panic!("loading is twice as fast"),
         }
     }
 
     #[test]
-    fn a_slow_link_is_noticed() {
+    fn a_slow_link_is_noticed_and_tried_again_later() {
+        let now = Instant::now();
         let mut model = trained(1e-4, 0.0);
-        assert!(matches!(
-            model.decide(4096, 64 << 20),
-            Decision::Load { .. }
-        ));
+        let loads = |model: &CostModel, now| {
+            matches!(model.decide(4096, 64 << 20, now), Decision::Load { .. })
+        };
+        assert!(loads(&model, now));
         for _ in 0..20 {
-            model.observe_fetch(FetchObservation {
-                latency: Duration::from_millis(5),
-                bytes: 10 << 20,
-                elapsed: Duration::from_secs(1),
-            });
+            model.observe_fetch(fetched(10 << 20, 1000), now);
         }
-        assert_eq!(model.decide(4096, 64 << 20), Decision::Compute);
+        assert!(!loads(&model, now));
+        assert!(!loads(&model, now + STALE_AFTER));
+        assert!(loads(&model, now + STALE_AFTER * 10));
+    }
+
+    /// A fetch that was given up with next to nothing counts as slow, too.
+    #[test]
+    fn a_stall_is_a_slow_link() {
+        let now = Instant::now();
+        let mut model = trained(1e-4, 0.0);
+        let before = model.fetch_time(64 << 20, now);
+        model.observe_fetch(fetched(0, 2000), now);
+        assert!(model.fetch_time(64 << 20, now) > before * 10);
     }
 }

@@ -1,11 +1,12 @@
 //! Fetching a cached prefix, layer by layer, under a deadline.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use kvasir_client::{CallError, GetEvent, GetOptions};
-use kvasir_types::{ChunkKey, KvLayout, LayerIdx};
+use kvasir_types::LayerIdx;
 use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
 use tracing::{debug, warn};
@@ -23,10 +24,12 @@ use crate::{Decision, EngineBackend, FetchObservation, LoadPolicy, Prompt, Share
 /// layers waited for a busy engine is not the cache's fault and not counted.
 #[derive(Debug)]
 pub struct Prefetch {
-    runtime: tokio::runtime::Handle,
-    arrivals: mpsc::Receiver<Arrival>,
+    shared: Arc<Shared>,
+    arrivals: mpsc::Receiver<(Instant, Arrival)>,
     task: Option<AbortHandle>,
-    layout: KvLayout,
+    begun: Instant,
+    /// When the first arrival was waited for after the decision to load.
+    loading_since: Instant,
     /// How much longer the engine waits for the cache, over all arrivals.
     patience: Duration,
     /// Since when the engine has had nothing of this fetch to land.
@@ -79,33 +82,55 @@ pub enum FetchOutcome {
     },
 }
 
-/// A layer will not arrive in time: the prefix is shorter than planned.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the fetched prefix fell short")]
-pub struct Shortfall;
+/// What waiting for a layer came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LayerWait {
+    /// The layer of every chunk asked for is in the pages.
+    Landed,
+    /// Not yet.
+    Pending,
+    /// Not all of these chunks will come: what the engine computed on top of them is
+    /// void, and [`Prefetch::poll`] goes on with fewer.
+    Short,
+}
 
 pub(crate) fn start(shared: &Arc<Shared>, prompt: &Prompt) -> Prefetch {
     let now = Instant::now();
-    let layout = *shared.namespace.layout();
-    let buffered = shared.config.fetch_buffer.as_u64() / layout.layer_bytes() as u64;
+    let layer_bytes = shared.namespace.layout().layer_bytes() as u64;
+    let buffered = shared.config.fetch_buffer.as_u64() / layer_bytes;
     let capacity = usize::try_from(buffered.clamp(1, 1 << 16)).unwrap_or(1);
     let (sender, arrivals) = mpsc::channel(capacity);
-    let skip = prompt.keys().is_empty() || !shared.allows(now);
+    // Asking must not take longer than computing what could be found.
+    let compute = shared
+        .cost()
+        .compute_time(0, prompt.resume_at(prompt.keys().len()));
+    let worthwhile = match shared.config.load {
+        LoadPolicy::WhenFaster => shared.cost().fetch_time(0, now) < compute,
+        LoadPolicy::Always => true,
+    };
+    let allowed = shared.breaker().allows(now);
+    if !allowed {
+        shared.stats.skipped.fetch_add(1, Ordering::Relaxed);
+    }
+    let skip = prompt.keys().is_empty() || !worthwhile || !allowed;
     let task = (!skip).then(|| {
         let fetch = Fetch {
             shared: Arc::clone(shared),
-            keys: prompt.keys().to_vec(),
             prompt: prompt.clone(),
             arrivals: sender,
         };
         shared.runtime.spawn(fetch.run()).abort_handle()
     });
     Prefetch {
-        runtime: shared.runtime.clone(),
+        shared: Arc::clone(shared),
         arrivals,
         task,
-        layout,
-        patience: shared.config.lookup_timeout,
+        begun: now,
+        loading_since: now,
+        patience: match shared.config.load {
+            LoadPolicy::WhenFaster => shared.config.lookup_timeout.min(compute),
+            LoadPolicy::Always => shared.config.lookup_timeout,
+        },
         idle_since: Some(now),
         stage: if skip { Stage::Done } else { Stage::Deciding },
         landed: Vec::new(),
@@ -136,10 +161,12 @@ impl Prefetch {
     pub fn poll<B: EngineBackend>(&mut self, backend: &mut B, pages: &B::Pages) -> FetchOutcome {
         while self.stage != Stage::Done {
             match self.arrivals.try_recv() {
-                Ok(arrival) => self.take(arrival, backend, pages),
+                Ok((at, arrival)) => self.take(at, arrival, backend, pages),
                 Err(mpsc::error::TryRecvError::Disconnected) => self.finish(),
                 Err(mpsc::error::TryRecvError::Empty) => {
-                    self.spend_patience();
+                    let now = Instant::now();
+                    self.charge(now);
+                    self.idle_since = Some(now);
                     break;
                 }
             }
@@ -161,31 +188,29 @@ impl Prefetch {
         self.poll(backend, pages)
     }
 
-    /// Waits until `layer` of every chunk of [`target`](Self::target) has landed.
+    /// Waits, `longest` at most, until `layer` of the first `chunks` chunks has landed.
     /// Must not be called on a runtime's own thread.
-    ///
-    /// # Errors
-    /// [`Shortfall`] when a chunk is lost meanwhile or patience is spent; what the
-    /// engine computed on top of the longer prefix is void then, and
-    /// [`poll`](Self::poll) goes on with the shorter one.
     pub fn wait_layer<B: EngineBackend>(
         &mut self,
+        chunks: usize,
         layer: LayerIdx,
+        longest: Duration,
         backend: &mut B,
         pages: &B::Pages,
-    ) -> Result<(), Shortfall> {
-        let planned = self.target;
+    ) -> LayerWait {
+        let until = Instant::now() + longest;
         loop {
-            if self.target < planned {
-                return Err(Shortfall);
+            if self.target < chunks {
+                return LayerWait::Short;
             }
-            if self.landed[..planned].iter().all(|&count| count > layer.0) {
-                return Ok(());
+            if self.landed[..chunks].iter().all(|&count| count > layer.0) {
+                return LayerWait::Landed;
             }
-            if self.stage == Stage::Done {
-                return Err(Shortfall);
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return LayerWait::Pending;
             }
-            self.receive(Duration::MAX, backend, pages);
+            self.receive(left, backend, pages);
         }
     }
 
@@ -193,30 +218,58 @@ impl Prefetch {
         self.idle_since.get_or_insert_with(Instant::now);
         let longest = longest.min(self.patience);
         let received = self
+            .shared
             .runtime
             .block_on(async { tokio::time::timeout(longest, self.arrivals.recv()).await });
-        self.spend_patience();
         match received {
-            Ok(Some(arrival)) => self.take(arrival, backend, pages),
+            Ok(Some((at, arrival))) => self.take(at, arrival, backend, pages),
             Ok(None) => self.finish(),
-            Err(_) => {}
+            Err(_) => {
+                let now = Instant::now();
+                self.charge(now);
+                self.idle_since = Some(now);
+            }
         }
     }
 
-    /// Charges the time in which the engine waited, or found nothing when it looked.
-    fn spend_patience(&mut self) {
-        let now = Instant::now();
-        if let Some(since) = self.idle_since.replace(now) {
-            self.patience = self.patience.saturating_sub(now - since);
+    /// Charges the time until `until` in which the engine had nothing to land.
+    fn charge(&mut self, until: Instant) {
+        if let Some(since) = self.idle_since.take() {
+            self.patience = self
+                .patience
+                .saturating_sub(until.saturating_duration_since(since));
         }
         if self.patience.is_zero() && self.stage != Stage::Done {
-            debug!(target = self.target, "the cache is late; computing instead");
-            self.finish();
+            self.give_up(until);
         }
     }
 
-    fn take<B: EngineBackend>(&mut self, arrival: Arrival, backend: &mut B, pages: &B::Pages) {
-        self.idle_since = None;
+    /// The cache is late: it counts as failed, and as slow as it was.
+    fn give_up(&mut self, now: Instant) {
+        debug!(target = self.target, "the cache is late; computing instead");
+        if self.stage == Stage::Loading {
+            self.shared.stats.late.fetch_add(1, Ordering::Relaxed);
+            self.shared.breaker().failed(self.begun, now);
+            self.shared.cost().observe_fetch(
+                FetchObservation {
+                    latency: self.loading_since - self.begun,
+                    bytes: self.bytes,
+                    elapsed: now.saturating_duration_since(self.loading_since),
+                },
+                now,
+            );
+        }
+        self.finish();
+    }
+
+    fn take<B: EngineBackend>(
+        &mut self,
+        at: Instant,
+        arrival: Arrival,
+        backend: &mut B,
+        pages: &B::Pages,
+    ) {
+        self.charge(at);
         if self.stage == Stage::Done {
             return;
         }
@@ -231,6 +284,7 @@ impl Prefetch {
                 self.landed = vec![0; load];
                 self.patience = budget;
                 self.stage = Stage::Loading;
+                self.loading_since = at;
             }
             Arrival::Layer { chunk, layer, data } => {
                 // Chunks beyond a loss may still be in the channel.
@@ -262,9 +316,10 @@ impl Prefetch {
 
     /// Leading chunks that are whole.
     fn whole(&self) -> usize {
+        let layers = self.shared.namespace.layout().layers();
         self.landed[..self.target]
             .iter()
-            .take_while(|&&count| count == self.layout.layers())
+            .take_while(|&&count| count == layers)
             .count()
     }
 
@@ -300,29 +355,47 @@ impl Drop for Prefetch {
 /// The async half: talks to the daemon, feeds the channel.
 struct Fetch {
     shared: Arc<Shared>,
-    keys: Vec<ChunkKey>,
     prompt: Prompt,
-    arrivals: mpsc::Sender<Arrival>,
+    /// When each arrival was handed over, and what it is.
+    arrivals: mpsc::Sender<(Instant, Arrival)>,
+}
+
+/// How the async half ended, when nothing failed.
+enum End {
+    /// The daemon did all that was asked of it.
+    Completed,
+    /// The engine has no use for the rest; nothing was learnt about the daemon.
+    Abandoned,
 }
 
 impl Fetch {
     async fn run(self) {
-        match self.fetch().await {
-            Ok(()) => self.shared.breaker().succeeded(),
+        let begun = Instant::now();
+        match self.fetch(begun).await {
+            Ok(End::Completed) => self.shared.breaker().succeeded(),
+            Ok(End::Abandoned) => {}
             Err(error) => {
                 warn!(%error, "the cache failed; computing instead");
-                self.shared.breaker().failed(Instant::now());
+                self.shared.stats.failed.fetch_add(1, Ordering::Relaxed);
+                self.shared.breaker().failed(begun, Instant::now());
             }
         }
     }
 
-    async fn fetch(&self) -> Result<(), CallError> {
+    /// False when nobody waits any more.
+    async fn hand_over(&self, arrival: Arrival) -> bool {
+        // The time of arrival, not of acceptance: a full channel is the engine's doing.
+        let stamped = (Instant::now(), arrival);
+        self.arrivals.send(stamped).await.is_ok()
+    }
+
+    async fn fetch(&self, begun: Instant) -> Result<End, CallError> {
         let shared = &self.shared;
-        let looked_up = Instant::now();
+        let keys = self.prompt.keys();
         let lookup = shared
             .client
             .with_call_timeout(shared.config.lookup_timeout)
-            .lookup(&self.keys)
+            .lookup(keys)
             .await?;
         let present = lookup.prefix_chunks;
         let bytes = lookup.found[..present]
@@ -330,8 +403,9 @@ impl Fetch {
             .flatten()
             .map(|found| found.bytes)
             .sum();
+        let tokens = self.prompt.resume_at(present);
         let decision = match shared.config.load {
-            LoadPolicy::WhenFaster => shared.cost().decide(self.prompt.resume_at(present), bytes),
+            LoadPolicy::WhenFaster => shared.cost().decide(tokens, bytes, Instant::now()),
             LoadPolicy::Always if present > 0 => Decision::Load {
                 budget: shared.config.fetch_timeout,
             },
@@ -347,30 +421,27 @@ impl Fetch {
             load,
             budget,
         };
-        // A closed channel means that nobody waits any more.
-        if self.arrivals.send(planned).await.is_err() || load == 0 {
-            return Ok(());
+        if !self.hand_over(planned).await {
+            return Ok(End::Abandoned);
         }
+        if load == 0 {
+            return Ok(End::Completed);
+        }
+        shared.stats.loads.fetch_add(1, Ordering::Relaxed);
         let options = GetOptions {
             deadline: Some(Instant::now() + shared.config.fetch_timeout),
             ..GetOptions::default()
         };
-        let mut stream = shared.client.get(&self.keys[..load], options).await?;
-        let served = stream.chunks().len();
+        let mut stream = shared.client.get(&keys[..load], options).await?;
         let fitting = stream
             .chunks()
             .iter()
             .take_while(|chunk| chunk.layout == *shared.namespace.layout())
             .count();
         if fitting < load {
-            debug!(served, fitting, load, "fewer chunks than looked up");
-            if self
-                .arrivals
-                .send(Arrival::Lost { chunk: fitting })
-                .await
-                .is_err()
-            {
-                return Ok(());
+            debug!(fitting, load, "fewer fitting chunks than looked up");
+            if !self.hand_over(Arrival::Lost { chunk: fitting }).await {
+                return Ok(End::Abandoned);
             }
         }
         let mut first = None;
@@ -396,18 +467,19 @@ impl Fetch {
                 }
             };
             let handed = Instant::now();
-            if self.arrivals.send(arrival).await.is_err() {
-                return Ok(());
+            if !self.hand_over(arrival).await {
+                return Ok(End::Abandoned);
             }
             busy += handed.elapsed();
         }
         if let Some(first) = first {
-            shared.cost().observe_fetch(FetchObservation {
-                latency: first - looked_up,
+            let observation = FetchObservation {
+                latency: first - begun,
                 bytes: after_first,
                 elapsed: first.elapsed().saturating_sub(busy),
-            });
+            };
+            shared.cost().observe_fetch(observation, Instant::now());
         }
-        Ok(())
+        Ok(End::Completed)
     }
 }

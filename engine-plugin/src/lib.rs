@@ -38,8 +38,9 @@ mod cost;
 mod fetch;
 mod prompt;
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use kvasir_client::{Client, ClientConfig};
 use kvasir_types::{ByteSize, Namespace};
@@ -49,7 +50,7 @@ pub use kvasir_client::ParseEndpointError;
 pub use backend::{BackendError, EngineBackend};
 pub use capture::{CaptureOutcome, CaptureStats, ChunkCopy};
 pub use cost::{CostModel, Decision, FetchObservation};
-pub use fetch::{FetchOutcome, Prefetch, Shortfall};
+pub use fetch::{FetchOutcome, LayerWait, Prefetch};
 pub use prompt::Prompt;
 
 use breaker::Breaker;
@@ -118,6 +119,28 @@ pub(crate) struct Shared {
     cost: Mutex<CostModel>,
     breaker: Mutex<Breaker>,
     capture: CaptureQueue,
+    stats: FetchCounters,
+}
+
+/// What became of prefetches so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FetchStats {
+    /// Prefetches that fetched something, or tried to.
+    pub loads: u64,
+    /// Fetches given up because they took longer than their budget.
+    pub late: u64,
+    /// Lookups and fetches the daemon failed.
+    pub failed: u64,
+    /// Prefetches not begun because the daemon had failed shortly before.
+    pub skipped: u64,
+}
+
+#[derive(Debug, Default)]
+struct FetchCounters {
+    loads: AtomicU64,
+    late: AtomicU64,
+    failed: AtomicU64,
+    skipped: AtomicU64,
 }
 
 impl CachePlugin {
@@ -138,6 +161,7 @@ impl CachePlugin {
                 cost: Mutex::new(CostModel::default()),
                 breaker: Mutex::new(Breaker::new(config.cooldown)),
                 capture,
+                stats: FetchCounters::default(),
                 config,
             }),
         }
@@ -176,6 +200,18 @@ impl CachePlugin {
         fetch::start(&self.shared, prompt)
     }
 
+    /// What became of prefetches so far.
+    pub fn fetch_stats(&self) -> FetchStats {
+        let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let stats = &self.shared.stats;
+        FetchStats {
+            loads: load(&stats.loads),
+            late: load(&stats.late),
+            failed: load(&stats.failed),
+            skipped: load(&stats.skipped),
+        }
+    }
+
     /// Whether `bytes` more can wait to be stored. Ask before copying a chunk.
     pub fn has_capture_room(&self, bytes: u64) -> bool {
         self.shared.capture.has_room(bytes)
@@ -186,9 +222,9 @@ impl CachePlugin {
         self.shared.capture.push(chunk)
     }
 
-    /// Counts a chunk that was not even copied, for lack of room.
-    pub fn note_dropped_capture(&self) {
-        self.shared.capture.note_dropped();
+    /// Counts `chunks` that were not even copied, for lack of room.
+    pub fn note_dropped_captures(&self, chunks: usize) {
+        self.shared.capture.note_dropped(chunks as u64);
     }
 
     /// What became of captured chunks so far.
@@ -216,9 +252,5 @@ impl Shared {
 
     fn breaker(&self) -> std::sync::MutexGuard<'_, Breaker> {
         self.breaker.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn allows(&self, now: Instant) -> bool {
-        self.breaker().allows(now)
     }
 }

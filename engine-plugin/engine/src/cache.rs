@@ -48,7 +48,7 @@ pub fn namespace(
     let identity = ModelIdentity {
         architecture: model.config().canonical(),
         weights: digest,
-        rope: format!("{:?}", model.config().rope),
+        rope: model.config().rope.canonical(),
     };
     Namespace::new(&identity, None, layout, tokenizer, tenant_salt)
 }

@@ -71,13 +71,6 @@ impl Model {
         self.weights_digest
     }
 
-    /// Text that identifies everything besides weights and tokens that changes
-    /// K and V: architecture, normalised config, RoPE. See
-    /// [`ModelConfig::canonical`].
-    pub fn fingerprint_material(&self) -> String {
-        self.config.canonical()
-    }
-
     /// Runs all `steps` as one batch and writes their K and V into the pages.
     ///
     /// For each layer, K and V of the new tokens are written first, then

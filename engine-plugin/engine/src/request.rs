@@ -12,7 +12,7 @@ use crate::sampling::SamplingParams;
 pub struct GenerateRequest {
     /// Token ids of the prompt; at least one.
     pub prompt: Vec<u32>,
-    /// Most tokens to generate; at least one.
+    /// Most tokens to generate; 0 counts as 1, and what does not fit is cut.
     pub max_tokens: usize,
     /// How the next token is chosen.
     pub sampling: SamplingParams,
@@ -34,7 +34,7 @@ pub enum Event {
     Prefilled {
         /// Prompt tokens whose KV came from the cache.
         cached_tokens: usize,
-        /// Payload bytes fetched for them.
+        /// Payload bytes fetched, those of chunks that fell short included.
         fetched_bytes: u64,
     },
     /// The next token.
@@ -96,12 +96,10 @@ pub enum RequestError {
         /// Size of the vocabulary.
         vocabulary: usize,
     },
-    /// Prompt and completion do not fit the model's context or the KV pool.
-    #[error(
-        "{needed} tokens do not fit: the limit is {limit}; shorten the prompt or lower max_tokens"
-    )]
+    /// The prompt and one more token do not fit the model's context or the KV pool.
+    #[error("{needed} tokens do not fit: the limit is {limit}; shorten the prompt")]
     TooLong {
-        /// Prompt plus completion.
+        /// The prompt plus one token.
         needed: usize,
         /// What fits.
         limit: usize,

@@ -8,7 +8,7 @@ use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use kvasir_plugin::{CachePlugin, CaptureOutcome, ChunkCopy};
+use kvasir_plugin::{CachePlugin, CaptureOutcome, ChunkCopy, EngineBackend as _, LayerWait};
 use kvasir_types::LayerIdx;
 use metrics::gauge;
 
@@ -16,14 +16,17 @@ use crate::cache::PoolBackend;
 use crate::kernels::Threads;
 use crate::kv::{BLOCK_TOKENS, BlockId, KvPool};
 use crate::metrics::{FREE_BLOCKS, RUNNING, WAITING};
-use crate::model::{ForwardError, LogitsWanted, Model, Scratch, Step};
+use crate::model::{ForwardError, Logits, LogitsWanted, Model, Scratch, Step};
 use crate::request::RequestError;
 
 use super::sequence::{Phase, Progress, Sequence};
 use super::{EngineConfig, Submission};
 
 /// Longest pause between looks at new requests while a fetch is awaited.
-const FETCH_PATIENCE: Duration = Duration::from_micros(500);
+const LOOK_INTERVAL: Duration = Duration::from_millis(1);
+
+/// Share of a batch that decoding leaves to waiting prefill: one in this many tokens.
+const PREFILL_SHARE: usize = 4;
 
 /// Shortest prefill whose time says something about the next one.
 const MIN_OBSERVED_TOKENS: usize = 32;
@@ -45,6 +48,8 @@ pub(super) struct EngineLoop {
     waiting: VecDeque<Submission>,
     running: Vec<Sequence>,
     next_seed: u64,
+    /// Where decoding starts when not every sequence fits a batch.
+    decode_turn: usize,
 }
 
 /// One row range of the next batch.
@@ -76,6 +81,7 @@ impl EngineLoop {
             waiting: VecDeque::new(),
             running: Vec::new(),
             next_seed: 0,
+            decode_turn: 0,
         }
     }
 
@@ -121,13 +127,13 @@ impl EngineLoop {
 
     pub(super) fn run(&mut self) {
         while self.receive() {
+            self.cancel();
             self.admit();
             self.land();
-            self.cancel();
             if !self.run_batch() {
                 self.await_fetch();
             }
-            self.capture_one();
+            self.capture();
             self.gauge();
         }
     }
@@ -191,7 +197,13 @@ impl EngineLoop {
         }
     }
 
+    /// Drops requests and sequences that nobody listens to any more.
     fn cancel(&mut self) {
+        let before = self.waiting.len();
+        self.waiting
+            .retain(|submission| !submission.events.is_closed());
+        let left = before - self.waiting.len();
+        self.waiting_count.fetch_sub(left, Ordering::AcqRel);
         for index in (0..self.running.len()).rev() {
             let sequence = &self.running[index];
             if sequence.is_cancelled() && !matches!(sequence.phase, Phase::Draining) {
@@ -222,14 +234,26 @@ impl EngineLoop {
         true
     }
 
-    /// The rows of the next batch: every decoding sequence's token, then prefill in
-    /// the order of arrival.
-    fn plan(&self) -> Vec<Planned> {
+    /// The rows of the next batch: a token of every decoding sequence, then prefill in
+    /// the order of arrival. When not all fit, decoding takes turns and leaves prefill
+    /// its share.
+    fn plan(&mut self) -> Vec<Planned> {
+        let is_prefill = |sequence: &Sequence| matches!(sequence.phase, Phase::Prefill);
+        let reserved = if self.running.iter().any(is_prefill) {
+            self.batch_tokens / PREFILL_SHARE
+        } else {
+            0
+        };
+        let count = self.running.len();
         let mut plan = Vec::new();
-        let mut room = self.batch_tokens;
-        for (index, sequence) in self.running.iter().enumerate() {
-            if matches!(sequence.phase, Phase::Decode) && room > 0 {
-                room -= 1;
+        for turn in 0..count {
+            if plan.len() == self.batch_tokens - reserved {
+                self.decode_turn = (self.decode_turn + turn) % count;
+                break;
+            }
+            let index = (self.decode_turn + turn) % count;
+            let sequence = &self.running[index];
+            if matches!(sequence.phase, Phase::Decode) {
                 plan.push(Planned {
                     sequence: index,
                     from: sequence.position,
@@ -238,8 +262,9 @@ impl EngineLoop {
                 });
             }
         }
+        let mut room = self.batch_tokens - plan.len();
         for (index, sequence) in self.running.iter().enumerate() {
-            if matches!(sequence.phase, Phase::Prefill) && room > 0 {
+            if is_prefill(sequence) && room > 0 {
                 let to = sequence.prompt_tokens.min(sequence.position + room);
                 room -= to - sequence.position;
                 plan.push(Planned {
@@ -257,7 +282,7 @@ impl EngineLoop {
         &mut self,
         plan: &[Planned],
         before_layer: &mut (dyn FnMut(usize, &mut KvPool) -> ControlFlow<()> + Send),
-    ) -> Result<Vec<Option<Vec<f32>>>, ForwardError> {
+    ) -> Result<Logits, ForwardError> {
         let steps: Vec<Step<'_>> = plan
             .iter()
             .map(|planned| {
@@ -274,27 +299,27 @@ impl EngineLoop {
                 }
             })
             .collect();
-        let logits = self
-            .model
-            .forward(&mut self.pool, &mut self.scratch, &steps, before_layer)?;
-        Ok((0..plan.len())
-            .map(|index| logits.last(index).map(<[f32]>::to_vec))
-            .collect())
+        self.model
+            .forward(&mut self.pool, &mut self.scratch, &steps, before_layer)
     }
 
-    fn apply(&mut self, plan: &[Planned], logits: &[Option<Vec<f32>>]) {
+    fn apply(&mut self, plan: &[Planned], logits: &Logits) {
         let mut ended = Vec::new();
-        for (planned, logits) in plan.iter().zip(logits) {
+        for (row, planned) in plan.iter().enumerate() {
             let sequence = &mut self.running[planned.sequence];
             sequence.position = planned.to;
-            if let Some(logits) = logits
+            if let Some(logits) = logits.last(row)
                 && sequence.advance(logits) == Progress::Ends
             {
                 ended.push(planned.sequence);
             }
         }
-        ended.sort_unstable();
-        for index in ended.into_iter().rev() {
+        self.end_all(ended);
+    }
+
+    fn end_all(&mut self, mut sequences: Vec<usize>) {
+        sequences.sort_unstable();
+        for index in sequences.into_iter().rev() {
             self.end(index);
         }
     }
@@ -320,10 +345,12 @@ impl EngineLoop {
         let Some(prompt) = &sequence.prompt else {
             return false;
         };
-        if prefetch.target() == 0 {
+        let chunks = prefetch.target();
+        // Requests that wait for pages have waited for this sequence already.
+        if chunks == 0 || self.waiting_count.load(Ordering::Acquire) > 0 {
             return false;
         }
-        let from = prompt.resume_at(prefetch.target());
+        let from = prompt.resume_at(chunks);
         let to = sequence.prompt_tokens.min(from + self.batch_tokens);
         let plan = [Planned {
             sequence: index,
@@ -338,12 +365,22 @@ impl EngineLoop {
             return false;
         };
         let blocks = sequence.blocks.clone();
+        let (events, waiting) = (sequence.events(), Arc::clone(&self.waiting_count));
         let outcome = self.forward(&plan, &mut |layer, pool| {
             let layer = LayerIdx(u16::try_from(layer).unwrap_or(u16::MAX));
             let mut backend = PoolBackend::new(pool, layout);
-            match prefetch.wait_layer(layer, &mut backend, &blocks) {
-                Ok(()) => ControlFlow::Continue(()),
-                Err(_) => ControlFlow::Break(()),
+            loop {
+                match prefetch.wait_layer(chunks, layer, LOOK_INTERVAL, &mut backend, &blocks) {
+                    LayerWait::Landed => return ControlFlow::Continue(()),
+                    LayerWait::Short => return ControlFlow::Break(()),
+                    // Whoever came meanwhile must not wait for this fetch.
+                    LayerWait::Pending
+                        if waiting.load(Ordering::Acquire) > 0 || events.is_closed() =>
+                    {
+                        return ControlFlow::Break(());
+                    }
+                    LayerWait::Pending => {}
+                }
             }
         });
         let mut backend = PoolBackend::new(&mut self.pool, layout);
@@ -353,7 +390,8 @@ impl EngineLoop {
         sequence.settle(fetched);
         match outcome {
             Ok(logits) => self.apply(&plan, &logits),
-            // The prefix fell short: what is whole stays, the rest is computed.
+            // The prefix fell short, and the rest is computed; or somebody came, and
+            // the layers that have landed stay.
             Err(ForwardError::Stopped) => {}
             Err(error) => self.fail_all(&plan, &error),
         }
@@ -372,62 +410,72 @@ impl EngineLoop {
             && let Phase::Fetching(prefetch) = &mut sequence.phase
         {
             let mut backend = PoolBackend::new(&mut self.pool, layout);
-            let outcome = prefetch.wait(FETCH_PATIENCE, &mut backend, &sequence.blocks);
+            let outcome = prefetch.wait(LOOK_INTERVAL, &mut backend, &sequence.blocks);
             sequence.settle(outcome);
         }
     }
 
-    /// Copies one chunk out of the pages for the cache, of a sequence whose first
-    /// token is out; ends sequences that only waited for this.
-    fn capture_one(&mut self) {
+    /// Copies chunks out of the pages for the cache, of sequences whose first token is
+    /// out: one a turn, so that decoding goes on, or all of a finished sequence when
+    /// others wait for its pages. Ends sequences that only waited for this.
+    fn capture(&mut self) {
         let Some(plugin) = self.plugin.clone() else {
             return;
         };
-        let ready = |sequence: &Sequence| {
-            matches!(sequence.phase, Phase::Decode | Phase::Draining)
-                && !sequence.capture.is_empty()
-        };
-        let Some(index) = self.running.iter().position(ready) else {
-            return;
-        };
+        loop {
+            let of_phase = |wanted: fn(&Phase) -> bool| {
+                self.running
+                    .iter()
+                    .position(|sequence| wanted(&sequence.phase) && !sequence.capture.is_empty())
+            };
+            let draining = of_phase(|phase| matches!(phase, Phase::Draining));
+            let Some(index) = draining.or_else(|| of_phase(|phase| matches!(phase, Phase::Decode)))
+            else {
+                return;
+            };
+            self.capture_chunk(&plugin, index);
+            let sequence = &self.running[index];
+            if draining.is_some() && sequence.capture.is_empty() {
+                let sequence = self.running.remove(index);
+                self.give_back(&sequence.blocks);
+            }
+            if draining.is_none() || self.waiting.is_empty() {
+                return;
+            }
+        }
+    }
+
+    /// Copies the next chunk of a sequence, or gives up all of them for lack of room.
+    fn capture_chunk(&mut self, plugin: &CachePlugin, index: usize) {
         let layout = *plugin.namespace().layout();
         let sequence = &mut self.running[index];
         let chunk = sequence.capture.start;
-        sequence.capture.start += 1;
-        let draining = matches!(sequence.phase, Phase::Draining);
-        let done = draining && sequence.capture.is_empty();
-        if let Some(prompt) = &sequence.prompt
-            && plugin.has_capture_room(layout.chunk_bytes())
-        {
-            let backend = PoolBackend::new(&mut self.pool, &layout);
-            let layers: Result<Vec<Bytes>, _> = (0..layout.layers())
-                .map(|layer| {
-                    let mut payload = vec![0u8; layout.layer_bytes()];
-                    kvasir_plugin::EngineBackend::read_layer(
-                        &backend,
-                        &sequence.blocks,
-                        chunk,
-                        LayerIdx(layer),
-                        &mut payload,
-                    )
-                    .map(|()| Bytes::from(payload))
-                })
-                .collect();
-            match layers {
-                Ok(layers) => {
-                    let key = prompt.keys()[chunk];
-                    if plugin.capture(ChunkCopy { key, layers }) == CaptureOutcome::Dropped {
-                        tracing::debug!(%key, "a chunk was not captured: too many wait");
-                    }
-                }
-                Err(error) => tracing::error!(%error, chunk, "a chunk could not be copied"),
-            }
-        } else {
-            plugin.note_dropped_capture();
+        if !plugin.has_capture_room(layout.chunk_bytes()) {
+            plugin.note_dropped_captures(sequence.capture.len());
+            sequence.capture = 0..0;
+            return;
         }
-        if done {
-            let sequence = self.running.swap_remove(index);
-            self.give_back(&sequence.blocks);
+        sequence.capture.start += 1;
+        let Some(prompt) = &sequence.prompt else {
+            return;
+        };
+        let backend = PoolBackend::new(&mut self.pool, &layout);
+        let layers: Result<Vec<Bytes>, _> = (0..layout.layers())
+            .map(|layer| {
+                let mut payload = vec![0u8; layout.layer_bytes()];
+                backend
+                    .read_layer(&sequence.blocks, chunk, LayerIdx(layer), &mut payload)
+                    .map(|()| Bytes::from(payload))
+            })
+            .collect();
+        match layers {
+            Ok(layers) => {
+                let key = prompt.keys()[chunk];
+                if plugin.capture(ChunkCopy { key, layers }) == CaptureOutcome::Dropped {
+                    tracing::debug!(%key, "a chunk was not captured: too many wait");
+                }
+            }
+            Err(error) => tracing::error!(%error, chunk, "a chunk could not be copied"),
         }
     }
 
@@ -440,7 +488,7 @@ impl EngineLoop {
             sequence.capture.end = sequence.capture.end.min(whole);
         }
         if sequence.capture.is_empty() || matches!(sequence.phase, Phase::Fetching(_)) {
-            let sequence = self.running.swap_remove(index);
+            let sequence = self.running.remove(index);
             self.give_back(&sequence.blocks);
         } else {
             sequence.phase = Phase::Draining;
@@ -449,13 +497,11 @@ impl EngineLoop {
 
     fn fail_all(&mut self, plan: &[Planned], error: &ForwardError) {
         tracing::error!(%error, "a batch failed");
-        let mut failed: Vec<usize> = plan.iter().map(|planned| planned.sequence).collect();
-        failed.sort_unstable();
-        for index in failed.into_iter().rev() {
+        let failed: Vec<usize> = plan.iter().map(|planned| planned.sequence).collect();
+        for &index in &failed {
             self.running[index].fail(RequestError::Internal);
-            self.running[index].capture = 0..0;
-            self.end(index);
         }
+        self.end_all(failed);
     }
 
     fn take_blocks(&mut self, count: usize) -> Option<Vec<BlockId>> {

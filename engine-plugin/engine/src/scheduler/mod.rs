@@ -9,10 +9,10 @@
 //! 3. run one batch: every decoding sequence's next token, and prefill up to
 //!    [`EngineConfig::batch_tokens`];
 //! 4. choose tokens, report them, end sequences;
-//! 5. copy at most one finished chunk out of the pages for the cache.
+//! 5. copy a finished chunk out of the pages for the cache.
 //!
 //! When a sequence that is being fetched is the only one, its attention runs layer by
-//! layer behind the fetch. When others are there, they run while it waits.
+//! layer behind the fetch. When others are there, or come, they run while it waits.
 //!
 //! Overflow: more than [`EngineConfig::max_waiting`] waiting requests are refused; a
 //! receiver that goes away cancels its sequence.
@@ -21,7 +21,7 @@ mod engine_loop;
 mod sequence;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc as sync_mpsc;
 use std::thread::JoinHandle;
 use std::time::Instant;
@@ -29,6 +29,7 @@ use std::time::Instant;
 use kvasir_plugin::{CachePlugin, Prompt};
 use tokio::sync::mpsc;
 
+use crate::cache;
 use crate::kernels::Threads;
 use crate::kv::{BLOCK_TOKENS, KvDtype, KvPool};
 use crate::model::Model;
@@ -78,10 +79,12 @@ pub struct Limits {
     pub sequence_tokens: usize,
 }
 
-/// A running engine. Dropping it ends the engine thread; sequences that still run fail.
+/// A running engine. Dropping it waits until every [`EngineHandle`] is gone and every
+/// sequence has ended.
 #[derive(Debug)]
 pub struct Engine {
     handle: Option<EngineHandle>,
+    ready: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -102,6 +105,11 @@ pub enum StartError {
     /// No threads to compute on.
     #[error("the system grants no threads to compute on")]
     ComputeThreads(#[source] rayon::ThreadPoolBuildError),
+    /// The plugin's namespace has another geometry or element type than the pages.
+    #[error(
+        "the plugin's chunks have another layout than this engine's pages; derive the namespace from the same model and KV type"
+    )]
+    Layout,
     /// No thread to schedule on.
     #[error("the system grants no thread to schedule on")]
     EngineThread(#[source] std::io::Error),
@@ -122,12 +130,19 @@ impl Engine {
     /// prefills; requests wait for that.
     ///
     /// # Errors
-    /// The system grants no threads.
+    /// The system grants no threads, or the plugin's chunks are not these pages'.
     pub fn start(
         model: Arc<Model>,
         config: &EngineConfig,
         plugin: Option<CachePlugin>,
     ) -> Result<Self, StartError> {
+        if let Some(plugin) = &plugin {
+            let layout = plugin.namespace().layout();
+            let ours = cache::layout(model.config(), config.kv_dtype, layout.tokens());
+            if ours != Ok(*layout) {
+                return Err(StartError::Layout);
+            }
+        }
         let threads = Threads::new(config.threads).map_err(StartError::ComputeThreads)?;
         let (commands, submissions) = sync_mpsc::channel();
         let waiting = Arc::new(AtomicUsize::new(0));
@@ -136,10 +151,11 @@ impl Engine {
             vocabulary: model.config().vocab_size,
             sequence_tokens: (config.blocks * BLOCK_TOKENS).min(model.config().max_positions),
         };
+        let ready = Arc::new(AtomicBool::new(false));
         let handle = EngineHandle {
             commands,
             waiting: Arc::clone(&waiting),
-            max_waiting: config.max_waiting,
+            max_waiting: config.max_waiting.max(1),
             limits,
             plugin: plugin.clone(),
         };
@@ -147,15 +163,26 @@ impl Engine {
             EngineLoop::new(model, pool, config, threads, plugin, submissions, waiting);
         let thread = std::thread::Builder::new()
             .name("engine".into())
-            .spawn(move || {
-                engine.calibrate();
-                engine.run();
+            .spawn({
+                let ready = Readiness(Arc::clone(&ready));
+                move || {
+                    engine.calibrate();
+                    ready.0.store(true, Ordering::Release);
+                    engine.run();
+                }
             })
             .map_err(StartError::EngineThread)?;
         Ok(Self {
             handle: Some(handle),
+            ready,
             thread: Some(thread),
         })
+    }
+
+    /// True from the end of the first measurements until the engine thread ends, by
+    /// whatever cause.
+    pub fn ready(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.ready)
     }
 
     /// A handle to submit requests with.
@@ -164,9 +191,16 @@ impl Engine {
     }
 }
 
+/// Clears the flag when the engine thread ends, be it by a panic.
+struct Readiness(Arc<AtomicBool>);
+
+impl Drop for Readiness {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Release);
+    }
+}
+
 impl Drop for Engine {
-    /// Waits for the engine thread, which ends once every handle is gone and every
-    /// sequence has finished.
     fn drop(&mut self) {
         self.handle = None;
         if let Some(thread) = self.thread.take()
@@ -184,8 +218,12 @@ impl EngineHandle {
     /// # Errors
     /// A [`RequestError`] for a request that can never run, or not now; nothing is
     /// queued then.
-    pub fn submit(&self, request: GenerateRequest) -> Result<mpsc::Receiver<Event>, RequestError> {
+    pub fn submit(
+        &self,
+        mut request: GenerateRequest,
+    ) -> Result<mpsc::Receiver<Event>, RequestError> {
         let submitted = Instant::now();
+        request.max_tokens = request.max_tokens.max(1);
         if request.prompt.is_empty() {
             return Err(RequestError::EmptyPrompt);
         }

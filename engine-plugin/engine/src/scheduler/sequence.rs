@@ -6,7 +6,7 @@ use kvasir_plugin::{FetchOutcome, Prefetch, Prompt};
 use tokio::sync::mpsc;
 
 use crate::kv::BlockId;
-use crate::request::{Event, FinishReason, GenerateRequest, Usage};
+use crate::request::{Event, FinishReason, GenerateRequest, RequestError, Usage};
 use crate::sampling::Sampler;
 
 /// Where a sequence stands.
@@ -89,6 +89,11 @@ impl Sequence {
         }
     }
 
+    /// Where its events go; tells whether anybody listens.
+    pub(crate) fn events(&self) -> mpsc::Sender<Event> {
+        self.events.clone()
+    }
+
     pub(crate) fn reads_cache(&self) -> bool {
         self.request.read_cache
     }
@@ -122,8 +127,17 @@ impl Sequence {
     pub(crate) fn advance(&mut self, logits: &[f32]) -> Progress {
         let choice = match self.sampler.sample(logits) {
             Ok(choice) => choice,
+            // Fetched KV is the first suspect: compute all of it, once.
+            Err(_) if self.usage.cached_tokens > 0 && self.usage.completion_tokens == 0 => {
+                tracing::warn!("logits over fetched KV are not finite; computing everything");
+                self.usage.cached_tokens = 0;
+                self.capture = 0..0;
+                self.position = 0;
+                self.phase = Phase::Prefill;
+                return Progress::Goes;
+            }
             Err(_) => {
-                self.fail(crate::request::RequestError::NotFinite);
+                self.fail(RequestError::NotFinite);
                 return Progress::Ends;
             }
         };
@@ -162,7 +176,10 @@ impl Sequence {
         Progress::Ends
     }
 
-    pub(crate) fn fail(&self, error: crate::request::RequestError) {
+    /// Reports an error. What is in the pages is not worth keeping.
+    pub(crate) fn fail(&mut self, error: RequestError) {
+        self.capture = 0..0;
+        // A receiver that went away needs no last word.
         let _ = self.events.try_send(Event::Failed(error));
     }
 }
