@@ -14,7 +14,7 @@ help:
 	@echo "make deps    install missing system packages (Debian, apt)"
 
 # RocksDB is compiled from source: a C++ compiler, and libclang for its bindings.
-DEPS := g++ clang libclang-dev make
+DEPS := g++ clang libclang-dev
 
 deps:
 	@missing=""; for package in $(DEPS); do \
@@ -40,7 +40,7 @@ check: deps
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy $(PROFILE) --locked --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc $(PROFILE) --locked --workspace --no-deps
-	@command -v cargo-deny >/dev/null || $(CARGO) install --locked cargo-deny
+	@command -v cargo-deny >/dev/null || $(CARGO) install --locked cargo-deny@0.20.2
 	$(CARGO) deny --all-features check bans licenses sources
 
 bench: deps

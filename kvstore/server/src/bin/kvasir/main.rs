@@ -15,6 +15,7 @@ mod top;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use tokio::signal::unix::{SignalKind, signal};
 
 use crate::context::Context;
 
@@ -67,9 +68,28 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
         .block_on(dispatch(&context, arguments.command))
 }
 
+/// Completes at SIGINT or SIGTERM.
+async fn interrupted() {
+    let signals = (
+        signal(SignalKind::interrupt()),
+        signal(SignalKind::terminate()),
+    );
+    let (Ok(mut interrupt), Ok(mut terminate)) = signals else {
+        return std::future::pending().await;
+    };
+    tokio::select! {
+        _ = interrupt.recv() => {}
+        _ = terminate.recv() => {}
+    }
+}
+
 async fn dispatch(context: &Context, command: Command) -> anyhow::Result<()> {
     match command {
-        Command::Demo(arguments) => demo::run(context, &arguments).await,
+        // Ending the demo early must end the processes it started, too.
+        Command::Demo(arguments) => tokio::select! {
+            outcome = demo::run(context, &arguments) => outcome,
+            () = interrupted() => anyhow::bail!("interrupted"),
+        },
         Command::Status => status::run(context).await,
         Command::Top(arguments) => top::run(context, &arguments).await,
         Command::Ls(arguments) => list::run(context, &arguments).await,

@@ -141,11 +141,12 @@ impl Engine {
                 .await?
                 .text()
                 .await?;
+            // A gauge that is not there is not zero.
             let is_zero = |name: &str| {
                 metrics
                     .lines()
-                    .filter_map(|line| line.strip_prefix(name)?.trim().parse::<f64>().ok())
-                    .all(|value| value == 0.0)
+                    .find_map(|line| line.strip_prefix(name)?.trim().parse::<f64>().ok())
+                    .is_some_and(|value| value == 0.0)
             };
             if is_zero("kvasir_engine_running ") && is_zero("kvasir_plugin_chunks_waiting ") {
                 return Ok(());
