@@ -72,6 +72,7 @@ impl CaptureQueue {
     ) -> Self {
         let (sender, mut chunks) = mpsc::unbounded_channel::<ChunkCopy>();
         let counters = Arc::new(Counters::default());
+        metrics::gauge!(WAITING).set(0.0);
         let timeout = config.store_timeout;
         let shared = Arc::clone(&counters);
         runtime.spawn(async move {
