@@ -141,6 +141,36 @@ async fn a_daemon_stalled_before_the_lookup_is_a_miss() {
     faulty.hits().await;
 }
 
+/// A sequence that waits for a stalled fetch holds nobody up.
+#[tokio::test(flavor = "multi_thread")]
+async fn others_run_while_a_fetch_stalls() {
+    let data = tempfile::tempdir().unwrap();
+    let daemon = start_daemon(DAEMON, data.path(), "127.0.0.1:0");
+    let pid = daemon.pid();
+    let stop = move || signal(pid, Signal::STOP);
+    let proxy = Proxy::start(daemon.address().to_owned(), stop).await;
+    let faulty = stored(&daemon, data, proxy.address(), eager()).await;
+    faulty.hits().await;
+    proxy.arm(MID_FETCH);
+    // Waits for its cache until the daemon goes on.
+    let stalled = faulty.rig.ask(&faulty.prompt, Use::Read);
+    let other = async {
+        while !proxy.has_acted() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        let answer = faulty.rig.ask(&faulty.prompt, Use::Nothing).await;
+        signal(pid, Signal::CONT);
+        answer
+    };
+    let (stalled, other) = tokio::join!(stalled, other);
+    other.assert_equals(&faulty.computed);
+    stalled.assert_equals(&faulty.computed);
+    assert!(
+        stalled.usage.cached_tokens > 0,
+        "the other request was only answered after the fetch had been given up"
+    );
+}
+
 /// Killed in the middle of a fetch, and started again.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_daemon_killed_mid_fetch_is_a_miss() {
