@@ -1,7 +1,6 @@
 //! Fetching a cached prefix, layer by layer, under a deadline.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -11,7 +10,7 @@ use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
 use tracing::{debug, warn};
 
-use crate::{Decision, EngineBackend, FetchObservation, LoadPolicy, Prompt, Shared};
+use crate::{Decision, EngineBackend, FetchObservation, Happened, LoadPolicy, Prompt, Shared};
 
 /// A prefix on its way into the engine's pages.
 ///
@@ -110,7 +109,7 @@ pub(crate) fn start(shared: &Arc<Shared>, prompt: &Prompt) -> Prefetch {
     };
     let allowed = shared.breaker().allows(now);
     if !allowed {
-        shared.stats.skipped.fetch_add(1, Ordering::Relaxed);
+        shared.stats.note(Happened::Skipped);
     }
     let skip = prompt.keys().is_empty() || !worthwhile || !allowed;
     let task = (!skip).then(|| {
@@ -248,7 +247,7 @@ impl Prefetch {
     fn give_up(&mut self, now: Instant) {
         debug!(target = self.target, "the cache is late; computing instead");
         if self.stage == Stage::Loading {
-            self.shared.stats.late.fetch_add(1, Ordering::Relaxed);
+            self.shared.stats.note(Happened::Late);
             self.shared.breaker().failed(self.begun, now);
             self.shared.cost().observe_fetch(
                 FetchObservation {
@@ -376,7 +375,7 @@ impl Fetch {
             Ok(End::Abandoned) => {}
             Err(error) => {
                 warn!(%error, "the cache failed; computing instead");
-                self.shared.stats.failed.fetch_add(1, Ordering::Relaxed);
+                self.shared.stats.note(Happened::Failed);
                 self.shared.breaker().failed(begun, Instant::now());
             }
         }
@@ -427,7 +426,7 @@ impl Fetch {
         if load == 0 {
             return Ok(End::Completed);
         }
-        shared.stats.loads.fetch_add(1, Ordering::Relaxed);
+        shared.stats.note(Happened::Load);
         let options = GetOptions {
             deadline: Some(Instant::now() + shared.config.fetch_timeout),
             ..GetOptions::default()

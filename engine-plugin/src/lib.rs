@@ -136,11 +136,37 @@ pub struct FetchStats {
 }
 
 #[derive(Debug, Default)]
-struct FetchCounters {
-    loads: AtomicU64,
+pub(crate) struct FetchCounters {
+    load: AtomicU64,
     late: AtomicU64,
     failed: AtomicU64,
     skipped: AtomicU64,
+}
+
+/// What happened to a prefetch; a label of [`FETCHES`].
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Happened {
+    Load,
+    Late,
+    Failed,
+    Skipped,
+}
+
+/// Counter: prefetches, by `event`: `load`, `late`, `failed`, `skipped`. See
+/// [`FetchStats`].
+const FETCHES: &str = "kvasir_plugin_fetches_total";
+
+impl FetchCounters {
+    pub(crate) fn note(&self, happened: Happened) {
+        let (counter, event) = match happened {
+            Happened::Load => (&self.load, "load"),
+            Happened::Late => (&self.late, "late"),
+            Happened::Failed => (&self.failed, "failed"),
+            Happened::Skipped => (&self.skipped, "skipped"),
+        };
+        counter.fetch_add(1, Ordering::Relaxed);
+        metrics::counter!(FETCHES, "event" => event).increment(1);
+    }
 }
 
 impl CachePlugin {
@@ -205,7 +231,7 @@ impl CachePlugin {
         let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let stats = &self.shared.stats;
         FetchStats {
-            loads: load(&stats.loads),
+            loads: load(&stats.load),
             late: load(&stats.late),
             failed: load(&stats.failed),
             skipped: load(&stats.skipped),
