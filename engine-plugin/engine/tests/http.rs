@@ -312,6 +312,10 @@ async fn bad_fields_are_named() {
             "stop",
         ),
         (json!({"prompt": "a", "stop": 5}), "stop"),
+        (
+            json!({"prompt": "a", "stop_token_ids": vec![5; 65]}),
+            "stop_token_ids",
+        ),
         (json!({"prompt": "a", "stream": "yes"}), "stream"),
         (
             json!({"prompt": "a", "stream_options": {}}),
