@@ -95,8 +95,7 @@ impl fmt::Debug for Front {
 /// Bounds on one request.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// Prompt and completion together; a chat without `max_tokens` gets what
-    /// its prompt leaves of it.
+    /// Prompt and completion together.
     pub context_tokens: usize,
     /// Body of a request. It is held in memory several times over while it is
     /// parsed and encoded.
@@ -127,6 +126,10 @@ impl Limits {
 pub struct Defaults {
     /// `max_tokens` of `/v1/completions`. Default: 16, as OpenAI's.
     pub completion_tokens: usize,
+    /// `max_tokens` of `/v1/chat/completions`, or what the prompt leaves of the
+    /// context if that is less. A sequence waits until there are pages for all of
+    /// its tokens, so more lets fewer run at once. Default: 1024.
+    pub chat_tokens: usize,
     /// `temperature`, `top_k`, `top_p`. Default: 1, none, 1, as OpenAI's.
     pub sampling: SamplingParams,
 }
@@ -135,6 +138,7 @@ impl Default for Defaults {
     fn default() -> Self {
         Self {
             completion_tokens: 16,
+            chat_tokens: 1024,
             sampling: SamplingParams::new(1.0, None, 1.0, None).expect("the values are in range"),
         }
     }

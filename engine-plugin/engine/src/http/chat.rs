@@ -42,10 +42,11 @@ async fn converse(front: &Arc<Front>, body: &[u8], arrived: Instant) -> Result<R
         let text = worker.chat.render(&conversation)?;
         let ids = worker.tokenizer.encode(&text, false)?;
         let left = worker.limits.context_tokens.saturating_sub(ids.len());
+        let default = worker.defaults.chat_tokens.min(left);
         Ok(Prompt {
             // A message stands alone, so its first word is joined to nothing.
             detokenizer: worker.tokenizer.detokenizer(&[])?,
-            max_tokens: max_tokens.unwrap_or(left).max(1),
+            max_tokens: max_tokens.unwrap_or(default).max(1),
             ids,
             param: MESSAGES,
             arrived,

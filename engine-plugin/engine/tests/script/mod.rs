@@ -19,6 +19,8 @@ use tokio::task::JoinHandle;
 
 /// Context of the served model.
 pub(crate) const CONTEXT: usize = 500;
+/// Tokens of a chat that asks for no number.
+pub(crate) const CHAT_TOKENS: usize = 200;
 /// Largest body the server takes.
 pub(crate) const BODY_BYTES: usize = 10_000;
 
@@ -84,7 +86,10 @@ impl Server {
                 body_bytes: BODY_BYTES,
                 ..Limits::of_context(CONTEXT)
             },
-            defaults: Defaults::default(),
+            defaults: Defaults {
+                chat_tokens: CHAT_TOKENS,
+                ..Defaults::default()
+            },
             metrics: Some(RECORDER.clone()),
         };
         let (stop, stopped) = oneshot::channel();
