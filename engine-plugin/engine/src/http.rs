@@ -8,8 +8,9 @@
 //! | `GET /health` | 200 when ready, 503 before and while shutting down |
 //! | `GET /metrics` | Prometheus text, see [`crate::metrics`] |
 //!
-//! A request is parsed and checked, its prompt encoded, the token ids
-//! submitted, and the events that come back turned into text. Text stays here:
+//! A request is parsed and checked, its prompt encoded (both by a bounded
+//! [`Preparation`]), the token ids submitted, and the events that come back
+//! turned into text. Text stays here:
 //! stop strings are found here, and a sequence that met one, or whose client
 //! went away, is cancelled by dropping its receiver.
 //!
@@ -54,8 +55,11 @@ mod error;
 mod fields;
 mod generation;
 mod plain;
+mod preparation;
 mod stop;
 mod text;
+
+pub use preparation::Preparation;
 
 /// Hands one sequence to the scheduler. Dropping the receiver cancels it.
 pub type Submit =
@@ -71,6 +75,8 @@ pub struct Front {
     pub chat: ChatTemplate,
     /// Where sequences go.
     pub submit: Submit,
+    /// Where requests are parsed and encoded.
+    pub preparation: Preparation,
     /// Whether requests are taken. [`serve`] clears it at shutdown.
     pub ready: Arc<AtomicBool>,
     /// What is too much.

@@ -11,7 +11,7 @@ use anyhow::{Context as _, ensure};
 use clap::{Parser, Subcommand, ValueEnum};
 use kvasir_engine::cache;
 use kvasir_engine::chat::ChatTemplate;
-use kvasir_engine::http::{self, Defaults, Front, Limits};
+use kvasir_engine::http::{self, Defaults, Front, Limits, Preparation};
 use kvasir_engine::scheduler::{Engine, EngineConfig};
 use kvasir_engine::tokenizer::Tokenizer;
 use kvasir_engine::{BLOCK_TOKENS, KvDtype, Model, metrics};
@@ -172,6 +172,7 @@ async fn serve(args: ServeArgs) -> anyhow::Result<()> {
         tokenizer,
         chat,
         submit: Arc::new(move |request| handle.submit(request)),
+        preparation: Preparation::default(),
         ready: Arc::new(AtomicBool::new(true)),
         limits,
         defaults: Defaults::default(),

@@ -6,7 +6,7 @@ use std::sync::{Arc, LazyLock, Mutex};
 use std::time::Duration;
 
 use kvasir_engine::chat::{ChatTemplate, Conversation};
-use kvasir_engine::http::{Defaults, Front, Limits, serve};
+use kvasir_engine::http::{Defaults, Front, Limits, Preparation, serve};
 use kvasir_engine::metrics;
 use kvasir_engine::request::{Event, FinishReason, GenerateRequest, RequestError, Usage};
 use kvasir_engine::tokenizer::Tokenizer;
@@ -81,6 +81,7 @@ impl Server {
             tokenizer,
             chat,
             submit: Arc::new(move |request| submit.submit(request)),
+            preparation: Preparation::default(),
             ready: Arc::clone(&ready),
             limits: Limits {
                 body_bytes: BODY_BYTES,
