@@ -114,6 +114,7 @@ async fn serve(args: ServeArgs) -> anyhow::Result<()> {
         args.chunk_tokens
     );
     let recorder = metrics::install()?;
+    tokio::spawn(metrics::upkeep(recorder.clone()));
     let model = Model::load(&args.model)
         .with_context(|| format!("loading the model in {}", args.model.display()))?;
     let tokenizer = Arc::new(
