@@ -166,7 +166,8 @@ pub fn router(front: Arc<Front>) -> Router {
 }
 
 /// Serves until `shutdown` completes, then ends: no new connection or request
-/// is taken, and those in progress are answered to their end.
+/// is taken, and those in progress are answered to their end. Dropping the
+/// future leaves those in progress to the runtime.
 ///
 /// # Errors
 /// What the listener reports.
