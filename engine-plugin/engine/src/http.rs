@@ -5,12 +5,12 @@
 //! | `POST /v1/completions` | text after a prompt, or after each of several |
 //! | `POST /v1/chat/completions` | the next message of a conversation |
 //! | `GET /v1/models` | the one model |
-//! | `GET /health` | 200 when ready, 503 before and while shutting down |
+//! | `GET /health` | 200 when ready; 503 before, while shutting down and after the engine failed |
 //! | `GET /metrics` | Prometheus text, see [`crate::metrics`] |
 //!
 //! A request is parsed and checked, its prompt encoded (both by a bounded
 //! [`Preparation`]), the token ids submitted, and the events that come back
-//! turned into text. Text stays here:
+//! turned into text. Until ready, requests are refused with 503. Text stays here:
 //! stop strings are found here, and a sequence that met one, or whose client
 //! went away, is cancelled by dropping its receiver.
 //!
@@ -77,7 +77,8 @@ pub struct Front {
     pub submit: Submit,
     /// Where requests are parsed and encoded.
     pub preparation: Preparation,
-    /// Whether requests are taken. [`serve`] clears it at shutdown.
+    /// Whether requests are taken; others set it as the engine starts and ends.
+    /// [`serve`] clears it at shutdown.
     pub ready: Arc<AtomicBool>,
     /// What is too much.
     pub limits: Limits,

@@ -6,7 +6,7 @@ use std::mem::ManuallyDrop;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
@@ -182,7 +182,7 @@ async fn serve(args: ServeArgs) -> anyhow::Result<()> {
         chat,
         submit: Arc::new(move |request| handle.submit(request)),
         preparation: Preparation::default(),
-        ready: Arc::new(AtomicBool::new(true)),
+        ready: engine.ready(),
         limits,
         defaults: Defaults::default(),
         metrics: Some(recorder),
@@ -196,11 +196,19 @@ async fn serve(args: ServeArgs) -> anyhow::Result<()> {
         } else {
             args.kvasir.as_str()
         },
-        "ready"
+        %address,
+        "starting"
     );
     let mut signals = Signals::watch()?;
-    // Parents read this line to learn the port.
-    println!("listening on {address}");
+    let ready = Arc::clone(&front.ready);
+    tokio::spawn(async move {
+        while !ready.load(Ordering::Acquire) {
+            tokio::time::sleep(READY_INTERVAL).await;
+        }
+        tracing::info!("ready");
+        // Parents read this line to learn the port, and send requests at once.
+        println!("listening on {address}");
+    });
 
     let (drain, draining) = oneshot::channel();
     // Its drop waits for the sequences, so it must not run when they are abandoned.
@@ -270,6 +278,9 @@ impl Signals {
         }
     }
 }
+
+/// From one look whether the engine is ready to the next.
+const READY_INTERVAL: Duration = Duration::from_millis(10);
 
 #[cfg(test)]
 mod tests {
