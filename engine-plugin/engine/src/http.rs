@@ -5,11 +5,12 @@
 //! | `POST /v1/completions` | text after a prompt, or after each of several |
 //! | `POST /v1/chat/completions` | the next message of a conversation |
 //! | `GET /v1/models` | the one model |
-//! | `GET /health` | 200 when ready, 503 before and while shutting down |
+//! | `GET /health` | 200 when ready; 503 before, while shutting down and after the engine failed |
 //! | `GET /metrics` | Prometheus text, see [`crate::metrics`] |
 //!
-//! A request is parsed and checked, its prompt encoded, the token ids
-//! submitted, and the events that come back turned into text. Text stays here:
+//! A request is parsed and checked, its prompt encoded (both by a bounded
+//! [`Preparation`]), the token ids submitted, and the events that come back
+//! turned into text. Until ready, requests are refused with 503. Text stays here:
 //! stop strings are found here, and a sequence that met one, or whose client
 //! went away, is cancelled by dropping its receiver.
 //!
@@ -54,8 +55,11 @@ mod error;
 mod fields;
 mod generation;
 mod plain;
+mod preparation;
 mod stop;
 mod text;
+
+pub use preparation::Preparation;
 
 /// Hands one sequence to the scheduler. Dropping the receiver cancels it.
 pub type Submit =
@@ -71,7 +75,10 @@ pub struct Front {
     pub chat: ChatTemplate,
     /// Where sequences go.
     pub submit: Submit,
-    /// Whether requests are taken. [`serve`] clears it at shutdown.
+    /// Where requests are parsed and encoded.
+    pub preparation: Preparation,
+    /// Whether requests are taken; others set it as the engine starts and ends.
+    /// [`serve`] clears it at shutdown.
     pub ready: Arc<AtomicBool>,
     /// What is too much.
     pub limits: Limits,
@@ -95,8 +102,7 @@ impl fmt::Debug for Front {
 /// Bounds on one request.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// Prompt and completion together; a chat without `max_tokens` gets what
-    /// its prompt leaves of it.
+    /// Prompt and completion together.
     pub context_tokens: usize,
     /// Body of a request. It is held in memory several times over while it is
     /// parsed and encoded.
@@ -127,6 +133,10 @@ impl Limits {
 pub struct Defaults {
     /// `max_tokens` of `/v1/completions`. Default: 16, as OpenAI's.
     pub completion_tokens: usize,
+    /// `max_tokens` of `/v1/chat/completions`, or what the prompt leaves of the
+    /// context if that is less. A sequence waits until there are pages for all of
+    /// its tokens, so more lets fewer run at once. Default: 1024.
+    pub chat_tokens: usize,
     /// `temperature`, `top_k`, `top_p`. Default: 1, none, 1, as OpenAI's.
     pub sampling: SamplingParams,
 }
@@ -135,6 +145,7 @@ impl Default for Defaults {
     fn default() -> Self {
         Self {
             completion_tokens: 16,
+            chat_tokens: 1024,
             sampling: SamplingParams::new(1.0, None, 1.0, None).expect("the values are in range"),
         }
     }
@@ -156,7 +167,8 @@ pub fn router(front: Arc<Front>) -> Router {
 }
 
 /// Serves until `shutdown` completes, then ends: no new connection or request
-/// is taken, and those in progress are answered to their end.
+/// is taken, and those in progress are answered to their end. Dropping the
+/// future leaves those in progress to the runtime.
 ///
 /// # Errors
 /// What the listener reports.

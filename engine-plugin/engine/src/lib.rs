@@ -16,7 +16,8 @@
 //! prompt was split into steps, nor on the number of threads. Every sum is
 //! taken in one fixed order: products in chunks of [`kernels::K_CHUNK`],
 //! attention in tiles of [`kernels::KEY_TILE`] keys counted from position 0.
-//! So a prefix loaded from the cache in the pool's own element type gives the
+//! This holds for finite V; otherwise which rows become NaN may depend on the
+//! split into steps. So a prefix loaded from the cache in the pool's own element type gives the
 //! same bits as one computed here.
 //!
 //! The arithmetic differs in its last bits between instruction sets only where

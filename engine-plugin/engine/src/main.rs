@@ -2,22 +2,26 @@
 
 #![forbid(unsafe_code)]
 
+use std::mem::ManuallyDrop;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use clap::{Parser, Subcommand, ValueEnum};
 use kvasir_engine::cache;
 use kvasir_engine::chat::ChatTemplate;
-use kvasir_engine::http::{self, Defaults, Front, Limits};
+use kvasir_engine::http::{self, Defaults, Front, Limits, Preparation};
 use kvasir_engine::scheduler::{Engine, EngineConfig};
 use kvasir_engine::tokenizer::Tokenizer;
 use kvasir_engine::{BLOCK_TOKENS, KvDtype, Model, metrics};
 use kvasir_plugin::{CachePlugin, PluginConfig};
 use kvasir_types::ByteSize;
 use tokio::net::TcpListener;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::oneshot;
 use tracing_subscriber::EnvFilter;
 
 /// A CPU inference engine that fetches prefill from Kvasir.
@@ -73,6 +77,10 @@ struct ServeArgs {
     /// Requests that may wait for pages before more are refused.
     #[arg(long, default_value_t = EngineConfig::MAX_WAITING)]
     max_waiting: usize,
+    /// Seconds that requests in progress get at SIGINT or SIGTERM. A second signal
+    /// ends them at once.
+    #[arg(long, default_value_t = 10)]
+    drain_timeout: u64,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -114,6 +122,7 @@ async fn serve(args: ServeArgs) -> anyhow::Result<()> {
         args.chunk_tokens
     );
     let recorder = metrics::install()?;
+    tokio::spawn(metrics::upkeep(recorder.clone()));
     let model = Model::load(&args.model)
         .with_context(|| format!("loading the model in {}", args.model.display()))?;
     let tokenizer = Arc::new(
@@ -172,7 +181,8 @@ async fn serve(args: ServeArgs) -> anyhow::Result<()> {
         tokenizer,
         chat,
         submit: Arc::new(move |request| handle.submit(request)),
-        ready: Arc::new(AtomicBool::new(true)),
+        preparation: Preparation::default(),
+        ready: engine.ready(),
         limits,
         defaults: Defaults::default(),
         metrics: Some(recorder),
@@ -186,30 +196,129 @@ async fn serve(args: ServeArgs) -> anyhow::Result<()> {
         } else {
             args.kvasir.as_str()
         },
-        "ready"
+        %address,
+        "starting"
     );
-    // Parents read this line to learn the port.
-    println!("listening on {address}");
-    http::serve(listener, front, interrupted()).await?;
-    // The handles are gone with the front: the engine thread ends by itself.
-    tokio::task::block_in_place(|| drop(engine));
-    Ok(())
+    let mut signals = Signals::watch()?;
+    let ready = Arc::clone(&front.ready);
+    tokio::spawn(async move {
+        while !ready.load(Ordering::Acquire) {
+            tokio::time::sleep(READY_INTERVAL).await;
+        }
+        tracing::info!("ready");
+        // Parents read this line to learn the port, and send requests at once.
+        println!("listening on {address}");
+    });
+
+    let (drain, draining) = oneshot::channel();
+    // Its drop waits for the sequences, so it must not run when they are abandoned.
+    let engine = ManuallyDrop::new(engine);
+    let serving = async move {
+        let draining = async { draining.await.unwrap_or(()) };
+        http::serve(listener, front, draining).await?;
+        // The handles are gone with the front: the engine thread ends by itself.
+        tokio::task::spawn_blocking(|| drop(ManuallyDrop::into_inner(engine))).await?;
+        Ok(())
+    };
+    let timeout = Duration::from_secs(args.drain_timeout);
+    match until_drained(serving, async || signals.next().await, drain, timeout).await {
+        Some(result) => result,
+        // Connections still hold the engine; both end with the process.
+        None => std::process::exit(0),
+    }
 }
 
-/// Completes at SIGINT or SIGTERM.
-async fn interrupted() {
-    use tokio::signal::unix::{SignalKind, signal};
-    let signals = (
-        signal(SignalKind::interrupt()),
-        signal(SignalKind::terminate()),
+/// Runs `serving` to its end. The first signal sends `drain`; `timeout` later, or
+/// at a second signal, it is abandoned and there is no result.
+async fn until_drained<T>(
+    serving: impl Future<Output = T>,
+    mut signal: impl AsyncFnMut(),
+    drain: oneshot::Sender<()>,
+    timeout: Duration,
+) -> Option<T> {
+    let mut serving = std::pin::pin!(serving);
+    tokio::select! {
+        result = &mut serving => return Some(result),
+        () = signal() => {}
+    }
+    tracing::info!(
+        ?timeout,
+        "shutting down; another signal ends requests in progress"
     );
-    if let (Ok(mut interrupt), Ok(mut terminate)) = signals {
+    // A server that ended meanwhile needs no telling.
+    let _ = drain.send(());
+    tokio::select! {
+        result = serving => return Some(result),
+        () = tokio::time::sleep(timeout) => tracing::warn!("requests outlast the drain timeout"),
+        () = signal() => tracing::warn!("requests are ended by a second signal"),
+    }
+    None
+}
+
+/// SIGINT and SIGTERM.
+struct Signals {
+    interrupt: Signal,
+    terminate: Signal,
+}
+
+impl Signals {
+    /// From here on, they do not end the process by themselves.
+    fn watch() -> std::io::Result<Self> {
+        Ok(Self {
+            interrupt: signal(SignalKind::interrupt())?,
+            terminate: signal(SignalKind::terminate())?,
+        })
+    }
+
+    /// Completes at the next one.
+    async fn next(&mut self) {
         tokio::select! {
-            _ = interrupt.recv() => {}
-            _ = terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => {}
         }
-    } else {
-        tracing::error!("signals cannot be watched; stop this process with SIGKILL");
-        std::future::pending().await
+    }
+}
+
+/// From one look whether the engine is ready to the next.
+const READY_INTERVAL: Duration = Duration::from_millis(10);
+
+#[cfg(test)]
+mod tests {
+    use std::future::{pending, ready};
+
+    use super::*;
+
+    const LONG: Duration = Duration::from_secs(600);
+
+    #[tokio::test]
+    async fn a_signal_drains() {
+        let (drain, draining) = oneshot::channel();
+        let mut signals = 1;
+        let signal = async || match signals {
+            0 => pending().await,
+            _ => signals -= 1,
+        };
+        let drained = until_drained(draining, signal, drain, LONG).await;
+        assert_eq!(drained, Some(Ok(())));
+    }
+
+    #[tokio::test]
+    async fn a_server_that_ends_is_not_waited_for() {
+        let (drain, _draining) = oneshot::channel();
+        let ended = until_drained(ready(5), async || pending().await, drain, LONG).await;
+        assert_eq!(ended, Some(5));
+    }
+
+    #[tokio::test]
+    async fn the_timeout_and_a_second_signal_end_the_drain() {
+        for (mut signals, timeout) in [(1, Duration::from_millis(10)), (2, LONG)] {
+            let (drain, _draining) = oneshot::channel();
+            let signal = async || match signals {
+                0 => pending().await,
+                _ => signals -= 1,
+            };
+            let drained = until_drained(pending::<()>(), signal, drain, timeout).await;
+            assert_eq!(drained, None);
+        }
     }
 }

@@ -15,6 +15,8 @@
 
 #![forbid(unsafe_code)]
 
+use std::time::Duration;
+
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
 
 /// Requests answered. `endpoint` is `completions` or `chat_completions`;
@@ -49,7 +51,8 @@ pub const WAITING: &str = "kvasir_engine_waiting";
 /// Pages that no sequence holds.
 pub const FREE_BLOCKS: &str = "kvasir_engine_kv_blocks_free";
 
-/// Installs the process's recorder; what it returns serves `/metrics`.
+/// Installs the process's recorder; what it returns serves `/metrics`. Samples
+/// of histograms pile up unless it is rendered or [`upkeep`] runs.
 ///
 /// # Errors
 /// [`BuildError`] when the process has a recorder already.
@@ -60,6 +63,15 @@ pub fn install() -> Result<PrometheusHandle, BuildError> {
         .install_recorder()?;
     describe();
     Ok(handle)
+}
+
+/// Sorts the samples of histograms into their buckets from time to time; never ends.
+pub async fn upkeep(recorder: PrometheusHandle) {
+    let mut interval = tokio::time::interval(UPKEEP_INTERVAL);
+    loop {
+        interval.tick().await;
+        recorder.run_upkeep();
+    }
 }
 
 fn describe() {
@@ -75,6 +87,8 @@ fn describe() {
     describe_gauge!(WAITING, "Sequences waiting for a place in the batch");
     describe_gauge!(FREE_BLOCKS, "Pages that no sequence holds");
 }
+
+const UPKEEP_INTERVAL: Duration = Duration::from_secs(5);
 
 const TTFT_BUCKETS: [f64; 14] = [
     0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0,

@@ -248,7 +248,15 @@ async fn chat_renders_and_answers() {
     assert_eq!(answer["choices"], choice);
     let request = server.requests().remove(0);
     assert_eq!(request.prompt, chat_ids(text));
-    assert_eq!(request.max_tokens, script::CONTEXT - request.prompt.len());
+    assert_eq!(request.max_tokens, script::CHAT_TOKENS);
+
+    let long = "weather ".repeat(script::CONTEXT / 5);
+    let body = json!({"messages": [{"role": "user", "content": long}]});
+    server.post("/v1/chat/completions", &body).await;
+    let request = server.requests().remove(0);
+    let left = script::CONTEXT - request.prompt.len();
+    assert!(left < script::CHAT_TOKENS, "{left} tokens are left");
+    assert_eq!(request.max_tokens, left);
 
     let parts = json!([{"type": "text", "text": "What is"}, {"type": "text", "text": "it?"}]);
     let body = json!({"messages": [{"role": "user", "content": parts}], "max_tokens": 9,
@@ -312,6 +320,10 @@ async fn bad_fields_are_named() {
             "stop",
         ),
         (json!({"prompt": "a", "stop": 5}), "stop"),
+        (
+            json!({"prompt": "a", "stop_token_ids": vec![5; 65]}),
+            "stop_token_ids",
+        ),
         (json!({"prompt": "a", "stream": "yes"}), "stream"),
         (
             json!({"prompt": "a", "stream_options": {}}),

@@ -26,35 +26,35 @@ pub(super) async fn handle(
     State(front): State<Arc<Front>>,
     body: Result<Bytes, BytesRejection>,
 ) -> Response {
-    let answer = async |body: Bytes, arrived| converse(&front, &body, arrived).await;
+    let answer = async |body, arrived| converse(&front, body, arrived).await;
     counted("chat_completions", body, &front, answer).await
 }
 
-async fn converse(front: &Arc<Front>, body: &[u8], arrived: Instant) -> Result<Response, ApiError> {
-    let Request {
-        common,
-        conversation,
-        max_tokens,
-        logprobs,
-    } = Request::parse(body, front)?;
+async fn converse(front: &Arc<Front>, body: Bytes, arrived: Instant) -> Result<Response, ApiError> {
     let worker = Arc::clone(front);
-    let prepare = move || -> Result<Prompt, ApiError> {
+    let prepare = move || {
+        let Request {
+            common,
+            conversation,
+            max_tokens,
+            logprobs,
+        } = Request::parse(&body, &worker)?;
         let text = worker.chat.render(&conversation)?;
         let ids = worker.tokenizer.encode(&text, false)?;
         let left = worker.limits.context_tokens.saturating_sub(ids.len());
-        Ok(Prompt {
+        let default = worker.defaults.chat_tokens.min(left);
+        let prompt = Prompt {
             // A message stands alone, so its first word is joined to nothing.
             detokenizer: worker.tokenizer.detokenizer(&[])?,
-            max_tokens: max_tokens.unwrap_or(left).max(1),
+            max_tokens: max_tokens.unwrap_or(default).max(1),
             ids,
             param: MESSAGES,
             arrived,
-        })
+        };
+        Ok((common, logprobs, prompt))
     };
-    let prompt = tokio::task::spawn_blocking(prepare)
-        .await
-        .map_err(ApiError::Worker)?;
-    let generation = Generation::submit(front, &common, prompt?)?;
+    let (common, logprobs, prompt) = front.preparation.run(prepare).await?;
+    let generation = Generation::submit(front, &common, prompt)?;
     let answer = Answer {
         shape: &SHAPE,
         common,

@@ -23,39 +23,36 @@ pub(super) async fn handle(
     State(front): State<Arc<Front>>,
     body: Result<Bytes, BytesRejection>,
 ) -> Response {
-    let answer = async |body: Bytes, arrived| complete(&front, &body, arrived).await;
+    let answer = async |body, arrived| complete(&front, body, arrived).await;
     counted("completions", body, &front, answer).await
 }
 
-async fn complete(front: &Arc<Front>, body: &[u8], arrived: Instant) -> Result<Response, ApiError> {
-    let Request {
-        common,
-        prompts,
-        max_tokens,
-        logprobs,
-    } = Request::parse(body, front)?;
-    let tokenizer = Arc::clone(&front.tokenizer);
+async fn complete(front: &Arc<Front>, body: Bytes, arrived: Instant) -> Result<Response, ApiError> {
+    let worker = Arc::clone(front);
     let prepare = move || {
+        let Request {
+            common,
+            prompts,
+            max_tokens,
+            logprobs,
+        } = Request::parse(&body, &worker)?;
         let prompt = |input: Input| {
-            let ids = input.ids(&tokenizer)?;
+            let ids = input.ids(&worker.tokenizer)?;
             Ok(Prompt {
-                detokenizer: tokenizer.detokenizer(&ids)?,
+                detokenizer: worker.tokenizer.detokenizer(&ids)?,
                 ids,
                 max_tokens,
                 param: PROMPT,
                 arrived,
             })
         };
-        prompts
-            .into_iter()
-            .map(prompt)
-            .collect::<Result<Vec<_>, _>>()
+        let prompts = prompts.into_iter().map(prompt);
+        let prompts = prompts.collect::<Result<Vec<_>, ApiError>>()?;
+        Ok((common, logprobs, prompts))
     };
-    let prompts: Result<Vec<Prompt>, ApiError> = tokio::task::spawn_blocking(prepare)
-        .await
-        .map_err(ApiError::Worker)?;
+    let (common, logprobs, prompts) = front.preparation.run(prepare).await?;
     let submit = |prompt| Generation::submit(front, &common, prompt);
-    let generations = prompts?.into_iter().map(submit).collect::<Result<_, _>>()?;
+    let generations = prompts.into_iter().map(submit).collect::<Result<_, _>>()?;
     let answer = Answer {
         shape: &SHAPE,
         common,

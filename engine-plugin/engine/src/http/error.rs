@@ -65,13 +65,16 @@ pub(super) enum ApiError {
         param: &'static str,
         error: RequestError,
     },
+    /// Too many requests wait to be parsed and encoded.
+    #[error("too many requests are being read; try again later")]
+    Busy,
     /// The engine is starting or shutting down.
     #[error("the engine is not ready; try again later")]
     NotReady,
     /// The scheduler ended without ending the sequence.
     #[error("the engine stopped before the sequence ended")]
     Stopped,
-    /// Encoding panicked.
+    /// Parsing or encoding panicked.
     #[error("the request could not be prepared")]
     Worker(#[source] tokio::task::JoinError),
 }
@@ -90,6 +93,7 @@ impl ApiError {
             | Self::Sampling(_)
             | Self::Encode(_)
             | Self::Chat(_) => StatusCode::BAD_REQUEST,
+            Self::Busy => StatusCode::TOO_MANY_REQUESTS,
             Self::NotReady => StatusCode::SERVICE_UNAVAILABLE,
             Self::Engine { error, .. } => match error {
                 RequestError::EmptyPrompt
@@ -130,6 +134,7 @@ impl ApiError {
     fn code(&self) -> Option<&'static str> {
         match self {
             Self::Model(_) => Some("model_not_found"),
+            Self::Busy => Some("rate_limit_exceeded"),
             Self::NotReady => Some("not_ready"),
             Self::Chat(ChatError::NoTemplate) => Some("no_chat_template"),
             Self::Engine { error, .. } => match error {

@@ -81,7 +81,8 @@ pub(super) struct Common {
     pub(super) sampling: SamplingParams,
     /// At most [`STOP_STRINGS`], none empty.
     pub(super) stop: Vec<String>,
-    /// Ends the sequence beside the model's own stop tokens.
+    /// End the sequence beside the model's own stop tokens; at most
+    /// [`STOP_TOKENS`].
     pub(super) stop_token_ids: Vec<u32>,
     /// Whether the model's own stop tokens are ignored.
     pub(super) ignore_eos: bool,
@@ -110,7 +111,7 @@ impl Common {
         Ok(Self {
             sampling: sampling(fields, &front.defaults.sampling)?,
             stop: stop_strings(fields)?,
-            stop_token_ids: fields.get("stop_token_ids")?.unwrap_or_default(),
+            stop_token_ids: stop_tokens(fields)?,
             ignore_eos: fields.get("ignore_eos")?.unwrap_or(false),
             stream,
             include_usage: options.is_some_and(|options| options.include_usage),
@@ -206,6 +207,19 @@ fn stop_strings(fields: &Fields) -> Result<Vec<String>, ApiError> {
     };
     Err(ApiError::Value { param, rule })
 }
+
+fn stop_tokens(fields: &Fields) -> Result<Vec<u32>, ApiError> {
+    let param = "stop_token_ids";
+    let ids: Vec<u32> = fields.get(param)?.unwrap_or_default();
+    if ids.len() > STOP_TOKENS {
+        let rule = "may hold at most 64 tokens";
+        return Err(ApiError::Value { param, rule });
+    }
+    Ok(ids)
+}
+
+/// Each token is compared with all of them.
+const STOP_TOKENS: usize = 64;
 
 /// As OpenAI's limit.
 const STOP_STRINGS: usize = 4;

@@ -10,8 +10,9 @@
 //! Tiles start at multiples of [`KEY_TILE`] from position 0. Scores are chains
 //! over dimensions; a tile's values are a chain over its tokens, started from
 //! the rescaled sum so far. Keys that a row does not see get weight 0, which
-//! changes no bit, so a row's result does not depend on the rows it is tiled
-//! with. All f32.
+//! changes no value of a sum as long as V is finite, so a row's result does not
+//! depend on the rows it is tiled with. An infinity or NaN in V may also reach
+//! rows of its tile that do not see it, as 0 · ∞ is NaN. All f32.
 
 use rayon::prelude::*;
 
@@ -31,46 +32,46 @@ const ROW_BLOCK: usize = 6;
 
 /// What attention computes in one layer.
 #[derive(Clone, Copy, Debug)]
-pub struct AttentionShape {
+pub(crate) struct AttentionShape {
     /// Query heads.
-    pub heads: usize,
+    pub(crate) heads: usize,
     /// KV heads; divides `heads`.
-    pub kv_heads: usize,
+    pub(crate) kv_heads: usize,
     /// Elements per head.
-    pub head_dim: usize,
+    pub(crate) head_dim: usize,
     /// Most recent positions that a query sees, itself included.
-    pub window: Option<usize>,
+    pub(crate) window: Option<usize>,
 }
 
 /// Consecutive queries of one sequence.
 #[derive(Clone, Copy, Debug)]
-pub struct QueryRange<'a> {
+pub(crate) struct QueryRange<'a> {
     /// Row of the first query in the matrix of queries and in the output.
-    pub first_row: usize,
+    pub(crate) first_row: usize,
     /// Its position in the sequence; its own K and V are in the pages.
-    pub position: usize,
+    pub(crate) position: usize,
     /// Number of queries.
-    pub queries: usize,
+    pub(crate) queries: usize,
     /// The sequence's pages, from position 0.
-    pub blocks: &'a [BlockId],
+    pub(crate) blocks: &'a [BlockId],
 }
 
 /// Everything [`attend`] reads.
 #[derive(Clone, Copy, Debug)]
-pub struct AttentionWork<'a> {
+pub(crate) struct AttentionWork<'a> {
     /// Heads and window.
-    pub shape: AttentionShape,
-    /// Which queries attend; their rows are disjoint.
-    pub ranges: &'a [QueryRange<'a>],
+    pub(crate) shape: AttentionShape,
+    /// Which queries attend, by ascending rows; no two share one.
+    pub(crate) ranges: &'a [QueryRange<'a>],
     /// Rows of queries, after RoPE: `[row][query_stride]`, of which the first
     /// `heads · head_dim` elements are the query heads.
-    pub queries: &'a [f32],
+    pub(crate) queries: &'a [f32],
     /// Elements from one row of `queries` to the next.
-    pub query_stride: usize,
+    pub(crate) query_stride: usize,
     /// Pages that hold K and V of all positions up to each query.
-    pub pool: &'a KvPool,
+    pub(crate) pool: &'a KvPool,
     /// Layer of the pages.
-    pub layer: usize,
+    pub(crate) layer: usize,
 }
 
 /// Writes `[row][heads · head_dim]` for the rows of all ranges; other rows of
@@ -78,19 +79,20 @@ pub struct AttentionWork<'a> {
 ///
 /// # Panics
 ///
-/// When a range reaches outside `queries`, `out` or its page table.
-pub fn attend(isa: Isa, work: &AttentionWork<'_>, out: &mut [f32]) {
+/// When a range reaches outside `queries`, `out` or its page table, or begins
+/// before the end of the one before it.
+pub(crate) fn attend(isa: Isa, work: &AttentionWork<'_>, out: &mut [f32]) {
     let shape = work.shape;
     let group = shape.heads / shape.kv_heads;
     let tokens_per_unit = (QUERY_TILE / group).max(1);
     let width = shape.heads * shape.head_dim;
     let mut units = Vec::new();
+    let mut next_row = 0;
     for range in work.ranges {
         // Ranges are checked here so that units may trust their rows.
-        assert!(
-            (range.first_row + range.queries) * width <= out.len(),
-            "rows of out"
-        );
+        assert!(next_row <= range.first_row, "ranges ascend");
+        next_row = range.first_row.saturating_add(range.queries);
+        assert!(next_row <= out.len() / width, "rows of out");
         for first in (0..range.queries).step_by(tokens_per_unit) {
             let queries = tokens_per_unit.min(range.queries - first);
             for kv_head in 0..shape.kv_heads {
@@ -121,7 +123,8 @@ pub fn attend(isa: Isa, work: &AttentionWork<'_>, out: &mut [f32]) {
                 let at = (unit.range.first_row + row / group) * width
                     + (unit.kv_head * group + row % group) * shape.head_dim;
                 // SAFETY: no other unit has this row and KV head, ranges being
-                // disjoint; and the borrow of `out` in `attend` outlives the loop.
+                // disjoint as asserted; and the borrow of `out` in `attend`
+                // outlives the loop.
                 let to = unsafe { out.stretch(at, shape.head_dim) };
                 space.finish_row(row, to);
             }

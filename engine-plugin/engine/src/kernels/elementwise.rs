@@ -7,7 +7,7 @@ use super::isa::dispatch;
 
 dispatch! {
     /// `out = x / sqrt(mean(x²) + eps) · weight`, all of one length.
-    pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) = rms_norm_body
+    pub(crate) fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) = rms_norm_body
 }
 
 #[inline(always)]
@@ -32,7 +32,7 @@ fn rms_norm_body(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
 
 dispatch! {
     /// RMSNorm of a row in place.
-    pub fn rms_norm_in_place(x: &mut [f32], weight: &[f32], eps: f32) = rms_norm_in_place_body
+    pub(crate) fn rms_norm_in_place(x: &mut [f32], weight: &[f32], eps: f32) = rms_norm_in_place_body
 }
 
 #[inline(always)]
@@ -45,7 +45,7 @@ fn rms_norm_in_place_body(x: &mut [f32], weight: &[f32], eps: f32) {
 
 dispatch! {
     /// `out = silu(gate) · up`, where `gate_up` is the gates, then as many ups.
-    pub fn silu_mul(gate_up: &[f32], out: &mut [f32]) = silu_mul_body
+    pub(crate) fn silu_mul(gate_up: &[f32], out: &mut [f32]) = silu_mul_body
 }
 
 #[inline(always)]
@@ -72,7 +72,7 @@ fn rotate_body(head: &mut [f32], cos: &[f32], sin: &[f32]) {
 
 dispatch! {
     /// Adds `bias` to a row.
-    pub fn add_bias(row: &mut [f32], bias: &[f32]) = add_bias_body
+    pub(crate) fn add_bias(row: &mut [f32], bias: &[f32]) = add_bias_body
 }
 
 #[inline(always)]

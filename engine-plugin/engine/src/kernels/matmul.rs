@@ -21,7 +21,7 @@ use super::isa::{Kind, dispatch};
 use super::{AlignedBuf, Isa};
 
 /// Outputs per panel.
-pub const PANEL: usize = 64;
+pub(crate) const PANEL: usize = 64;
 
 /// Inputs summed in one chain. The library splits longer sums by the size of
 /// the CPU's caches; up to 512 it never does.
@@ -33,7 +33,7 @@ const NATIVE_FMA: bool = cfg!(any(target_feature = "fma", target_arch = "aarch64
 
 /// A weight matrix in the layout that [`matmul`] reads.
 #[derive(Debug)]
-pub struct PackedMatrix {
+pub(crate) struct PackedMatrix {
     inputs: usize,
     outputs: usize,
     /// `[panel][input][PANEL]`; outputs past the last are zero.
@@ -44,7 +44,7 @@ pub struct PackedMatrix {
 
 impl PackedMatrix {
     /// A matrix of zeros, to be filled by [`Self::push_rows`].
-    pub fn new(outputs: usize, inputs: usize) -> Self {
+    pub(crate) fn new(outputs: usize, inputs: usize) -> Self {
         let panels = AlignedBuf::new(outputs.div_ceil(PANEL) * PANEL * inputs);
         Self {
             inputs,
@@ -59,7 +59,7 @@ impl PackedMatrix {
     /// # Panics
     ///
     /// When `rows` is not whole rows, or more than the matrix holds.
-    pub fn push_rows(&mut self, rows: &[f32]) {
+    pub(crate) fn push_rows(&mut self, rows: &[f32]) {
         for row in rows.chunks(self.inputs) {
             assert_eq!(row.len(), self.inputs, "whole rows");
             assert!(self.filled < self.outputs, "more rows than outputs");
@@ -73,18 +73,8 @@ impl PackedMatrix {
         }
     }
 
-    /// Inputs per output.
-    pub const fn inputs(&self) -> usize {
-        self.inputs
-    }
-
-    /// Outputs.
-    pub const fn outputs(&self) -> usize {
-        self.outputs
-    }
-
     /// Bytes of memory held.
-    pub fn bytes(&self) -> u64 {
+    pub(crate) fn bytes(&self) -> u64 {
         size_of_val::<[f32]>(&self.panels) as u64
     }
 
@@ -92,8 +82,8 @@ impl PackedMatrix {
     ///
     /// # Panics
     ///
-    /// When `output` is out of range or `row` is not [`Self::inputs`] long.
-    pub fn copy_row(&self, output: usize, row: &mut [f32]) {
+    /// When `output` is out of range or `row` is not as long as a row.
+    pub(crate) fn copy_row(&self, output: usize, row: &mut [f32]) {
         assert!(
             output < self.outputs && row.len() == self.inputs,
             "a row of the matrix"
@@ -117,7 +107,14 @@ impl PackedMatrix {
 /// # Panics
 ///
 /// When the lengths of `x` and `y` are not those of `rows` rows.
-pub fn matmul(isa: Isa, w: &PackedMatrix, rows: usize, x: &[f32], y: &mut [f32], accumulate: bool) {
+pub(crate) fn matmul(
+    isa: Isa,
+    w: &PackedMatrix,
+    rows: usize,
+    x: &[f32],
+    y: &mut [f32],
+    accumulate: bool,
+) {
     assert_eq!(x.len(), rows * w.inputs, "rows of x");
     assert_eq!(y.len(), rows * w.outputs, "rows of y");
     if rows == 0 {

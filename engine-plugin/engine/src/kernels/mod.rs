@@ -1,8 +1,10 @@
 //! Arithmetic over slices: products, attention, norms, activations.
 //!
-//! The only module of this crate with `unsafe`, in three forms: the call into
+//! The only module of this crate with `unsafe`, in four forms: the call into
 //! the `gemm` crate, calls of functions compiled for a detected instruction
-//! set, and vector loads and stores from slices whose length is asserted.
+//! set, vector loads and stores from slices whose length is asserted, and
+//! attention's threads writing to one output, each the rows of its own units,
+//! which are asserted not to overlap.
 //! Every vector path has a scalar twin that gives the same bits, because both
 //! take sums in the same order with fused multiply-add.
 
@@ -18,13 +20,17 @@ mod matmul;
 #[cfg(target_arch = "x86_64")]
 mod vector;
 
-pub use attention::{AttentionShape, AttentionWork, KEY_TILE, QueryRange, attend};
-pub use elementwise::{add_bias, rms_norm, rms_norm_in_place, rotate, silu_mul};
+pub use attention::KEY_TILE;
+pub use elementwise::rotate;
 pub use isa::{Isa, Threads};
-pub use matmul::{K_CHUNK, PANEL, PackedMatrix, matmul};
+pub use matmul::K_CHUNK;
 
-/// A growable f32 buffer that starts on a cache line, so that vector loads of
-/// it never straddle two.
+pub(crate) use attention::{AttentionShape, AttentionWork, QueryRange, attend};
+pub(crate) use elementwise::{add_bias, rms_norm, rms_norm_in_place, silu_mul};
+pub(crate) use matmul::{PANEL, PackedMatrix, matmul};
+
+/// A growable buffer that starts on a cache line, so that vector loads of it
+/// never straddle two.
 #[derive(Debug, Default)]
 pub(crate) struct AlignedBuf<T> {
     data: Vec<T>,

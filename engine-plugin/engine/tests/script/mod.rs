@@ -6,7 +6,7 @@ use std::sync::{Arc, LazyLock, Mutex};
 use std::time::Duration;
 
 use kvasir_engine::chat::{ChatTemplate, Conversation};
-use kvasir_engine::http::{Defaults, Front, Limits, serve};
+use kvasir_engine::http::{Defaults, Front, Limits, Preparation, serve};
 use kvasir_engine::metrics;
 use kvasir_engine::request::{Event, FinishReason, GenerateRequest, RequestError, Usage};
 use kvasir_engine::tokenizer::Tokenizer;
@@ -19,6 +19,8 @@ use tokio::task::JoinHandle;
 
 /// Context of the served model.
 pub(crate) const CONTEXT: usize = 500;
+/// Tokens of a chat that asks for no number.
+pub(crate) const CHAT_TOKENS: usize = 200;
 /// Largest body the server takes.
 pub(crate) const BODY_BYTES: usize = 10_000;
 
@@ -79,12 +81,16 @@ impl Server {
             tokenizer,
             chat,
             submit: Arc::new(move |request| submit.submit(request)),
+            preparation: Preparation::default(),
             ready: Arc::clone(&ready),
             limits: Limits {
                 body_bytes: BODY_BYTES,
                 ..Limits::of_context(CONTEXT)
             },
-            defaults: Defaults::default(),
+            defaults: Defaults {
+                chat_tokens: CHAT_TOKENS,
+                ..Defaults::default()
+            },
             metrics: Some(RECORDER.clone()),
         };
         let (stop, stopped) = oneshot::channel();

@@ -2,6 +2,8 @@ use proptest::prelude::*;
 
 use super::super::elementwise::tests::noise;
 use super::*;
+use crate::config::ModelConfig;
+use crate::kv::KvDtype;
 
 fn numbers(count: usize, state: &mut u64) -> Vec<f32> {
     (0..count).map(|_| noise(state)).collect()
@@ -48,4 +50,52 @@ proptest! {
             prop_assert_eq!(found, expected);
         }
     }
+}
+
+/// Attends over a page of zeros with two heads of 16; each range is its first
+/// row and its number of queries.
+fn attend_rows(ranges: &[(usize, usize)], out_rows: usize) {
+    let config = r#"{"architectures": ["LlamaForCausalLM"], "vocab_size": 8, "hidden_size": 32,
+        "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "max_position_embeddings": 512}"#;
+    let config = ModelConfig::from_json(config.as_bytes()).expect("the config is complete");
+    let mut pool = KvPool::new(&config, 1, KvDtype::F32);
+    let blocks = [pool.alloc().expect("the pool has a page")];
+    let range = |&(first_row, queries): &(usize, usize)| QueryRange {
+        first_row,
+        position: 0,
+        queries,
+        blocks: &blocks,
+    };
+    let work = AttentionWork {
+        shape: AttentionShape {
+            heads: 2,
+            kv_heads: 2,
+            head_dim: 16,
+            window: None,
+        },
+        ranges: &ranges.iter().map(range).collect::<Vec<_>>(),
+        queries: &[1.0; 8 * 32],
+        query_stride: 32,
+        pool: &pool,
+        layer: 0,
+    };
+    attend(Isa::detect(), &work, &mut vec![1.0; out_rows * 32]);
+}
+
+#[test]
+fn ranges_may_leave_gaps_and_be_empty() {
+    attend_rows(&[(0, 2), (2, 0), (2, 1), (5, 3)], 8);
+}
+
+#[test]
+#[should_panic(expected = "ranges ascend")]
+fn overlapping_ranges_are_refused() {
+    attend_rows(&[(0, 3), (2, 2)], 8);
+}
+
+#[test]
+#[should_panic(expected = "rows of out")]
+fn ranges_outside_the_output_are_refused() {
+    attend_rows(&[(6, 2)], 7);
 }
