@@ -94,6 +94,9 @@ struct Shared {
     memory: MemoryTier,
     permits: Arc<Semaphore>,
     io_depth: u32,
+    /// Space of files that could not be deleted. It stays taken until the next
+    /// start, which deletes them.
+    undeleted: Mutex<Vec<Arc<Reservation>>>,
     _lock: File,
 }
 
@@ -178,6 +181,7 @@ impl DiskTier {
             memory,
             permits: Arc::new(Semaphore::new(usize::from(io_depth))),
             io_depth: u32::from(io_depth),
+            undeleted: Mutex::default(),
             _lock: lock,
         };
         shared.adopt(&recovered.records).map_err(recover_error)?;
@@ -204,7 +208,11 @@ impl DiskTier {
             });
         }
         let written = self
-            .run(move |shared| shared.store(&header, &layers, bytes))
+            .run(move |shared| {
+                shared
+                    .store(&header, &layers, bytes)
+                    .inspect_err(|_| count(&shared.counters.failures))
+            })
             .await??;
         Ok(written)
     }
@@ -315,7 +323,7 @@ impl Shared {
         layers: &[Bytes],
         bytes: u64,
     ) -> Result<Written, DeviceError> {
-        let space = match self.make_room(bytes) {
+        let space = match self.make_room(bytes)? {
             Ok(space) => space,
             Err(throttled) => {
                 count(&self.counters.throttled);
@@ -330,7 +338,6 @@ impl Shared {
             space: Arc::new(space),
         };
         self.write(header, layers, entry)
-            .inspect_err(|_| count(&self.counters.failures))
     }
 
     fn write(
@@ -363,37 +370,57 @@ impl Shared {
     }
 
     /// Space for a file; evicts what it must.
-    fn make_room(&self, bytes: u64) -> Result<Reservation, Throttled> {
+    fn make_room(&self, bytes: u64) -> Result<Result<Reservation, Throttled>, DeviceError> {
         loop {
             if let Some(space) = self.budget.try_reserve(bytes) {
-                return Ok(space);
+                return Ok(Ok(space));
             }
             let throttled = self.budget.throttled(bytes);
             let excess = throttled
                 .used
                 .saturating_add(bytes)
                 .saturating_sub(throttled.capacity);
-            let victims = self.lock().evict(excess, self.clock.now());
-            if excess > 0 && victims.is_empty() {
-                return Err(throttled);
-            }
-            for victim in victims {
-                self.retire_or_warn(&victim, false);
-                count(&self.counters.evictions);
+            if !self.evict(excess)? && excess > 0 {
+                return Ok(Err(throttled));
             }
         }
     }
 
-    /// Deletes record and file of an entry that left the index.
+    /// Deletes the least recently used chunks, `bytes` of them. Says whether there
+    /// were that many.
+    ///
+    /// # Errors
+    /// The device failed. Evicting more would fail too, and empty the tier.
+    fn evict(&self, bytes: u64) -> Result<bool, DeviceError> {
+        let victims = self.lock().evict(bytes, self.clock.now());
+        let retired = victims.iter().fold(Ok(()), |before, victim| {
+            count(&self.counters.evictions);
+            before.and(self.retire(victim, false))
+        });
+        retired.map(|()| !victims.is_empty())
+    }
+
+    /// Deletes record and file of an entry that left the index. Tries both.
     fn retire(&self, entry: &DiskEntry, sync: bool) -> Result<(), DeviceError> {
         let key = &entry.facts.key;
         let _stripe = self.stripe(key);
         // A newer copy has replaced the record.
-        if !self.lock().contains(key) {
-            self.catalog.delete(key.as_bytes(), sync)?;
+        let replaced = self.lock().contains(key);
+        let forgotten = if replaced {
+            Ok(())
+        } else {
+            self.catalog.delete(key.as_bytes(), sync)
+        };
+        let removed = self.files.remove(key, entry.generation);
+        if removed.is_err() {
+            let mut undeleted = self
+                .undeleted
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
+            undeleted.push(Arc::clone(&entry.space));
         }
-        self.files.remove(key, entry.generation)?;
-        Ok(())
+        forgotten?;
+        Ok(removed?)
     }
 
     fn remove(&self, key: &ChunkKey) -> Result<bool, DeviceError> {
