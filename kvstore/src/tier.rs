@@ -256,7 +256,7 @@ pub struct Usage {
     pub writes: u64,
     /// Chunks dropped to make room.
     pub evictions: u64,
-    /// Copies dropped because they failed a check.
+    /// Copies dropped because they failed a check or could not be read.
     pub corrupt: u64,
     /// Requests that found no room.
     pub throttled: u64,
