@@ -9,6 +9,7 @@ use kvasir_codec::{Object, ObjectHeader};
 use kvasir_types::{ChunkKey, KvLayout, LayoutDigest, Level};
 use tokio::sync::broadcast;
 
+use crate::blocking::joined;
 use crate::budget::{Reservation, Throttled};
 use crate::claims::Claims;
 use crate::clock::Clock;
@@ -295,20 +296,16 @@ impl Store {
     }
 
     /// Drops a chunk from every tier. Says whether there was one. What readers hold
-    /// stays readable.
+    /// stays readable. Once polled it runs to its end, even if the future is dropped.
     ///
     /// # Errors
     /// The device failed. The chunk is no longer served, but may come back after a
     /// restart.
     pub async fn delete(&self, key: ChunkKey) -> Result<bool, DeviceError> {
-        // Lowest tier first: whoever copies a chunk upwards checks afterwards
-        // whether it is still below.
-        let below = match &self.0.disk {
-            Some(disk) => disk.remove(key).await,
-            None => Ok(false),
-        };
-        let above = self.0.memory.discard(&key);
-        Ok(below? | above)
+        // A task of its own: between the tiers nobody may stop it, or memory would
+        // go on serving what the disk no longer has.
+        let inner = Arc::clone(&self.0);
+        joined(tokio::spawn(async move { inner.delete(key).await })).await?
     }
 
     /// Chunks in the order of their keys: at most `limit`, with keys after `after`.
@@ -398,6 +395,17 @@ impl Store {
 }
 
 impl Inner {
+    async fn delete(&self, key: ChunkKey) -> Result<bool, DeviceError> {
+        // Lowest tier first: whoever copies a chunk upwards checks afterwards
+        // whether it is still below.
+        let below = match &self.disk {
+            Some(disk) => disk.remove(key).await,
+            None => Ok(false),
+        };
+        let above = self.memory.discard(&key);
+        Ok(below? | above)
+    }
+
     /// Whether the lowest tier has the chunk. Counts as a use.
     fn acknowledged(&self, key: &ChunkKey) -> bool {
         match &self.disk {

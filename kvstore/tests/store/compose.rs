@@ -110,6 +110,20 @@ async fn deleting_removes_every_copy_but_not_what_is_held() {
     assert_eq!(store.stats().disk.unwrap().bytes, 0);
 }
 
+/// A delete that nobody waits for leaves no copy behind.
+#[tokio::test]
+async fn an_abandoned_delete_finishes() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = Store::open(on_disk(directory.path())).await.unwrap();
+    let _ = store.put(object(1)).await.unwrap();
+    let mut delete = Box::pin(store.delete(key(1)));
+    assert!(futures::poll!(&mut delete).is_pending());
+    drop(delete);
+    while store.lookup(&[key(1)]).prefix > 0 {
+        tokio::task::yield_now().await;
+    }
+}
+
 /// A lease from before a deletion must not bring the chunk back by promotion.
 #[tokio::test]
 async fn a_deleted_chunk_does_not_come_back_through_a_lease() {
