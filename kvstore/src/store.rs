@@ -246,6 +246,10 @@ impl Store {
     pub async fn lease(&self, key: ChunkKey) -> Option<Lease> {
         let inner = &self.0;
         if let Some(reader) = inner.memory.reader(&key) {
+            // Else what is used most would be the first to go from the disk.
+            if let Some(disk) = &inner.disk {
+                disk.touch(&key);
+            }
             return Some(Lease::memory(reader, Arc::clone(inner)));
         }
         match inner.disk.as_ref()?.reader(key).await {

@@ -124,6 +124,32 @@ async fn an_abandoned_delete_finishes() {
     }
 }
 
+/// What memory serves is used on disk too.
+#[tokio::test]
+async fn the_most_read_chunk_is_not_the_first_to_leave_the_disk() {
+    let directory = tempfile::tempdir().unwrap();
+    let config = StoreConfig {
+        memory: MemoryConfig::default(),
+        disk: Some(DiskConfig {
+            // Three files of 16 KiB payload and a header.
+            capacity: ByteSize::kib(60),
+            ..DiskConfig::at(directory.path())
+        }),
+    };
+    let store = Store::open(config).await.unwrap();
+    for number in 0..3 {
+        let _ = store.put(object(number)).await.unwrap();
+    }
+    assert!(get(&store, 0).await.is_some());
+    let _ = store.put(object(3)).await.unwrap();
+    let on_disk = |number| {
+        let listed = store.list(None, 100);
+        let mut here = listed.iter().filter(|item| item.key == key(number));
+        here.any(|item| item.tiers.contains(&TierKind::Disk))
+    };
+    assert!(on_disk(0) && !on_disk(1));
+}
+
 /// A lease from before a deletion must not bring the chunk back by promotion.
 #[tokio::test]
 async fn a_deleted_chunk_does_not_come_back_through_a_lease() {
