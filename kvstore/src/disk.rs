@@ -243,6 +243,10 @@ impl DiskTier {
         self.0.lock().touch(key).is_some()
     }
 
+    pub(crate) fn pin_ids(&self) -> Vec<PinId> {
+        self.0.lock().pin_ids(self.0.clock.now())
+    }
+
     /// Runs `view` on the locked index, and gives it its keys.
     pub(crate) fn keys_with<T>(&self, view: impl FnOnce(Vec<ChunkKey>) -> T) -> T {
         let index = self.0.lock();

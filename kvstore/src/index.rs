@@ -65,6 +65,7 @@ impl<E: Entry> Index<E> {
 
     pub(crate) fn remove(&mut self, key: &ChunkKey) -> Option<E> {
         let entry = self.entries.pop(key)?;
+        self.pins.forget(key);
         self.events.publish(EventKind::Removed, *key, self.tier);
         Some(entry)
     }
@@ -121,6 +122,12 @@ impl<E: Entry> Index<E> {
     pub(crate) fn unpin(&mut self, id: PinId, now: Instant) -> bool {
         self.pins.expire(now);
         self.pins.remove(id)
+    }
+
+    /// The pins that last.
+    pub(crate) fn pin_ids(&mut self, now: Instant) -> Vec<PinId> {
+        self.pins.expire(now);
+        self.pins.ids().collect()
     }
 
     pub(crate) fn usage(&mut self, counters: &Counters, budget: &Budget, now: Instant) -> Usage {

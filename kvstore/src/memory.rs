@@ -235,6 +235,10 @@ impl MemoryTier {
         view(index.iter().map(|chunk| chunk.facts.key).collect())
     }
 
+    pub(crate) fn pin_ids(&self) -> Vec<PinId> {
+        self.0.lock().pin_ids(self.0.clock.now())
+    }
+
     pub(crate) fn capacity(&self) -> u64 {
         self.0.budget.capacity()
     }

@@ -1,6 +1,6 @@
 //! The tiers as one store.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -104,6 +104,8 @@ pub struct Stats {
     pub memory: Usage,
     /// The disk tier, if there is one.
     pub disk: Option<Usage>,
+    /// Pins that last; one that has keys in both tiers counts once.
+    pub pins: u64,
     /// Leases that last.
     pub leases: u64,
 }
@@ -262,7 +264,8 @@ impl Store {
     }
 
     /// Keeps chunks from being evicted for `ttl`: each in the lowest tier that has
-    /// it. Deleting them is still possible. All are pinned, or none.
+    /// it. Deleting them is still possible. All are pinned, or none. A pin without
+    /// keys has ended already.
     ///
     /// # Errors
     /// A key that is not stored, or more pinned bytes than the configuration allows.
@@ -279,6 +282,9 @@ impl Store {
             let (here, elsewhere): (Vec<_>, Vec<_>) = split.partition(|(_, facts)| facts.is_some());
             let here: Vec<_> = here.into_iter().map(|(key, _)| key).collect();
             left = elsewhere.into_iter().map(|(key, _)| key).collect();
+            if here.is_empty() {
+                continue;
+            }
             if let Err(refused) = tier.pin(id, &here, expires) {
                 self.unpin(id);
                 return Err(refused);
@@ -344,8 +350,17 @@ impl Store {
         Stats {
             memory: self.0.memory.usage(),
             disk: self.0.disk.as_ref().map(Tier::usage),
+            pins: self.pins(),
             leases: self.0.leases.load(Ordering::Relaxed),
         }
+    }
+
+    fn pins(&self) -> u64 {
+        let mut ids: HashSet<PinId> = self.0.memory.pin_ids().into_iter().collect();
+        if let Some(disk) = &self.0.disk {
+            ids.extend(disk.pin_ids());
+        }
+        ids.len() as u64
     }
 
     /// Changes from now on. To know the state they apply to, subscribe, take a

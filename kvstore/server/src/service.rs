@@ -179,7 +179,7 @@ impl Shared {
             tiers: tiers()
                 .map(|(kind, usage)| wire::usage(*kind, usage))
                 .collect(),
-            pins: tiers().map(|(_, usage)| usage.pins).sum(),
+            pins: stats.pins,
             pinned_bytes: tiers().map(|(_, usage)| usage.pinned_bytes).sum(),
             leases: stats.leases,
             lookup_keys: self.counters.lookup_keys.get(),

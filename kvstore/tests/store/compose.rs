@@ -235,13 +235,17 @@ async fn pins_live_in_the_lowest_tier_and_expire_in_virtual_time() {
         let _ = store.put(object(number)).await.unwrap();
     }
     let minute = Duration::from_secs(60);
+    let pins = || {
+        let stats = store.stats();
+        (stats.memory.pins, stats.disk.unwrap().pins, stats.pins)
+    };
     store.pin(&[key(0)], minute).unwrap();
-    assert_eq!(store.stats().disk.unwrap().pins, 1);
+    assert_eq!(pins(), (0, 1, 1));
     let refused = store.pin(&[key(1)], minute).unwrap_err();
     assert!(matches!(refused, PinRefused::OverLimit { .. }));
     let refused = store.pin(&[key(0), key(77)], minute).unwrap_err();
     assert_eq!(refused, PinRefused::Missing(key(77)));
-    assert_eq!(store.stats().disk.unwrap().pins, 1, "all or none");
+    assert_eq!(pins(), (0, 1, 1), "all or none");
 
     let disk_has = |number| {
         let listed = store.list(None, 100);
@@ -254,9 +258,17 @@ async fn pins_live_in_the_lowest_tier_and_expire_in_virtual_time() {
     seconds.store(60, Ordering::SeqCst);
     let _ = store.put(object(4)).await.unwrap();
     assert!(!disk_has(0));
+    assert_eq!(pins(), (0, 0, 0));
     // Memory still has chunk 0, so it is pinned there.
     store.pin(&[key(0)], Duration::MAX).unwrap();
-    assert_eq!(store.stats().memory.pins, 1);
+    assert_eq!(pins(), (1, 0, 1));
+    let both = store.pin(&[key(0), key(4)], Duration::MAX).unwrap();
+    assert_eq!(pins(), (2, 1, 2));
+    assert!(store.delete(key(4)).await.unwrap());
+    assert_eq!(pins(), (2, 0, 2), "what is gone is not pinned");
+    assert!(store.unpin(both));
+    assert_eq!(pins(), (1, 0, 1));
+    assert!(!store.unpin(store.pin(&[], minute).unwrap()));
 }
 
 #[tokio::test]
