@@ -133,7 +133,7 @@ impl MemoryTier {
                 config.pin_limit_bytes(),
                 events,
             )),
-            promotions: Promotions::default(),
+            promotions: Promotions::new(config.capacity.as_u64()),
             counters: Counters::default(),
             clock,
         }))

@@ -271,6 +271,44 @@ async fn pins_live_in_the_lowest_tier_and_expire_in_virtual_time() {
     assert!(!store.unpin(store.pin(&[], minute).unwrap()));
 }
 
+/// Cold chunks, more than memory holds, read side by side.
+#[tokio::test]
+async fn a_cold_scan_leaves_half_of_what_is_hot() {
+    let directory = tempfile::tempdir().unwrap();
+    let chunk = Store::charged_bytes(object(0).header());
+    let config = StoreConfig {
+        memory: MemoryConfig::with_capacity(ByteSize::bytes(chunk * 8)),
+        disk: Some(DiskConfig::at(directory.path())),
+    };
+    let store = Store::open(config).await.unwrap();
+    for number in 0..32 {
+        let _ = store.put(object(number)).await.unwrap();
+    }
+    let hot: Vec<_> = (24..32).map(key).collect();
+    let in_memory = |keys: &[_]| {
+        let found = store.lookup(keys).found.into_iter().flatten();
+        found.filter(|found| found.tier == TierKind::Memory).count()
+    };
+    assert_eq!(in_memory(&hot), 8);
+    let mut leases = Vec::new();
+    for number in 0..24 {
+        leases.push(store.lease(key(number)).await.unwrap());
+    }
+    for layer in 0..4 {
+        let range = LayerRange::new(layer, layer + 1).unwrap();
+        for lease in &leases {
+            lease.read_layers(range).await.unwrap();
+        }
+    }
+    assert!(in_memory(&hot) >= 3, "{}", in_memory(&hot));
+    let cold: Vec<_> = (0..24).map(key).collect();
+    assert_eq!(
+        in_memory(&cold),
+        4,
+        "and some of the cold ones are promoted"
+    );
+}
+
 #[tokio::test]
 async fn events_and_snapshots_agree() {
     let directory = tempfile::tempdir().unwrap();
