@@ -185,6 +185,7 @@ impl DiskTier {
             _lock: lock,
         };
         shared.adopt(&recovered.records).map_err(recover_error)?;
+        shared.warn_of_little_room(path);
         Ok(Self(Arc::new(shared)))
     }
 
@@ -321,27 +322,55 @@ impl Shared {
         Ok(())
     }
 
+    fn warn_of_little_room(&self, path: &Path) {
+        let wanted = self.budget.capacity().saturating_sub(self.budget.used());
+        match rustix::fs::statvfs(path) {
+            Ok(room) if room.f_bavail.saturating_mul(room.f_frsize) < wanted => tracing::warn!(
+                path = %path.display(),
+                free = room.f_bavail.saturating_mul(room.f_frsize),
+                wanted,
+                "the file system has less room than the capacity; lower it, or make room",
+            ),
+            Ok(_) => (),
+            Err(error) => tracing::warn!(%error, "cannot tell how much room there is"),
+        }
+    }
+
     fn store(
         &self,
         header: &ObjectHeader,
         layers: &[Bytes],
         bytes: u64,
     ) -> Result<Written, DeviceError> {
-        let space = match self.make_room(bytes)? {
-            Ok(space) => space,
-            Err(throttled) => {
-                count(&self.counters.throttled);
-                return Ok(Written::Throttled(throttled));
+        let mut evicted = false;
+        loop {
+            let space = match self.make_room(bytes)? {
+                Ok(space) => space,
+                Err(throttled) => {
+                    count(&self.counters.throttled);
+                    return Ok(Written::Throttled(throttled));
+                }
+            };
+            let entry = DiskEntry {
+                facts: Facts::of(header),
+                generation: self.next_generation.fetch_add(1, Ordering::Relaxed),
+                space: Arc::new(space),
+            };
+            match self.write(header, layers, entry) {
+                // Something else fills the file system, and the capacity is more
+                // than what is left.
+                Err(DeviceError::Io(error)) if is_full(&error) => {
+                    tracing::warn!(%error, "the file system has less room than the capacity");
+                    if !evicted && self.evict(bytes)? {
+                        evicted = true;
+                        continue;
+                    }
+                    count(&self.counters.throttled);
+                    return Ok(Written::Throttled(self.budget.throttled(bytes)));
+                }
+                written => return written,
             }
-        };
-        let facts = Facts::of(header);
-        let generation = self.next_generation.fetch_add(1, Ordering::Relaxed);
-        let entry = DiskEntry {
-            facts,
-            generation,
-            space: Arc::new(space),
-        };
-        self.write(header, layers, entry)
+        }
     }
 
     fn write(
@@ -538,6 +567,11 @@ fn lock(path: &Path) -> Result<File, OpenError> {
         Err(TryLockError::WouldBlock) => Err(OpenError::Locked(path.to_owned())),
         Err(TryLockError::Error(source)) => Err(directory_error(source)),
     }
+}
+
+fn is_full(error: &io::Error) -> bool {
+    use io::ErrorKind::{QuotaExceeded, StorageFull};
+    matches!(error.kind(), StorageFull | QuotaExceeded)
 }
 
 /// Bytes a file of this length takes: whole file-system blocks.
