@@ -23,7 +23,7 @@ mod files;
 mod reader;
 mod recover;
 
-use std::fs::{self, File, TryLockError};
+use std::fs::{File, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -37,7 +37,7 @@ use kvasir_types::ChunkKey;
 use tokio::sync::Semaphore;
 
 use self::catalog::{Catalog, Record};
-use self::files::ChunkFiles;
+use self::files::{ChunkFiles, create_directory, sync_directory};
 pub(crate) use self::reader::DiskReader;
 use crate::blocking::blocking;
 use crate::budget::{Budget, Reservation, Throttled};
@@ -157,6 +157,8 @@ impl DiskTier {
             .map_err(|error| recover_error(error.into()))?;
         let catalog =
             Catalog::open(&path.join("catalog")).map_err(|error| recover_error(error.into()))?;
+        // The names of lock, files and catalog.
+        sync_directory(path).map_err(|error| recover_error(error.into()))?;
         let recovered = recover::recover(&catalog, &files).map_err(recover_error)?;
         tracing::info!(
             path = %path.display(),
@@ -555,7 +557,7 @@ fn lock(path: &Path) -> Result<File, OpenError> {
         path: path.to_owned(),
         source,
     };
-    fs::create_dir_all(path).map_err(directory_error)?;
+    create_directory(path).map_err(directory_error)?;
     let file = File::options()
         .create(true)
         .truncate(false)
