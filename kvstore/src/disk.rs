@@ -543,6 +543,10 @@ impl Tier for DiskTier {
         self.0.lock().iter().map(|entry| entry.facts).collect()
     }
 
+    fn list(&self, after: Option<&ChunkKey>, limit: usize) -> Vec<Facts> {
+        self.0.lock().list(after, limit)
+    }
+
     fn usage(&self) -> Usage {
         let shared = &*self.0;
         shared

@@ -3,6 +3,7 @@
 //! Shared by all tiers. An index is plain data behind its tier's mutex; nothing
 //! here waits.
 
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
@@ -100,6 +101,24 @@ impl<E: Entry> Index<E> {
     /// Everything, least recently used first.
     pub(crate) fn iter(&self) -> impl Iterator<Item = &E> {
         self.entries.iter().rev().map(|(_, entry)| entry)
+    }
+
+    /// At most `limit` chunks with keys after `after`, in the order of keys.
+    pub(crate) fn list(&self, after: Option<&ChunkKey>, limit: usize) -> Vec<Facts> {
+        let mut first: BTreeMap<ChunkKey, Facts> = BTreeMap::new();
+        for (key, entry) in &self.entries {
+            if after.is_some_and(|after| key <= after) {
+                continue;
+            }
+            if first.len() >= limit {
+                match first.last_entry() {
+                    Some(last) if key < last.key() => last.remove(),
+                    _ => continue,
+                };
+            }
+            first.insert(*key, *entry.facts());
+        }
+        first.into_values().collect()
     }
 
     pub(crate) fn pin(

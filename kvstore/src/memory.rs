@@ -318,6 +318,10 @@ impl Tier for MemoryTier {
         self.0.lock().iter().map(|chunk| chunk.facts).collect()
     }
 
+    fn list(&self, after: Option<&ChunkKey>, limit: usize) -> Vec<Facts> {
+        self.0.lock().list(after, limit)
+    }
+
     fn usage(&self) -> Usage {
         let shared = &*self.0;
         shared

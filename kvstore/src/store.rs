@@ -181,6 +181,11 @@ impl Store {
         Chunk::charged_bytes(header)
     }
 
+    /// Bytes of memory that a raw object of this layout takes in the store.
+    pub fn charged_bytes_of_raw(layout: &KvLayout) -> u64 {
+        layout.chunk_bytes() + Chunk::overhead_bytes(layout.layers())
+    }
+
     /// Stores an object in every tier. See [`put_reserved`](Self::put_reserved).
     ///
     /// # Errors
@@ -319,13 +324,11 @@ impl Store {
     }
 
     /// Chunks in the order of their keys: at most `limit`, with keys after `after`.
+    /// Takes memory for about as many, and looks at all there are.
     pub fn list(&self, after: Option<&ChunkKey>, limit: usize) -> Vec<Listed> {
         let mut listed: BTreeMap<ChunkKey, (Facts, Vec<TierKind>)> = BTreeMap::new();
         for tier in self.tiers() {
-            for facts in tier.entries() {
-                if after.is_some_and(|after| facts.key <= *after) {
-                    continue;
-                }
+            for facts in tier.list(after, limit) {
                 let (_, tiers) = listed
                     .entry(facts.key)
                     .or_insert_with(|| (facts, Vec::new()));

@@ -52,6 +52,10 @@ async fn writes_go_through_and_reads_promote() {
     assert_eq!(listed[0].key, key(1));
     assert_eq!(listed[0].tiers, [TierKind::Memory, TierKind::Disk]);
     assert_eq!(store.list(None, 10).len(), 3);
+    let pages = [None, Some(key(0)), Some(key(1)), Some(key(2))];
+    let pages = pages.map(|after| store.list(after.as_ref(), 1));
+    assert_eq!(pages.concat(), store.list(None, usize::MAX));
+    assert!(store.list(None, 0).is_empty());
 
     // Layer by layer, out of order, through one lease.
     let lease = store.lease(key(0)).await.unwrap();
