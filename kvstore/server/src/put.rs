@@ -4,7 +4,7 @@ use bytes::Bytes;
 use kvasir_codec::Object;
 use kvasir_proto::convert::{LayerAssembly, PutHeader};
 use kvasir_proto::{InvalidField, v1};
-use kvasir_store::PutOutcome;
+use kvasir_store::{PutOutcome, Store};
 use kvasir_types::KvLayout;
 use tonic::{Status, Streaming};
 use v1::put_request::Message;
@@ -26,7 +26,7 @@ pub(crate) async fn receive(
     let header = PutHeader::try_from(&header)?;
     let reservation = shared
         .store
-        .reserve(charged_bytes(&header.layout))
+        .reserve(Store::charged_bytes_of_raw(&header.layout))
         .map_err(|error| refusal::throttled(&error))?;
     let layers = sender.layers(&header.layout).await?;
     let object =
@@ -112,12 +112,3 @@ impl Sender<'_> {
         }
     }
 }
-
-/// What the store will charge for the chunk, or a little more: it gives back what
-/// it does not need.
-fn charged_bytes(layout: &KvLayout) -> u64 {
-    layout.chunk_bytes() + CHUNK_OVERHEAD + LAYER_OVERHEAD * u64::from(layout.layers())
-}
-
-const CHUNK_OVERHEAD: u64 = 1024;
-const LAYER_OVERHEAD: u64 = 256;
