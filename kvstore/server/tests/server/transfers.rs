@@ -298,3 +298,29 @@ async fn a_deadline_covers_the_whole_stream() {
     assert!(matches!(late, Err(CallError::DeadlineExceeded)));
     server.shutdown().await;
 }
+
+/// A device that hangs: opening a FIFO waits for a writer.
+#[tokio::test]
+async fn a_get_does_not_wait_for_a_stuck_device_for_ever() {
+    let directory = tempfile::tempdir().unwrap();
+    let (server, client) = start(on_disk(directory.path())).await;
+    client.put(&chunk(1)).await.unwrap();
+    server.shutdown().await;
+    let mut config = on_disk(directory.path());
+    config.limits.read_timeout_ms = 100;
+    let (server, client) = start(config).await;
+    let fan_out = directory.path().join("chunks/01");
+    let file = fs::read_dir(fan_out).unwrap().next().unwrap().unwrap();
+    let file = file.path();
+    fs::remove_file(&file).unwrap();
+    let (here, fifo) = (rustix::fs::CWD, rustix::fs::FileType::Fifo);
+    rustix::fs::mknodat(here, &file, fifo, rustix::fs::Mode::RWXU, 0).unwrap();
+
+    let begin = Instant::now();
+    let error = client.get(&[key(1)], GetOptions::default()).await;
+    assert!(matches!(error, Err(CallError::DeadlineExceeded)));
+    assert!(begin.elapsed() < Duration::from_secs(5));
+    // Lets the thread go.
+    drop(fs::File::options().write(true).open(&file).unwrap());
+    server.shutdown().await;
+}
