@@ -317,6 +317,9 @@ impl Store {
     /// The device failed. The chunk is no longer served, but may come back after a
     /// restart.
     pub async fn delete(&self, key: ChunkKey) -> Result<bool, DeviceError> {
+        if self.0.disk.is_none() {
+            return Ok(self.0.memory.discard(&key));
+        }
         // A task of its own: between the tiers nobody may stop it, or memory would
         // go on serving what the disk no longer has.
         let inner = Arc::clone(&self.0);
