@@ -169,6 +169,7 @@ async fn router(
         .initial_stream_window_size(limits.window_bytes())
         .initial_connection_window_size(limits.window_bytes())
         .max_frame_size(MAX_FRAME_BYTES)
+        .max_concurrent_streams(CALLS)
         .http2_keepalive_interval(Some(KEEP_ALIVE))
         .http2_keepalive_timeout(Some(KEEP_ALIVE))
         .add_service(cache)
@@ -177,6 +178,8 @@ async fn router(
     Ok((health, router))
 }
 
+/// Calls in progress on one connection; more wait at the peer.
+const CALLS: u32 = 256;
 /// How often a silent peer is asked whether it is there, and how long it may take
 /// to answer.
 const KEEP_ALIVE: Duration = Duration::from_secs(20);

@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 use futures::stream;
-use kvasir_client::{CallError, Chunk, Client, ClientConfig, GetOptions, RetryConfig};
+use kvasir_client::{CallError, Chunk, Client, ClientConfig, GetOptions, ListOptions, RetryConfig};
 use kvasir_proto::{convert, status, v1};
 use kvasir_types::{ByteSize, Checksum, DType, KvLayout, LayerRange, Level, Planes};
 use tonic::{Code, Status};
@@ -271,6 +271,23 @@ async fn over_the_stream_bound_is_come_back() {
     drop(sender);
     assert_names(slow.await.unwrap(), "piece");
     impatient.put(&chunk(2)).await.unwrap();
+    server.shutdown().await;
+}
+
+#[tokio::test]
+async fn over_the_bound_of_watchers_is_come_back() {
+    let mut config = memory(ByteSize::mib(64));
+    config.limits.watchers = 1;
+    let (server, client) = start(config).await;
+    let mut raw = raw(&server).await;
+    let watch = raw.watch(v1::WatchRequest {}).await.unwrap();
+    let refusal = raw.watch(v1::WatchRequest {}).await.unwrap_err();
+    assert!(status::retry_delay(&refusal).is_some(), "{refusal}");
+    let list = impatient(&server).list(ListOptions::default()).await;
+    assert!(matches!(list, Err(CallError::Throttled { .. })));
+    drop(watch);
+    // Its end is soon noticed, without any event.
+    client.list(ListOptions::default()).await.unwrap();
     server.shutdown().await;
 }
 
