@@ -29,13 +29,16 @@
 //! | chunks of a listing in memory | 16384 | the next page waits |
 //! | calls in progress on a connection | 256 | the peer waits |
 //! | connections | [`Limits::connections`] | the next one waits in the kernel's backlog |
+//! | a connection whose peer does not greet | 10 s | it is closed |
 //! | bytes in a connection's receive window | [`Limits::window`] | the peer waits |
 //! | changes a watcher lags behind | [`EventLog::CAPACITY`](kvasir_store::EventLog::CAPACITY) | it gets a new snapshot |
 //!
 //! # Shutdown
 //! [`Running::shutdown`] reports `NOT_SERVING`, stops accepting, ends watches, lets
 //! transfers finish for [`Limits::drain_ms`], ends the rest as `UNAVAILABLE`, gives
-//! peers two seconds to close their connections, and closes the store. Whatever was acknowledged as durable by then needs none of it.
+//! peers two seconds to close their connections, and the store ten to close. Whatever
+//! was acknowledged as durable by then needs none of it. A second signal ends
+//! `kvasird` at once.
 
 #![forbid(unsafe_code)]
 
