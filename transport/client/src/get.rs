@@ -211,25 +211,23 @@ impl LayerStream {
         let Some(piece) = piece.piece else {
             return Err(ProtocolError::Empty.into());
         };
-        match self
+        let whole = self
             .assembly
             .push(piece, due.layer, self.cursor.layer_bytes)
-        {
-            Ok(None) => Ok(None),
-            Ok(Some(whole)) => {
-                self.cursor.advance();
-                Ok(Some(GetEvent::Layer {
-                    chunk,
-                    layer: LayerIdx(whole.layer),
-                    data: whole.data,
-                }))
-            }
-            Err(error) if error.field == CHECKSUM_FIELD => {
-                tracing::warn!(chunk, layer = due.layer, "a layer arrived corrupt");
-                Ok(self.give_up(chunk, LostReason::Corrupt))
-            }
-            Err(error) => Err(broken(error)),
+            .map_err(broken)?;
+        let Some(whole) = whole else {
+            return Ok(None);
+        };
+        if whole.verify().is_err() {
+            tracing::warn!(chunk, layer = due.layer, "a layer arrived corrupt");
+            return Ok(self.give_up(chunk, LostReason::Corrupt));
         }
+        self.cursor.advance();
+        Ok(Some(GetEvent::Layer {
+            chunk,
+            layer: LayerIdx(whole.layer),
+            data: whole.data,
+        }))
     }
 
     fn order(&self, due: Due, got: u32) -> CallError {
@@ -341,9 +339,6 @@ fn chunk_info(wire: &v1::ChunkInfo) -> Result<ChunkInfo, InvalidField> {
             .ok_or_else(|| InvalidField::new("header.chunks.tier", "unspecified"))?,
     })
 }
-
-/// The field by which [`LayerAssembly`] reports bytes that fail their checksum.
-const CHECKSUM_FIELD: &str = "piece.checksum";
 
 #[cfg(test)]
 mod tests;
