@@ -137,6 +137,18 @@ impl LayerStream {
         })
     }
 
+    /// The answer to a request for nothing.
+    pub(crate) fn empty(origin: Origin, deadline: Deadline) -> Self {
+        Self {
+            origin,
+            deadline,
+            messages: futures::stream::empty().boxed(),
+            chunks: Vec::new(),
+            cursor: Cursor::empty(),
+            assembly: LayerAssembly::default(),
+        }
+    }
+
     /// The leading chunks of the request that are present and being streamed. All
     /// have one layout.
     pub fn chunks(&self) -> &[ChunkInfo] {
@@ -268,14 +280,18 @@ struct Cursor {
 }
 
 impl Cursor {
+    fn empty() -> Self {
+        Self {
+            layer_bytes: 0,
+            end: 0,
+            live: 0,
+            next: Due { layer: 0, chunk: 0 },
+        }
+    }
+
     fn new(chunks: &[ChunkInfo], layers: Option<LayerRange>) -> Result<Self, CallError> {
         let Some(first) = chunks.first() else {
-            return Ok(Self {
-                layer_bytes: 0,
-                end: 0,
-                live: 0,
-                next: Due { layer: 0, chunk: 0 },
-            });
+            return Ok(Self::empty());
         };
         let layout = first.layout;
         if let Some(index) = chunks.iter().position(|chunk| chunk.layout != layout) {

@@ -30,6 +30,15 @@ async fn only_the_asked_layers_are_sent() {
 }
 
 #[tokio::test]
+async fn a_get_of_nothing_is_empty() {
+    let (server, client) = start(memory(ByteSize::mib(64))).await;
+    let mut stream = client.get(&[], GetOptions::default()).await.unwrap();
+    assert!(stream.chunks().is_empty());
+    assert!(stream.next().await.unwrap().is_none());
+    server.shutdown().await;
+}
+
+#[tokio::test]
 async fn layers_longer_than_a_message_arrive_whole() {
     let (server, client) = start(memory(ByteSize::mib(128))).await;
     // 10 MiB a layer: three pieces.
