@@ -220,7 +220,7 @@ async fn over_the_memory_bound_is_come_back_and_loses_nothing() {
     let first = server.store().lease(key(1)).await.unwrap();
     let second = server.store().lease(key(2)).await.unwrap();
     let error = impatient(&server).put(&chunk(3)).await.unwrap_err();
-    let CallError::Throttled { retry_after } = error else {
+    let CallError::Throttled { retry_after, .. } = error else {
         panic!("{error}");
     };
     assert!(!retry_after.is_zero());
@@ -298,11 +298,14 @@ async fn more_pins_than_allowed_is_come_back() {
         client.put(&chunk(number)).await.unwrap();
     }
     let ttl = std::time::Duration::from_secs(9);
-    let error = impatient(&server)
-        .pin(&[key(1), key(2)], ttl)
-        .await
-        .unwrap_err();
-    assert!(matches!(error, CallError::Throttled { .. }), "{error}");
-    assert_eq!(client.stats().await.unwrap().pins, 0);
+    let impatient = impatient(&server);
+    let never = impatient.pin(&[key(1), key(2)], ttl).await.unwrap_err();
+    assert!(matches!(never, CallError::Invalid { field, .. } if field == "keys"));
+    let pin = impatient.pin(&[key(1)], ttl).await.unwrap();
+    let later = impatient.pin(&[key(2)], ttl).await.unwrap_err();
+    assert!(matches!(later, CallError::Throttled { .. }), "{later}");
+    assert_eq!(client.stats().await.unwrap().pins, 1);
+    client.unpin(pin.id).await.unwrap();
+    impatient.pin(&[key(2)], ttl).await.unwrap();
     server.shutdown().await;
 }
