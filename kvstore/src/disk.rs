@@ -428,10 +428,12 @@ impl Shared {
     /// The device failed. Evicting more would fail too, and empty the tier.
     fn evict(&self, bytes: u64) -> Result<bool, DeviceError> {
         let victims = self.lock().evict(bytes, self.clock.now());
-        let retired = victims.iter().fold(Ok(()), |before, victim| {
+        let mut retired = Ok(());
+        for victim in &victims {
             count(&self.counters.evictions);
-            before.and(self.retire(victim, false))
-        });
+            // All of them: they left the index.
+            retired = retired.and(self.retire(victim, false));
+        }
         retired.map(|()| !victims.is_empty())
     }
 

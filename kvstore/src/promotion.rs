@@ -83,9 +83,7 @@ impl Promotion {
         layers: Vec<ChargedBytes>,
     ) -> Option<Vec<ChargedBytes>> {
         let mut gathered = self.lock();
-        if gathered.promise.is_none() {
-            return None;
-        }
+        gathered.promise.as_ref()?;
         let slots = gathered.layers.iter_mut().skip(range.start().into());
         for (slot, layer) in slots.zip(layers) {
             *slot = Some(layer);
