@@ -60,7 +60,8 @@ pub struct DiskConfig {
     pub path: PathBuf,
     /// Bytes of chunk files, rounded up to file-system blocks, files that readers
     /// still hold open included. Never exceeded by chunks; the catalog adds a few
-    /// hundred bytes per chunk. Default: [`Self::CAPACITY`].
+    /// hundred bytes per chunk. Where the file system fills up before, chunks are
+    /// evicted as if this were less. Default: [`Self::CAPACITY`].
     pub capacity: ByteSize,
     /// Most bytes that pins may exempt from eviction. Default: half of `capacity`.
     pub pin_limit: Option<ByteSize>,

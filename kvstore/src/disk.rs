@@ -23,7 +23,7 @@ mod files;
 mod reader;
 mod recover;
 
-use std::fs::{self, File, TryLockError};
+use std::fs::{File, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -37,7 +37,7 @@ use kvasir_types::ChunkKey;
 use tokio::sync::Semaphore;
 
 use self::catalog::{Catalog, Record};
-use self::files::ChunkFiles;
+use self::files::{ChunkFiles, create_directory, sync_directory};
 pub(crate) use self::reader::DiskReader;
 use crate::blocking::blocking;
 use crate::budget::{Budget, Reservation, Throttled};
@@ -94,6 +94,9 @@ struct Shared {
     memory: MemoryTier,
     permits: Arc<Semaphore>,
     io_depth: u32,
+    /// Space of files that could not be deleted. It stays taken until the next
+    /// start, which deletes them.
+    undeleted: Mutex<Vec<Arc<Reservation>>>,
     _lock: File,
 }
 
@@ -154,6 +157,8 @@ impl DiskTier {
             .map_err(|error| recover_error(error.into()))?;
         let catalog =
             Catalog::open(&path.join("catalog")).map_err(|error| recover_error(error.into()))?;
+        // The names of lock, files and catalog.
+        sync_directory(path).map_err(|error| recover_error(error.into()))?;
         let recovered = recover::recover(&catalog, &files).map_err(recover_error)?;
         tracing::info!(
             path = %path.display(),
@@ -178,9 +183,11 @@ impl DiskTier {
             memory,
             permits: Arc::new(Semaphore::new(usize::from(io_depth))),
             io_depth: u32::from(io_depth),
+            undeleted: Mutex::default(),
             _lock: lock,
         };
         shared.adopt(&recovered.records).map_err(recover_error)?;
+        shared.warn_of_little_room(path);
         Ok(Self(Arc::new(shared)))
     }
 
@@ -204,7 +211,11 @@ impl DiskTier {
             });
         }
         let written = self
-            .run(move |shared| shared.store(&header, &layers, bytes))
+            .run(move |shared| {
+                shared
+                    .store(&header, &layers, bytes)
+                    .inspect_err(|_| count(&shared.counters.failures))
+            })
             .await??;
         Ok(written)
     }
@@ -233,6 +244,10 @@ impl DiskTier {
 
     pub(crate) fn touch(&self, key: &ChunkKey) -> bool {
         self.0.lock().touch(key).is_some()
+    }
+
+    pub(crate) fn pin_ids(&self) -> Vec<PinId> {
+        self.0.lock().pin_ids(self.0.clock.now())
     }
 
     /// Runs `view` on the locked index, and gives it its keys.
@@ -309,28 +324,55 @@ impl Shared {
         Ok(())
     }
 
+    fn warn_of_little_room(&self, path: &Path) {
+        let wanted = self.budget.capacity().saturating_sub(self.budget.used());
+        match rustix::fs::statvfs(path) {
+            Ok(room) if room.f_bavail.saturating_mul(room.f_frsize) < wanted => tracing::warn!(
+                path = %path.display(),
+                free = room.f_bavail.saturating_mul(room.f_frsize),
+                wanted,
+                "the file system has less room than the capacity; lower it, or make room",
+            ),
+            Ok(_) => (),
+            Err(error) => tracing::warn!(%error, "cannot tell how much room there is"),
+        }
+    }
+
     fn store(
         &self,
         header: &ObjectHeader,
         layers: &[Bytes],
         bytes: u64,
     ) -> Result<Written, DeviceError> {
-        let space = match self.make_room(bytes) {
-            Ok(space) => space,
-            Err(throttled) => {
-                count(&self.counters.throttled);
-                return Ok(Written::Throttled(throttled));
+        let mut evicted = false;
+        loop {
+            let space = match self.make_room(bytes)? {
+                Ok(space) => space,
+                Err(throttled) => {
+                    count(&self.counters.throttled);
+                    return Ok(Written::Throttled(throttled));
+                }
+            };
+            let entry = DiskEntry {
+                facts: Facts::of(header),
+                generation: self.next_generation.fetch_add(1, Ordering::Relaxed),
+                space: Arc::new(space),
+            };
+            match self.write(header, layers, entry) {
+                // Something else fills the file system, and the capacity is more
+                // than what is left.
+                Err(DeviceError::Io(error)) if is_full(&error) => {
+                    tracing::warn!(%error, "the file system has less room than the capacity");
+                    if !evicted && self.evict(bytes)? {
+                        evicted = true;
+                        continue;
+                    }
+                    count(&self.counters.throttled);
+                    return Ok(Written::Throttled(self.budget.throttled(bytes)));
+                }
+                written => return written,
             }
-        };
-        let facts = Facts::of(header);
-        let generation = self.next_generation.fetch_add(1, Ordering::Relaxed);
-        let entry = DiskEntry {
-            facts,
-            generation,
-            space: Arc::new(space),
-        };
-        self.write(header, layers, entry)
-            .inspect_err(|_| count(&self.counters.failures))
+        }
     }
 
     fn write(
@@ -363,37 +405,59 @@ impl Shared {
     }
 
     /// Space for a file; evicts what it must.
-    fn make_room(&self, bytes: u64) -> Result<Reservation, Throttled> {
+    fn make_room(&self, bytes: u64) -> Result<Result<Reservation, Throttled>, DeviceError> {
         loop {
             if let Some(space) = self.budget.try_reserve(bytes) {
-                return Ok(space);
+                return Ok(Ok(space));
             }
             let throttled = self.budget.throttled(bytes);
             let excess = throttled
                 .used
                 .saturating_add(bytes)
                 .saturating_sub(throttled.capacity);
-            let victims = self.lock().evict(excess, self.clock.now());
-            if excess > 0 && victims.is_empty() {
-                return Err(throttled);
-            }
-            for victim in victims {
-                self.retire_or_warn(&victim, false);
-                count(&self.counters.evictions);
+            if !self.evict(excess)? && excess > 0 {
+                return Ok(Err(throttled));
             }
         }
     }
 
-    /// Deletes record and file of an entry that left the index.
+    /// Deletes the least recently used chunks, `bytes` of them. Says whether there
+    /// were that many.
+    ///
+    /// # Errors
+    /// The device failed. Evicting more would fail too, and empty the tier.
+    fn evict(&self, bytes: u64) -> Result<bool, DeviceError> {
+        let victims = self.lock().evict(bytes, self.clock.now());
+        let mut retired = Ok(());
+        for victim in &victims {
+            count(&self.counters.evictions);
+            // All of them: they left the index.
+            retired = retired.and(self.retire(victim, false));
+        }
+        retired.map(|()| !victims.is_empty())
+    }
+
+    /// Deletes record and file of an entry that left the index. Tries both.
     fn retire(&self, entry: &DiskEntry, sync: bool) -> Result<(), DeviceError> {
         let key = &entry.facts.key;
         let _stripe = self.stripe(key);
         // A newer copy has replaced the record.
-        if !self.lock().contains(key) {
-            self.catalog.delete(key.as_bytes(), sync)?;
+        let replaced = self.lock().contains(key);
+        let forgotten = if replaced {
+            Ok(())
+        } else {
+            self.catalog.delete(key.as_bytes(), sync)
+        };
+        let removed = self.files.remove(key, entry.generation);
+        if removed.is_err() {
+            let mut undeleted = self
+                .undeleted
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
+            undeleted.push(Arc::clone(&entry.space));
         }
-        self.files.remove(key, entry.generation)?;
-        Ok(())
+        forgotten?;
+        Ok(removed?)
     }
 
     fn remove(&self, key: &ChunkKey) -> Result<bool, DeviceError> {
@@ -481,6 +545,10 @@ impl Tier for DiskTier {
         self.0.lock().iter().map(|entry| entry.facts).collect()
     }
 
+    fn list(&self, after: Option<&ChunkKey>, limit: usize) -> Vec<Facts> {
+        self.0.lock().list(after, limit)
+    }
+
     fn usage(&self) -> Usage {
         let shared = &*self.0;
         shared
@@ -495,7 +563,7 @@ fn lock(path: &Path) -> Result<File, OpenError> {
         path: path.to_owned(),
         source,
     };
-    fs::create_dir_all(path).map_err(directory_error)?;
+    create_directory(path).map_err(directory_error)?;
     let file = File::options()
         .create(true)
         .truncate(false)
@@ -507,6 +575,11 @@ fn lock(path: &Path) -> Result<File, OpenError> {
         Err(TryLockError::WouldBlock) => Err(OpenError::Locked(path.to_owned())),
         Err(TryLockError::Error(source)) => Err(directory_error(source)),
     }
+}
+
+fn is_full(error: &io::Error) -> bool {
+    use io::ErrorKind::{QuotaExceeded, StorageFull};
+    matches!(error.kind(), StorageFull | QuotaExceeded)
 }
 
 /// Bytes a file of this length takes: whole file-system blocks.

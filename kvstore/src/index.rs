@@ -3,6 +3,7 @@
 //! Shared by all tiers. An index is plain data behind its tier's mutex; nothing
 //! here waits.
 
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
@@ -65,6 +66,7 @@ impl<E: Entry> Index<E> {
 
     pub(crate) fn remove(&mut self, key: &ChunkKey) -> Option<E> {
         let entry = self.entries.pop(key)?;
+        self.pins.forget(key);
         self.events.publish(EventKind::Removed, *key, self.tier);
         Some(entry)
     }
@@ -101,6 +103,24 @@ impl<E: Entry> Index<E> {
         self.entries.iter().rev().map(|(_, entry)| entry)
     }
 
+    /// At most `limit` chunks with keys after `after`, in the order of keys.
+    pub(crate) fn list(&self, after: Option<&ChunkKey>, limit: usize) -> Vec<Facts> {
+        let mut first: BTreeMap<ChunkKey, Facts> = BTreeMap::new();
+        for (key, entry) in &self.entries {
+            if after.is_some_and(|after| key <= after) {
+                continue;
+            }
+            if first.len() >= limit {
+                match first.last_entry() {
+                    Some(last) if key < last.key() => last.remove(),
+                    _ => continue,
+                };
+            }
+            first.insert(*key, *entry.facts());
+        }
+        first.into_values().collect()
+    }
+
     pub(crate) fn pin(
         &mut self,
         id: PinId,
@@ -121,6 +141,12 @@ impl<E: Entry> Index<E> {
     pub(crate) fn unpin(&mut self, id: PinId, now: Instant) -> bool {
         self.pins.expire(now);
         self.pins.remove(id)
+    }
+
+    /// The pins that last.
+    pub(crate) fn pin_ids(&mut self, now: Instant) -> Vec<PinId> {
+        self.pins.expire(now);
+        self.pins.ids().collect()
     }
 
     pub(crate) fn usage(&mut self, counters: &Counters, budget: &Budget, now: Instant) -> Usage {

@@ -22,7 +22,8 @@ use crate::tier::{ChunkReader, ReadError, TierKind};
 ///
 /// When all layers of a chunk on disk were read through one lease, the chunk is
 /// copied into memory, if there is room. The copy costs nothing: memory keeps the
-/// bytes that the reader got. Until then they give way to whoever needs the memory.
+/// bytes that the reader got. Until then they take half of the memory at most, and
+/// go before anyone is refused memory.
 #[derive(Debug)]
 pub struct Lease {
     source: Source,
@@ -41,8 +42,9 @@ impl Lease {
     }
 
     pub(crate) fn disk(reader: DiskReader, store: Arc<Inner>) -> Self {
-        let layers = reader.header().layout().layers();
-        let promotion = store.memory.promotions().begin(layers);
+        let header = reader.header();
+        let promotions = store.memory.promotions();
+        let promotion = promotions.begin(header.layout().layers(), header.payload_bytes());
         Self::new(Source::Disk(reader, promotion), store)
     }
 

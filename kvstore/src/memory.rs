@@ -133,7 +133,7 @@ impl MemoryTier {
                 config.pin_limit_bytes(),
                 events,
             )),
-            promotions: Promotions::default(),
+            promotions: Promotions::new(config.capacity.as_u64()),
             counters: Counters::default(),
             clock,
         }))
@@ -235,6 +235,10 @@ impl MemoryTier {
         view(index.iter().map(|chunk| chunk.facts.key).collect())
     }
 
+    pub(crate) fn pin_ids(&self) -> Vec<PinId> {
+        self.0.lock().pin_ids(self.0.clock.now())
+    }
+
     pub(crate) fn capacity(&self) -> u64 {
         self.0.budget.capacity()
     }
@@ -312,6 +316,10 @@ impl Tier for MemoryTier {
 
     fn entries(&self) -> Vec<Facts> {
         self.0.lock().iter().map(|chunk| chunk.facts).collect()
+    }
+
+    fn list(&self, after: Option<&ChunkKey>, limit: usize) -> Vec<Facts> {
+        self.0.lock().list(after, limit)
     }
 
     fn usage(&self) -> Usage {

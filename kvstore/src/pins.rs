@@ -1,10 +1,10 @@
 //! Pins: chunks exempt from eviction for a while.
 //!
 //! Pure bookkeeping in virtual time. A pin names its keys and an expiry; a key is
-//! pinned while any pin on it lasts. Pinned bytes are capped, so that pins can
-//! never starve a tier.
+//! pinned while any pin on it lasts and its chunk is there. Pinned bytes are capped,
+//! so that pins can never starve a tier, and so is what the pins themselves take.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::time::Instant;
 
 use kvasir_types::ChunkKey;
@@ -49,6 +49,12 @@ pub enum PinRefused {
         /// The limit.
         limit: u64,
     },
+    /// The cap on pins.
+    #[error("pins name {limit} keys at most; unpin something")]
+    TooMany {
+        /// Most keys that all pins together may name.
+        limit: usize,
+    },
 }
 
 /// The pins of one tier.
@@ -59,6 +65,8 @@ pub(crate) struct Pins {
     pins: HashMap<PinId, Pin>,
     keys: HashMap<ChunkKey, PinnedKey>,
     bytes: u64,
+    /// Keys of all pins; one that two pins name counts twice.
+    named: usize,
     /// No pin expires before this; saves looking at all of them.
     next_expiry: Option<Instant>,
 }
@@ -66,12 +74,12 @@ pub(crate) struct Pins {
 #[derive(Debug)]
 struct Pin {
     expires: Instant,
-    keys: Vec<ChunkKey>,
+    keys: BTreeSet<ChunkKey>,
 }
 
 #[derive(Debug)]
 struct PinnedKey {
-    pins: u32,
+    pins: BTreeSet<PinId>,
     bytes: u64,
 }
 
@@ -83,11 +91,15 @@ impl Pins {
             pins: HashMap::new(),
             keys: HashMap::new(),
             bytes: 0,
+            named: 0,
             next_expiry: None,
         }
     }
 
-    /// Pins all of `keys`, given with their bytes, or none.
+    /// Most keys that all pins together may name: some 40 MiB of bookkeeping.
+    pub(crate) const MAX_NAMED: usize = 1 << 18;
+
+    /// Pins all of `keys`, given with their bytes, or none. No keys are no pin.
     pub(crate) fn add(
         &mut self,
         id: PinId,
@@ -96,9 +108,16 @@ impl Pins {
         now: Instant,
     ) -> Result<(), PinRefused> {
         self.expire(now);
-        let mut fresh: HashMap<ChunkKey, u64> = keys.iter().copied().collect();
-        fresh.retain(|key, _| !self.keys.contains_key(key));
-        let wanted: u64 = fresh.values().sum();
+        let before = self.pins.get(&id).map(|pin| &pin.keys);
+        let mut named: HashMap<ChunkKey, u64> = keys.iter().copied().collect();
+        named.retain(|key, _| before.is_none_or(|before| !before.contains(key)));
+        if self.named + named.len() > Self::MAX_NAMED {
+            return Err(PinRefused::TooMany {
+                limit: Self::MAX_NAMED,
+            });
+        }
+        let fresh = named.iter().filter(|(key, _)| !self.covers(key));
+        let wanted: u64 = fresh.map(|(_, bytes)| bytes).sum();
         if self.bytes.saturating_add(wanted) > self.limit {
             return Err(PinRefused::OverLimit {
                 tier: self.tier,
@@ -107,17 +126,22 @@ impl Pins {
                 limit: self.limit,
             });
         }
-        for &(key, bytes) in keys {
-            let pinned = self.keys.entry(key).or_insert(PinnedKey { pins: 0, bytes });
-            pinned.pins += 1;
+        if keys.is_empty() {
+            return Ok(());
         }
-        self.bytes += wanted;
         let pin = self.pins.entry(id).or_insert_with(|| Pin {
             expires,
-            keys: Vec::new(),
+            keys: BTreeSet::new(),
         });
         pin.expires = pin.expires.max(expires);
-        pin.keys.extend(keys.iter().map(|(key, _)| *key));
+        pin.keys.extend(named.keys());
+        self.bytes += wanted;
+        self.named += named.len();
+        for (key, bytes) in named {
+            let pins = BTreeSet::new();
+            let pinned = self.keys.entry(key).or_insert(PinnedKey { pins, bytes });
+            pinned.pins.insert(id);
+        }
         self.next_expiry = Some(self.next_expiry.map_or(expires, |next| next.min(expires)));
         Ok(())
     }
@@ -126,16 +150,34 @@ impl Pins {
         let Some(pin) = self.pins.remove(&id) else {
             return false;
         };
+        self.named -= pin.keys.len();
         for key in pin.keys {
             if let Some(pinned) = self.keys.get_mut(&key) {
-                pinned.pins -= 1;
-                if pinned.pins == 0 {
+                pinned.pins.remove(&id);
+                if pinned.pins.is_empty() {
                     self.bytes -= pinned.bytes;
                     self.keys.remove(&key);
                 }
             }
         }
         true
+    }
+
+    /// Takes a key, whose chunk is gone, out of its pins. A pin without keys ends.
+    pub(crate) fn forget(&mut self, key: &ChunkKey) {
+        let Some(pinned) = self.keys.remove(key) else {
+            return;
+        };
+        self.bytes -= pinned.bytes;
+        self.named -= pinned.pins.len();
+        for id in pinned.pins {
+            if let Some(pin) = self.pins.get_mut(&id) {
+                pin.keys.remove(key);
+                if pin.keys.is_empty() {
+                    self.pins.remove(&id);
+                }
+            }
+        }
     }
 
     /// Ends the pins whose time is over.
@@ -162,6 +204,10 @@ impl Pins {
 
     pub(crate) fn len(&self) -> usize {
         self.pins.len()
+    }
+
+    pub(crate) fn ids(&self) -> impl Iterator<Item = PinId> {
+        self.pins.keys().copied()
     }
 
     pub(crate) fn bytes(&self) -> u64 {
@@ -221,5 +267,39 @@ mod tests {
         assert_eq!(pins.bytes(), 40);
         assert!(pins.remove(PinId(1)));
         assert_eq!(pins.bytes(), 0);
+    }
+
+    #[test]
+    fn a_key_that_is_gone_frees_its_bytes_and_its_pins() {
+        let start = Instant::now();
+        let end = start + SECOND;
+        let mut pins = Pins::new(TierKind::Disk, 100);
+        pins.add(PinId(1), &[(key(1), 40)], end, start).unwrap();
+        pins.add(PinId(2), &[(key(1), 40), (key(2), 60)], end, start)
+            .unwrap();
+        pins.forget(&key(1));
+        assert_eq!((pins.bytes(), pins.len(), pins.named), (60, 1, 1));
+        assert!(!pins.remove(PinId(1)));
+        // The chunk came back, and is another pin's.
+        pins.add(PinId(3), &[(key(1), 40)], end, start).unwrap();
+        assert!(pins.remove(PinId(2)));
+        assert!(pins.covers(&key(1)));
+        assert_eq!((pins.bytes(), pins.named), (40, 1));
+    }
+
+    #[test]
+    fn no_keys_are_no_pin_and_keys_are_capped() {
+        let start = Instant::now();
+        let end = start + SECOND;
+        let mut pins = Pins::new(TierKind::Disk, 100);
+        pins.add(PinId(0), &[], end, start).unwrap();
+        assert_eq!(pins.len(), 0);
+        for id in 1..=Pins::MAX_NAMED as u64 {
+            pins.add(PinId(id), &[(key(1), 1)], end, start).unwrap();
+        }
+        let refused = pins.add(PinId(0), &[(key(1), 1)], end, start);
+        assert!(matches!(refused, Err(PinRefused::TooMany { .. })));
+        assert!(pins.remove(PinId(1)));
+        pins.add(PinId(0), &[(key(1), 1)], end, start).unwrap();
     }
 }

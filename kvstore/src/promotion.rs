@@ -3,23 +3,40 @@
 //! A lease that reads a chunk from disk gathers its layers; when none is missing,
 //! the chunk moves into the memory tier. What was gathered so far serves nobody
 //! yet, so it gives way to every request for memory that would be refused
-//! otherwise: many chunks read side by side, layer by layer, would else fill the
-//! memory with chunks none of which is whole.
+//! otherwise.
+//!
+//! Where memory is full, a gathered layer costs a stored chunk its place. So only as
+//! many chunks are gathered at once as half of the memory holds: many cold chunks
+//! read side by side, layer by layer, would else drive out all that is stored, and
+//! then each other.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use kvasir_types::LayerRange;
 
-use crate::budget::ChargedBytes;
+use crate::budget::{Budget, ChargedBytes, Reservation};
 
 /// The promotions of one memory tier.
-#[derive(Debug, Default)]
-pub(crate) struct Promotions(Mutex<Vec<Weak<Promotion>>>);
+#[derive(Debug)]
+pub(crate) struct Promotions {
+    promised: Budget,
+    alive: Mutex<Vec<Weak<Promotion>>>,
+}
 
 impl Promotions {
-    /// A promotion of a chunk of `layers` layers; it ends with its last handle.
-    pub(crate) fn begin(&self, layers: u16) -> Arc<Promotion> {
-        let promotion = Arc::new(Promotion::new(layers));
+    /// For a tier of `capacity` bytes.
+    pub(crate) fn new(capacity: u64) -> Self {
+        Self {
+            promised: Budget::new(capacity / 2),
+            alive: Mutex::default(),
+        }
+    }
+
+    /// A promotion of a chunk of `layers` layers and `bytes` bytes; it ends with its
+    /// last handle. Gathers nothing where too much is being gathered.
+    pub(crate) fn begin(&self, layers: u16, bytes: u64) -> Arc<Promotion> {
+        let promise = self.promised.try_reserve(bytes);
+        let promotion = Arc::new(Promotion::new(layers, promise));
         let mut promotions = self.lock();
         if promotions.len() == promotions.capacity() {
             promotions.retain(|promotion| promotion.strong_count() > 0);
@@ -36,7 +53,7 @@ impl Promotions {
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<Weak<Promotion>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.alive.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -47,15 +64,15 @@ pub(crate) struct Promotion(Mutex<Gathered>);
 #[derive(Debug)]
 struct Gathered {
     layers: Vec<Option<ChargedBytes>>,
-    /// No longer wanted: done, or the memory was needed.
-    over: bool,
+    /// `None` where nothing is gathered: done, or the memory was needed.
+    promise: Option<Reservation>,
 }
 
 impl Promotion {
-    fn new(layers: u16) -> Self {
+    fn new(layers: u16, promise: Option<Reservation>) -> Self {
         Self(Mutex::new(Gathered {
             layers: vec![None; usize::from(layers)],
-            over: false,
+            promise,
         }))
     }
 
@@ -66,9 +83,7 @@ impl Promotion {
         layers: Vec<ChargedBytes>,
     ) -> Option<Vec<ChargedBytes>> {
         let mut gathered = self.lock();
-        if gathered.over {
-            return None;
-        }
+        gathered.promise.as_ref()?;
         let slots = gathered.layers.iter_mut().skip(range.start().into());
         for (slot, layer) in slots.zip(layers) {
             *slot = Some(layer);
@@ -76,13 +91,13 @@ impl Promotion {
         if gathered.layers.iter().any(Option::is_none) {
             return None;
         }
-        gathered.over = true;
+        gathered.promise = None;
         std::mem::take(&mut gathered.layers).into_iter().collect()
     }
 
     fn abandon(&self) -> bool {
         let mut gathered = self.lock();
-        gathered.over = true;
+        gathered.promise = None;
         std::mem::take(&mut gathered.layers)
             .iter()
             .any(Option::is_some)
@@ -98,7 +113,6 @@ mod tests {
     use bytes::Bytes;
 
     use super::*;
-    use crate::budget::Budget;
 
     fn range(start: u16, end: u16) -> LayerRange {
         LayerRange::new(start, end).unwrap()
@@ -109,7 +123,7 @@ mod tests {
         let budget = Budget::new(100);
         let mut reservation = budget.try_reserve(20).unwrap();
         let mut layer = || reservation.charge(Bytes::from(vec![0; 5])).unwrap();
-        let promotion = Promotions::default().begin(2);
+        let promotion = Promotions::new(20).begin(2, 10);
         assert!(promotion.add(range(1, 2), vec![layer()]).is_none());
         assert_eq!(promotion.add(range(0, 1), vec![layer()]).unwrap().len(), 2);
         assert!(promotion.add(range(0, 1), vec![layer()]).is_none());
@@ -118,10 +132,10 @@ mod tests {
     #[test]
     fn gathered_layers_give_way() {
         let budget = Budget::new(100);
-        let promotions = Promotions::default();
-        let promotion = promotions.begin(2);
+        let promotions = Promotions::new(40);
+        let promotion = promotions.begin(2, 10);
         assert!(!promotions.abandon(), "nothing was gathered");
-        let promotion = [promotion, promotions.begin(2)];
+        let promotion = [promotion, promotions.begin(2, 10)];
         for promotion in &promotion {
             let mut reservation = budget.try_reserve(5).unwrap();
             let layer = reservation.charge(Bytes::from(vec![0; 5])).unwrap();
@@ -131,5 +145,21 @@ mod tests {
         assert_eq!(budget.used(), 5);
         assert!(promotions.abandon());
         assert_eq!(budget.used(), 0);
+    }
+
+    #[test]
+    fn no_more_is_gathered_than_half_of_the_memory() {
+        let budget = Budget::new(100);
+        let promotions = Promotions::new(100);
+        let [first, second] = [0, 1].map(|_| promotions.begin(1, 30));
+        let add = |promotion: &Promotion| {
+            let mut reservation = budget.try_reserve(30).unwrap();
+            let layer = reservation.charge(Bytes::from(vec![0; 30])).unwrap();
+            promotion.add(range(0, 1), vec![layer]).is_some()
+        };
+        assert!(!add(&second));
+        assert_eq!(budget.used(), 0);
+        assert!(add(&first));
+        assert!(add(&promotions.begin(1, 30)), "the first is done");
     }
 }

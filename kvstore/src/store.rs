@@ -1,6 +1,6 @@
 //! The tiers as one store.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -9,6 +9,7 @@ use kvasir_codec::{Object, ObjectHeader};
 use kvasir_types::{ChunkKey, KvLayout, LayoutDigest, Level};
 use tokio::sync::broadcast;
 
+use crate::blocking::joined;
 use crate::budget::{Reservation, Throttled};
 use crate::claims::Claims;
 use crate::clock::Clock;
@@ -103,6 +104,8 @@ pub struct Stats {
     pub memory: Usage,
     /// The disk tier, if there is one.
     pub disk: Option<Usage>,
+    /// Pins that last; one that has keys in both tiers counts once.
+    pub pins: u64,
     /// Leases that last.
     pub leases: u64,
 }
@@ -178,6 +181,11 @@ impl Store {
         Chunk::charged_bytes(header)
     }
 
+    /// Bytes of memory that a raw object of this layout takes in the store.
+    pub fn charged_bytes_of_raw(layout: &KvLayout) -> u64 {
+        layout.chunk_bytes() + Chunk::overhead_bytes(layout.layers())
+    }
+
     /// Stores an object in every tier. See [`put_reserved`](Self::put_reserved).
     ///
     /// # Errors
@@ -245,6 +253,10 @@ impl Store {
     pub async fn lease(&self, key: ChunkKey) -> Option<Lease> {
         let inner = &self.0;
         if let Some(reader) = inner.memory.reader(&key) {
+            // Else what is used most would be the first to go from the disk.
+            if let Some(disk) = &inner.disk {
+                disk.touch(&key);
+            }
             return Some(Lease::memory(reader, Arc::clone(inner)));
         }
         match inner.disk.as_ref()?.reader(key).await {
@@ -257,7 +269,8 @@ impl Store {
     }
 
     /// Keeps chunks from being evicted for `ttl`: each in the lowest tier that has
-    /// it. Deleting them is still possible. All are pinned, or none.
+    /// it. Deleting them is still possible. All are pinned, or none. A pin without
+    /// keys has ended already.
     ///
     /// # Errors
     /// A key that is not stored, or more pinned bytes than the configuration allows.
@@ -274,6 +287,9 @@ impl Store {
             let (here, elsewhere): (Vec<_>, Vec<_>) = split.partition(|(_, facts)| facts.is_some());
             let here: Vec<_> = here.into_iter().map(|(key, _)| key).collect();
             left = elsewhere.into_iter().map(|(key, _)| key).collect();
+            if here.is_empty() {
+                continue;
+            }
             if let Err(refused) = tier.pin(id, &here, expires) {
                 self.unpin(id);
                 return Err(refused);
@@ -295,30 +311,27 @@ impl Store {
     }
 
     /// Drops a chunk from every tier. Says whether there was one. What readers hold
-    /// stays readable.
+    /// stays readable. Once polled it runs to its end, even if the future is dropped.
     ///
     /// # Errors
     /// The device failed. The chunk is no longer served, but may come back after a
     /// restart.
     pub async fn delete(&self, key: ChunkKey) -> Result<bool, DeviceError> {
-        // Lowest tier first: whoever copies a chunk upwards checks afterwards
-        // whether it is still below.
-        let below = match &self.0.disk {
-            Some(disk) => disk.remove(key).await,
-            None => Ok(false),
-        };
-        let above = self.0.memory.discard(&key);
-        Ok(below? | above)
+        if self.0.disk.is_none() {
+            return Ok(self.0.memory.discard(&key));
+        }
+        // A task of its own: between the tiers nobody may stop it, or memory would
+        // go on serving what the disk no longer has.
+        let inner = Arc::clone(&self.0);
+        joined(tokio::spawn(async move { inner.delete(key).await })).await?
     }
 
     /// Chunks in the order of their keys: at most `limit`, with keys after `after`.
+    /// Takes memory for about as many, and looks at all there are.
     pub fn list(&self, after: Option<&ChunkKey>, limit: usize) -> Vec<Listed> {
         let mut listed: BTreeMap<ChunkKey, (Facts, Vec<TierKind>)> = BTreeMap::new();
         for tier in self.tiers() {
-            for facts in tier.entries() {
-                if after.is_some_and(|after| facts.key <= *after) {
-                    continue;
-                }
+            for facts in tier.list(after, limit) {
                 let (_, tiers) = listed
                     .entry(facts.key)
                     .or_insert_with(|| (facts, Vec::new()));
@@ -343,8 +356,17 @@ impl Store {
         Stats {
             memory: self.0.memory.usage(),
             disk: self.0.disk.as_ref().map(Tier::usage),
+            pins: self.pins(),
             leases: self.0.leases.load(Ordering::Relaxed),
         }
+    }
+
+    fn pins(&self) -> u64 {
+        let mut ids: HashSet<PinId> = self.0.memory.pin_ids().into_iter().collect();
+        if let Some(disk) = &self.0.disk {
+            ids.extend(disk.pin_ids());
+        }
+        ids.len() as u64
     }
 
     /// Changes from now on. To know the state they apply to, subscribe, take a
@@ -398,6 +420,17 @@ impl Store {
 }
 
 impl Inner {
+    async fn delete(&self, key: ChunkKey) -> Result<bool, DeviceError> {
+        // Lowest tier first: whoever copies a chunk upwards checks afterwards
+        // whether it is still below.
+        let below = match &self.disk {
+            Some(disk) => disk.remove(key).await,
+            None => Ok(false),
+        };
+        let above = self.memory.discard(&key);
+        Ok(below? | above)
+    }
+
     /// Whether the lowest tier has the chunk. Counts as a use.
     fn acknowledged(&self, key: &ChunkKey) -> bool {
         match &self.disk {

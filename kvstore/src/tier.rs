@@ -28,8 +28,8 @@ use crate::pins::{PinId, PinRefused};
 /// - The tier's budget is never exceeded, not even for a moment; bytes held by
 ///   readers count. What does not fit evicts the least recently used chunk that is
 ///   neither pinned nor held; where there is none, the answer is [`Throttled`].
-/// - `open` and a `write` of a present key are uses of a chunk; `find`, `entries`
-///   and `usage` are not, never extend a life, and never wait for a device.
+/// - `open` and a `write` of a present key are uses of a chunk; `find`, `entries`,
+///   `list` and `usage` are not, never extend a life, and never wait for a device.
 /// - Misses and throttling are values; an error is a device that failed.
 ///
 /// Every implementation passes `kvasir_tests::conformance::tier`.
@@ -64,6 +64,9 @@ pub trait Tier: Send + Sync + fmt::Debug {
 
     /// Everything stored, in the order in which it would be evicted.
     fn entries(&self) -> Vec<Facts>;
+
+    /// What is stored with keys after `after`, in the order of keys: at most `limit`.
+    fn list(&self, after: Option<&ChunkKey>, limit: usize) -> Vec<Facts>;
 
     /// Counters and fill level.
     fn usage(&self) -> Usage;
@@ -256,7 +259,7 @@ pub struct Usage {
     pub writes: u64,
     /// Chunks dropped to make room.
     pub evictions: u64,
-    /// Copies dropped because they failed a check.
+    /// Copies dropped because they failed a check or could not be read.
     pub corrupt: u64,
     /// Requests that found no room.
     pub throttled: u64,

@@ -183,15 +183,37 @@ impl TryFrom<&v1::PutHeader> for PutHeader {
     }
 }
 
-/// A whole layer that arrived and matches the checksum its sender states for it.
+/// A whole layer that arrived.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WholeLayer {
     /// Index of the layer.
     pub layer: u16,
     /// Its bytes.
     pub data: Bytes,
-    /// Its checksum, already compared.
+    /// The checksum its sender states for it.
     pub checksum: Checksum,
+}
+
+impl WholeLayer {
+    /// Compares the checksum with the bytes.
+    ///
+    /// # Errors
+    /// They do not match (field `piece.checksum`).
+    pub fn verify(&self) -> Result<(), InvalidField> {
+        check(self.layer, self.checksum, Checksum::of(&self.data))
+    }
+}
+
+/// Whether a layer has the checksum that its sender states for it.
+///
+/// # Errors
+/// It has not (field `piece.checksum`).
+pub fn check(layer: u16, stated: Checksum, actual: Checksum) -> Result<(), InvalidField> {
+    if stated == actual {
+        return Ok(());
+    }
+    let problem = format!("the bytes of layer {layer} do not match their CRC-64/NVME");
+    Err(InvalidField::new("piece.checksum", problem))
 }
 
 /// Cuts a layer into pieces of at most [`MAX_PIECE_BYTES`], without copying.
@@ -221,12 +243,12 @@ pub struct LayerAssembly {
 }
 
 impl LayerAssembly {
-    /// Takes the next piece; returns the layer when it is whole.
+    /// Takes the next piece; returns the layer when it is whole, not yet
+    /// [verified](WholeLayer::verify).
     ///
     /// # Errors
     /// A piece of another layer than `layer`, of another total than
-    /// `expected_bytes`, out of order, empty, or beyond the layer's end; or a whole
-    /// layer whose checksum does not match (field `piece.checksum`).
+    /// `expected_bytes`, out of order, empty, or beyond the layer's end.
     pub fn push(
         &mut self,
         piece: v1::LayerPiece,
@@ -278,12 +300,6 @@ impl LayerAssembly {
             }
             Bytes::from(std::mem::take(&mut self.partial))
         };
-        if Checksum::of(&data) != checksum {
-            return Err(InvalidField::new(
-                "piece.checksum",
-                "the layer's bytes do not match its CRC-64/NVME",
-            ));
-        }
         Ok(Some(WholeLayer {
             layer,
             data,
@@ -367,7 +383,7 @@ mod tests {
         let error = assembly.push(parts[0].clone(), 0, 8).unwrap_err();
         assert_eq!(error.field, "piece.layer_bytes");
         assert_eq!(assembly.push(parts[0].clone(), 0, data.len()), Ok(None));
-        let error = assembly.push(parts[1].clone(), 0, data.len()).unwrap_err();
-        assert_eq!(error.field, "piece.checksum");
+        let whole = assembly.push(parts[1].clone(), 0, data.len()).unwrap();
+        assert_eq!(whole.unwrap().verify().unwrap_err().field, "piece.checksum");
     }
 }

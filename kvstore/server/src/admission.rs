@@ -8,11 +8,14 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
-/// The gate of puts and gets.
+use crate::config::Limits;
+
+/// The gate of calls that stream.
 #[derive(Debug)]
 pub(crate) struct Admission {
     streams: Arc<Semaphore>,
     limit: u32,
+    watchers: Arc<Semaphore>,
     /// Shutdown has begun: nothing new starts.
     pub(crate) draining: CancellationToken,
     /// Shutdown has waited long enough: what runs ends.
@@ -20,25 +23,34 @@ pub(crate) struct Admission {
 }
 
 impl Admission {
-    pub(crate) fn new(streams: u32) -> Self {
-        let limit = streams.max(1);
-        let permits = usize::try_from(limit).unwrap_or(Semaphore::MAX_PERMITS);
+    pub(crate) fn new(limits: &Limits) -> Self {
+        let limit = limits.data_streams.max(1);
         Self {
-            streams: Arc::new(Semaphore::new(permits.min(Semaphore::MAX_PERMITS))),
+            streams: semaphore(limit),
             limit,
+            watchers: semaphore(limits.watchers.max(1)),
             draining: CancellationToken::new(),
             aborting: CancellationToken::new(),
         }
     }
 
-    /// Admits one transfer, until the permit is dropped.
+    /// Admits one put or get, until the permit is dropped.
     pub(crate) fn transfer(&self) -> Result<OwnedSemaphorePermit, Status> {
+        self.admit(&self.streams, "too many puts and gets at once")
+    }
+
+    /// Admits one watch or listing, until the permit is dropped.
+    pub(crate) fn watcher(&self) -> Result<OwnedSemaphorePermit, Status> {
+        self.admit(&self.watchers, "too many watches and listings at once")
+    }
+
+    fn admit(&self, gate: &Arc<Semaphore>, full: &str) -> Result<OwnedSemaphorePermit, Status> {
         if self.draining.is_cancelled() {
             return Err(shutting_down());
         }
-        Arc::clone(&self.streams)
+        Arc::clone(gate)
             .try_acquire_owned()
-            .map_err(|_| status::come_back("too many puts and gets at once", BUSY))
+            .map_err(|_| status::come_back(full, BUSY))
     }
 
     /// Waits until no transfer is in progress.
@@ -46,6 +58,11 @@ impl Admission {
         // An error would mean a closed semaphore, which nobody closes.
         let _ = self.streams.acquire_many(self.limit).await;
     }
+}
+
+fn semaphore(permits: u32) -> Arc<Semaphore> {
+    let permits = usize::try_from(permits).unwrap_or(Semaphore::MAX_PERMITS);
+    Arc::new(Semaphore::new(permits.min(Semaphore::MAX_PERMITS)))
 }
 
 pub(crate) fn shutting_down() -> Status {

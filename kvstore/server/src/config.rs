@@ -51,9 +51,15 @@ pub struct Limits {
     /// outside of the memory capacity, is this times `connections`.
     /// Default: [`Self::WINDOW`]. Minimum: 64KiB. Maximum: 1GiB.
     pub window: ByteSize,
-    /// Milliseconds without progress after which a put or get is ended.
+    /// Milliseconds without progress after which a stream is ended.
     /// Default: [`Self::STREAM_IDLE_MS`].
     pub stream_idle_ms: u64,
+    /// Watches and listings in progress at once; more are asked to come back.
+    /// Default: [`Self::WATCHERS`]. Minimum: 1.
+    pub watchers: u32,
+    /// Milliseconds after which a get gives up on a read of the device; the chunk is
+    /// lost to it. Default: [`Self::READ_TIMEOUT_MS`].
+    pub read_timeout_ms: u64,
     /// Milliseconds that transfers get to finish at shutdown.
     /// Default: [`Self::DRAIN_MS`].
     pub drain_ms: u64,
@@ -70,11 +76,19 @@ impl Limits {
     pub const WINDOW: ByteSize = ByteSize::mib(4);
     /// 30 seconds.
     pub const STREAM_IDLE_MS: u64 = 30_000;
+    /// 64.
+    pub const WATCHERS: u32 = 64;
+    /// 10 seconds.
+    pub const READ_TIMEOUT_MS: u64 = 10_000;
     /// 10 seconds.
     pub const DRAIN_MS: u64 = 10_000;
 
     pub(crate) const fn stream_idle(&self) -> Duration {
         Duration::from_millis(self.stream_idle_ms)
+    }
+
+    pub(crate) const fn read_timeout(&self) -> Duration {
+        Duration::from_millis(self.read_timeout_ms)
     }
 
     pub(crate) const fn drain(&self) -> Duration {
@@ -95,6 +109,8 @@ impl Default for Limits {
             read_ahead: Self::READ_AHEAD,
             window: Self::WINDOW,
             stream_idle_ms: Self::STREAM_IDLE_MS,
+            watchers: Self::WATCHERS,
+            read_timeout_ms: Self::READ_TIMEOUT_MS,
             drain_ms: Self::DRAIN_MS,
         }
     }

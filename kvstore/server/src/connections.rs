@@ -11,27 +11,32 @@ use futures::Stream;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::Sleep;
 use tonic::transport::server::{Connected, TcpConnectInfo};
 
-/// A connection, counted until it is dropped.
+/// A connection, counted until it is dropped. It fails where its peer does not
+/// soon greet: nothing else would end a silent one.
 #[derive(Debug)]
 pub(crate) struct Counted {
     stream: TcpStream,
+    /// Bytes of the greeting that have not come, and the time by which they must.
+    greeting: Option<(usize, Pin<Box<Sleep>>)>,
     _permit: OwnedSemaphorePermit,
 }
 
 /// Accepts at most `limit` connections at once. The next one waits in the kernel's
-/// backlog.
+/// backlog. A peer must greet within `greeting`.
 pub(crate) fn accept(
     listener: TcpListener,
     limit: u32,
+    greeting: Duration,
 ) -> impl Stream<Item = io::Result<Counted>> + Send {
     let limit = usize::try_from(limit.max(1)).unwrap_or(Semaphore::MAX_PERMITS);
     let permits = Arc::new(Semaphore::new(limit.min(Semaphore::MAX_PERMITS)));
-    futures::stream::unfold((listener, permits), |(listener, permits)| async move {
+    futures::stream::unfold((listener, permits), move |(listener, permits)| async move {
         let permit = Arc::clone(&permits).acquire_owned().await.ok()?;
         let accepted = match listener.accept().await {
-            Ok((stream, peer)) => Ok(counted(stream, peer, permit)),
+            Ok((stream, peer)) => Ok(counted(stream, peer, permit, greeting)),
             Err(error) => {
                 // Such as too many open files; trying again at once would spin.
                 tracing::warn!(%error, "cannot accept a connection");
@@ -43,12 +48,18 @@ pub(crate) fn accept(
     })
 }
 
-fn counted(stream: TcpStream, peer: SocketAddr, permit: OwnedSemaphorePermit) -> Counted {
+fn counted(
+    stream: TcpStream,
+    peer: SocketAddr,
+    permit: OwnedSemaphorePermit,
+    greeting: Duration,
+) -> Counted {
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(%peer, %error, "cannot disable Nagle's algorithm");
     }
     Counted {
         stream,
+        greeting: Some((PREFACE_BYTES, Box::pin(tokio::time::sleep(greeting)))),
         _permit: permit,
     }
 }
@@ -67,7 +78,18 @@ impl AsyncRead for Counted {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(cx, buf)
+        let before = buf.filled().len();
+        let read = Pin::new(&mut self.stream).poll_read(cx, buf);
+        let Some((missing, until)) = &mut self.greeting else {
+            return read;
+        };
+        *missing = missing.saturating_sub(buf.filled().len() - before);
+        if *missing == 0 {
+            self.greeting = None;
+        } else if read.is_pending() && until.as_mut().poll(cx).is_ready() {
+            return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+        }
+        read
     }
 }
 
@@ -102,3 +124,38 @@ impl AsyncWrite for Counted {
 }
 
 const AFTER_FAILURE: Duration = Duration::from_millis(100);
+/// How long a peer may take to greet.
+pub(crate) const GREETING: Duration = Duration::from_secs(10);
+/// `PRI * HTTP/2.0`, and so on.
+const PREFACE_BYTES: usize = 24;
+
+#[cfg(test)]
+mod tests {
+    use futures::StreamExt as _;
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+    use super::*;
+
+    const SOON: Duration = Duration::from_millis(100);
+
+    #[tokio::test]
+    async fn a_peer_that_does_not_greet_is_let_go() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let addr = listener.local_addr().unwrap();
+        let mut accepted = Box::pin(accept(listener, 1, SOON));
+        let mut silent = TcpStream::connect(addr).await.unwrap();
+        let mut counted = accepted.next().await.unwrap().unwrap();
+        silent.write_all(b"PRI").await.unwrap();
+        let error = counted.read_exact(&mut [0; 4]).await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        drop(counted);
+
+        let mut greets = TcpStream::connect(addr).await.unwrap();
+        let mut counted = accepted.next().await.unwrap().unwrap();
+        greets.write_all(&[0; PREFACE_BYTES]).await.unwrap();
+        counted.read_exact(&mut [0; PREFACE_BYTES]).await.unwrap();
+        let mut byte = [0];
+        let read = tokio::time::timeout(SOON * 2, counted.read(&mut byte)).await;
+        assert!(read.is_err(), "it may be silent from then on");
+    }
+}

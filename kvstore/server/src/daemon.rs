@@ -2,7 +2,7 @@
 //!
 //! Starts without any configuration. Prints where its data are and where it
 //! listens on stdout, logs on stderr (`RUST_LOG` filters), drains on SIGTERM and
-//! SIGINT, and exits with 0.
+//! SIGINT, and exits with 0. A second signal ends it at once.
 
 use std::ffi::OsString;
 use std::fs;
@@ -10,8 +10,9 @@ use std::io::{self, IsTerminal as _, Write as _};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, anyhow, bail};
 use clap::Parser;
 use kvasir_types::ByteSize;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -78,20 +79,35 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
         .enable_all()
         .build()
         .context("cannot start the runtime")?;
-    runtime.block_on(async {
-        // Handlers come first: a parent that reads the address may signal at once.
-        let mut terminate = signal(SignalKind::terminate())?;
-        let mut interrupt = signal(SignalKind::interrupt())?;
-        let running = Server::start(config.server()?).await?;
-        announce(&config, &running, arguments.ready_file.as_deref())?;
-        tokio::select! {
-            _ = terminate.recv() => tracing::info!("SIGTERM: draining"),
-            _ = interrupt.recv() => tracing::info!("SIGINT: draining"),
+    let result = runtime.block_on(serve(&config, arguments.ready_file.as_deref()));
+    // A thread that a device holds must not hold the process.
+    runtime.shutdown_timeout(THREADS_END);
+    result
+}
+
+async fn serve(config: &DaemonConfig, ready_file: Option<&Path>) -> anyhow::Result<()> {
+    // Handlers come first: a parent that reads the address may signal at once.
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let running = Server::start(config.server()?).await?;
+    announce(config, &running, ready_file)?;
+    let stopped = tokio::select! {
+        _ = terminate.recv() => {
+            tracing::info!("SIGTERM: draining");
+            Ok(())
         }
-        running.shutdown().await;
-        tracing::info!("stopped");
-        Ok(())
-    })
+        _ = interrupt.recv() => {
+            tracing::info!("SIGINT: draining");
+            Ok(())
+        }
+        () = running.ended() => Err(anyhow!("stopped serving; the log above says why")),
+    };
+    tokio::select! {
+        () = running.shutdown() => tracing::info!("stopped"),
+        _ = terminate.recv() => bail!("SIGTERM while draining: stopped at once"),
+        _ = interrupt.recv() => bail!("SIGINT while draining: stopped at once"),
+    }
+    stopped
 }
 
 /// The file, overridden by the flags.
@@ -171,3 +187,5 @@ fn raise_open_files() {
         tracing::warn!(%error, "cannot raise the limit of open files");
     }
 }
+
+const THREADS_END: Duration = Duration::from_secs(1);

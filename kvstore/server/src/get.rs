@@ -5,6 +5,7 @@
 //! reads the next layers while this one is on the wire. The chunks are leased from
 //! before the header is sent until the stream ends.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,6 +15,7 @@ use kvasir_proto::{InvalidField, convert, v1};
 use kvasir_store::{Lease, ReadError};
 use kvasir_types::{Checksum, ChunkKey, LayerIdx, LayerRange};
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
+use tokio::time::timeout;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 use v1::chunk_lost::Reason;
@@ -36,7 +38,11 @@ pub(crate) async fn serve(
         None => None,
     };
     let permit = shared.admission.transfer()?;
-    let leases = lease_prefix(&shared, &keys).await;
+    let leases = tokio::select! {
+        () = shared.admission.aborting.cancelled() => return Err(shutting_down()),
+        leases = timeout(shared.limits.read_timeout(), lease_prefix(&shared, &keys)) => leases,
+    };
+    let leases = leases.map_err(|_| Status::deadline_exceeded("the device does not answer"))?;
     let range = layers_of(&leases, asked)?;
 
     let (sender, receiver) = mpsc::channel(SEND_QUEUE);
@@ -137,14 +143,25 @@ impl Transfer {
             .clamp(2, MAX_READS);
         let mut places = Places::new(range, self.leases.len());
         let mut reads = FuturesOrdered::new();
+        let mut due = VecDeque::new();
         loop {
             while reads.len() < ahead
                 && let Some(place) = places.next()
             {
-                reads.push_back(async move { (place, self.read(place).await) });
+                due.push_back(place);
+                reads.push_back(self.read(place));
             }
-            let Some((place, mut read)) = reads.next().await else {
+            let Some(place) = due.pop_front() else {
                 return Ok(());
+            };
+            let mut read = match self.wait_for(reads.next()).await?.flatten() {
+                Some(read) => read,
+                None => {
+                    reads = FuturesOrdered::new();
+                    due.clear();
+                    places.back_to_after(place);
+                    Err(Reason::Device)
+                }
             };
             if place.chunk >= places.live {
                 continue;
@@ -152,9 +169,11 @@ impl Transfer {
             if matches!(read, Err(Reason::Throttled)) {
                 // Layers read ahead may hold the very memory that this one needs.
                 reads = FuturesOrdered::new();
+                due.clear();
                 places.back_to_after(place);
                 ahead = (ahead / 2).max(1);
-                read = self.read_patiently(place).await;
+                let patient = self.wait_for(self.read_patiently(place)).await?;
+                read = patient.unwrap_or(Err(Reason::Device));
             }
             match read {
                 Ok((data, checksum)) => self.send_layer(place, data, checksum).await?,
@@ -167,6 +186,16 @@ impl Transfer {
                     .await?;
                 }
             }
+        }
+    }
+
+    /// Waits for the device, but not for ever (`None`), nor for a receiver that is
+    /// gone.
+    async fn wait_for<T>(&self, read: impl Future<Output = T>) -> Result<Option<T>, Stop> {
+        tokio::select! {
+            () = self.shared.admission.aborting.cancelled() => Err(Stop::Refuse(shutting_down())),
+            () = self.sender.closed() => Err(Stop::Gone),
+            read = timeout(self.shared.limits.read_timeout(), read) => Ok(read.ok()),
         }
     }
 
@@ -192,7 +221,7 @@ impl Transfer {
             () = self.shared.admission.aborting.cancelled() => {
                 return Err(Stop::Refuse(shutting_down()));
             }
-            sent = tokio::time::timeout(idle, self.sender.send(response)) => sent,
+            sent = timeout(idle, self.sender.send(response)) => sent,
         };
         match sent {
             Ok(Ok(())) => Ok(()),

@@ -23,15 +23,22 @@
 //! | payload, in the store and on its way | the memory capacity | `RESOURCE_EXHAUSTED`, come back |
 //! | puts and gets in progress | [`Limits::data_streams`] | `RESOURCE_EXHAUSTED`, come back |
 //! | layers read ahead of a get's receiver | [`Limits::read_ahead`] | the next read waits |
-//! | a silent peer of a put or get | [`Limits::stream_idle_ms`] | the stream ends; a put stores nothing |
+//! | a read of the device, for a get | [`Limits::read_timeout_ms`] | the chunk is lost to the get |
+//! | watches and listings in progress | [`Limits::watchers`] | `RESOURCE_EXHAUSTED`, come back |
+//! | a peer that neither sends nor takes | [`Limits::stream_idle_ms`] | the stream ends; a put stores nothing |
+//! | chunks of a listing in memory | 16384 | the next page waits |
+//! | calls in progress on a connection | 256 | the peer waits |
 //! | connections | [`Limits::connections`] | the next one waits in the kernel's backlog |
+//! | a connection whose peer does not greet | 10 s | it is closed |
 //! | bytes in a connection's receive window | [`Limits::window`] | the peer waits |
 //! | changes a watcher lags behind | [`EventLog::CAPACITY`](kvasir_store::EventLog::CAPACITY) | it gets a new snapshot |
 //!
 //! # Shutdown
 //! [`Running::shutdown`] reports `NOT_SERVING`, stops accepting, ends watches, lets
 //! transfers finish for [`Limits::drain_ms`], ends the rest as `UNAVAILABLE`, gives
-//! peers two seconds to close their connections, and closes the store. Whatever was acknowledged as durable by then needs none of it.
+//! peers two seconds to close their connections, and the store ten to close. Whatever
+//! was acknowledged as durable by then needs none of it. A second signal ends
+//! `kvasird` at once.
 
 #![forbid(unsafe_code)]
 
@@ -42,6 +49,8 @@ mod connections;
 mod counters;
 pub mod daemon;
 mod get;
+mod list;
+mod outgoing;
 mod process;
 mod put;
 mod refusal;

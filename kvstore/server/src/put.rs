@@ -2,10 +2,10 @@
 
 use bytes::Bytes;
 use kvasir_codec::Object;
-use kvasir_proto::convert::{LayerAssembly, PutHeader};
+use kvasir_proto::convert::{self, LayerAssembly, PutHeader};
 use kvasir_proto::{InvalidField, v1};
-use kvasir_store::PutOutcome;
-use kvasir_types::KvLayout;
+use kvasir_store::{PutOutcome, Store};
+use kvasir_types::{Checksum, KvLayout};
 use tonic::{Status, Streaming};
 use v1::put_request::Message;
 
@@ -26,14 +26,12 @@ pub(crate) async fn receive(
     let header = PutHeader::try_from(&header)?;
     let reservation = shared
         .store
-        .reserve(charged_bytes(&header.layout))
+        .reserve(Store::charged_bytes_of_raw(&header.layout))
         .map_err(|error| refusal::throttled(&error))?;
-    let layers = sender.layers(&header.layout).await?;
-    let object =
-        tokio::task::spawn_blocking(move || Object::raw(header.key, &header.layout, layers))
-            .await
-            .map_err(|_| Status::internal("the chunk could not be assembled"))?
-            .map_err(|error| InvalidField::new("piece", error))?;
+    let (layers, checksums) = sender.layers(&header.layout).await?;
+    let object = tokio::task::spawn_blocking(move || assemble(&header, layers, &checksums))
+        .await
+        .map_err(|_| Status::internal("the chunk could not be assembled"))??;
     let outcome = shared
         .store
         .put_reserved(object, reservation)
@@ -49,15 +47,31 @@ pub(crate) async fn receive(
     })
 }
 
+/// Hashes what is going to be stored, once, and compares with what its sender states.
+fn assemble(
+    header: &PutHeader,
+    layers: Vec<Bytes>,
+    checksums: &[Checksum],
+) -> Result<Object, InvalidField> {
+    let object = Object::raw(header.key, &header.layout, layers)
+        .map_err(|error| InvalidField::new("piece", error))?;
+    for (index, (entry, stated)) in (0..).zip(object.header().layers().iter().zip(checksums)) {
+        convert::check(index, *stated, entry.checksum)?;
+    }
+    Ok(object)
+}
+
 struct Sender<'a> {
     shared: &'a Shared,
     messages: Streaming<v1::PutRequest>,
 }
 
 impl Sender<'_> {
-    async fn layers(&mut self, layout: &KvLayout) -> Result<Vec<Bytes>, Status> {
+    /// The layers, and the checksums that the sender states for them.
+    async fn layers(&mut self, layout: &KvLayout) -> Result<(Vec<Bytes>, Vec<Checksum>), Status> {
         let expected = layout.layer_bytes();
         let mut layers = Vec::with_capacity(layout.layers().into());
+        let mut checksums = Vec::with_capacity(layout.layers().into());
         for layer in 0..layout.layers() {
             let mut assembly = LayerAssembly::default();
             let whole = loop {
@@ -75,6 +89,7 @@ impl Sender<'_> {
                 if let Some(whole) = assembly.push(piece, layer, expected)? {
                     // A single piece is a slice of a receive buffer of unknown size,
                     // which would stay alive with it and be charged to nobody.
+                    checksums.push(whole.checksum);
                     break if one_piece {
                         Bytes::copy_from_slice(&whole.data)
                     } else {
@@ -86,7 +101,7 @@ impl Sender<'_> {
             self.shared.counters.received_bytes.add(expected);
         }
         match self.next().await? {
-            None => Ok(layers),
+            None => Ok((layers, checksums)),
             Some(_) => {
                 Err(InvalidField::new("piece", "a message came after the last layer").into())
             }
@@ -112,12 +127,3 @@ impl Sender<'_> {
         }
     }
 }
-
-/// What the store will charge for the chunk, or a little more: it gives back what
-/// it does not need.
-fn charged_bytes(layout: &KvLayout) -> u64 {
-    layout.chunk_bytes() + CHUNK_OVERHEAD + LAYER_OVERHEAD * u64::from(layout.layers())
-}
-
-const CHUNK_OVERHEAD: u64 = 1024;
-const LAYER_OVERHEAD: u64 = 256;

@@ -35,6 +35,10 @@ pub(crate) fn put(error: &PutError) -> Status {
 pub(crate) fn pin(error: &PinRefused) -> Option<Status> {
     match error {
         PinRefused::Missing(_) => None,
+        // No waiting will make them fit.
+        PinRefused::OverLimit { wanted, limit, .. } if wanted > limit => {
+            Some(InvalidField::new("keys", error).into())
+        }
         error => Some(status::come_back(error.to_string(), PINS_END)),
     }
 }

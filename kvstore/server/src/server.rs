@@ -10,6 +10,7 @@ use kvasir_proto::{MAX_FRAME_BYTES, MAX_MESSAGE_BYTES};
 use kvasir_store::{OpenError, Store};
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
+use tokio::time::timeout;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tonic::transport::server::Router;
 use tonic_health::server::HealthReporter;
@@ -29,7 +30,8 @@ pub struct Running {
     addr: SocketAddr,
     service: Service,
     health: HealthReporter,
-    serving: JoinHandle<Result<(), tonic::transport::Error>>,
+    serving: JoinHandle<()>,
+    ended: CancellationToken,
     _abort: DropGuard,
 }
 
@@ -81,10 +83,20 @@ impl Server {
         let service = Service::new(store, config.limits.clone(), data_dir);
 
         let (health, router) = router(&config.limits, service.clone()).await?;
-        let incoming = connections::accept(listener, config.limits.connections);
+        let incoming =
+            connections::accept(listener, config.limits.connections, connections::GREETING);
         let draining = service.shared().admission.draining.clone();
-        let serving =
-            tokio::spawn(router.serve_with_incoming_shutdown(incoming, draining.cancelled_owned()));
+        let ended = CancellationToken::new();
+        let serving = tokio::spawn({
+            let ended = ended.clone().drop_guard();
+            let serve = router.serve_with_incoming_shutdown(incoming, draining.cancelled_owned());
+            async move {
+                let _ended = ended;
+                if let Err(error) = serve.await {
+                    tracing::error!(%error, "the server stopped serving");
+                }
+            }
+        });
         let admission = &service.shared().admission;
         let stop = CancellationToken::new();
         tokio::spawn({
@@ -104,6 +116,7 @@ impl Server {
             service,
             health,
             serving,
+            ended,
             _abort: stop.drop_guard(),
         })
     }
@@ -125,29 +138,41 @@ impl Running {
         &self.service.shared().store
     }
 
+    /// Waits until the server no longer listens, whatever the reason.
+    pub async fn ended(&self) {
+        self.ended.cancelled().await;
+    }
+
     /// Stops: see the [crate documentation](crate#shutdown). Returns when nothing is
     /// left to do, [`Limits::drain_ms`] and some seconds later at the latest.
-    pub async fn shutdown(mut self) {
+    pub async fn shutdown(self) {
         let shared = self.service.shared().clone();
         self.health.set_not_serving::<CacheServer<Service>>().await;
         shared.admission.draining.cancel();
         tokio::select! {
             // Every peer has closed its connection.
-            _ = &mut self.serving => (),
-            finished = tokio::time::timeout(shared.limits.drain(), shared.admission.idle()) => {
+            () = self.ended.cancelled() => (),
+            finished = timeout(shared.limits.drain(), shared.admission.idle()) => {
                 if finished.is_err() {
                     tracing::warn!("transfers did not finish in time and are ended");
                     shared.admission.aborting.cancel();
                 }
                 // What was sent last is on its way; a peer that is stuck may never
                 // close its connection.
-                if tokio::time::timeout(LINGER, &mut self.serving).await.is_err() {
+                if timeout(LINGER, self.ended.cancelled()).await.is_err() {
                     self.serving.abort();
                 }
             }
         }
-        if let Err(error) = shared.store.close().await {
-            tracing::error!(%error, "the store did not close cleanly; acknowledged chunks are safe");
+        match timeout(CLOSE, shared.store.close()).await {
+            Ok(Ok(())) => (),
+            Ok(Err(error)) => tracing::error!(
+                %error,
+                "the store did not close cleanly; acknowledged chunks are safe"
+            ),
+            Err(_) => tracing::error!(
+                "the device does not answer; the store is left open, and acknowledged chunks are safe"
+            ),
         }
     }
 }
@@ -169,6 +194,7 @@ async fn router(
         .initial_stream_window_size(limits.window_bytes())
         .initial_connection_window_size(limits.window_bytes())
         .max_frame_size(MAX_FRAME_BYTES)
+        .max_concurrent_streams(CALLS)
         .http2_keepalive_interval(Some(KEEP_ALIVE))
         .http2_keepalive_timeout(Some(KEEP_ALIVE))
         .add_service(cache)
@@ -177,8 +203,12 @@ async fn router(
     Ok((health, router))
 }
 
+/// Calls in progress on one connection; more wait at the peer.
+const CALLS: u32 = 256;
 /// How often a silent peer is asked whether it is there, and how long it may take
 /// to answer.
 const KEEP_ALIVE: Duration = Duration::from_secs(20);
 /// How long peers may take to receive what was sent and to close their connections.
 const LINGER: Duration = Duration::from_secs(2);
+/// How long the device may take to finish what it has begun.
+const CLOSE: Duration = Duration::from_secs(10);

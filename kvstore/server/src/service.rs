@@ -13,7 +13,7 @@ use tonic::{Request, Response, Status, Streaming};
 use crate::admission::Admission;
 use crate::config::Limits;
 use crate::counters::Counters;
-use crate::{get, process, put, refusal, watch, wire};
+use crate::{get, list, process, put, refusal, watch, wire};
 
 /// Serves one store. Clones are handles to the same service.
 #[derive(Clone, Debug)]
@@ -37,7 +37,7 @@ impl Service {
     pub(crate) fn new(store: Store, limits: Limits, data_dir: String) -> Self {
         Self(Arc::new(Shared {
             store,
-            admission: Admission::new(limits.data_streams),
+            admission: Admission::new(&limits),
             limits,
             counters: Counters::default(),
             data_dir,
@@ -148,12 +148,11 @@ impl Cache for Service {
             0 => usize::MAX,
             limit => usize::try_from(limit).unwrap_or(usize::MAX),
         };
-        let store = self.0.store.clone();
-        let listed = tokio::task::spawn_blocking(move || store.list(after.as_ref(), limit))
-            .await
-            .map_err(|_| Status::internal("the listing failed"))?;
-        let messages = listed.into_iter().map(|chunk| Ok(wire::listed(&chunk)));
-        Ok(Response::new(stream::iter(messages).boxed()))
+        Ok(Response::new(list::serve(
+            Arc::clone(&self.0),
+            after,
+            limit,
+        )?))
     }
 
     async fn stats(&self, _: Request<v1::StatsRequest>) -> Answer<v1::StatsResponse> {
@@ -179,7 +178,7 @@ impl Shared {
             tiers: tiers()
                 .map(|(kind, usage)| wire::usage(*kind, usage))
                 .collect(),
-            pins: tiers().map(|(_, usage)| usage.pins).sum(),
+            pins: stats.pins,
             pinned_bytes: tiers().map(|(_, usage)| usage.pinned_bytes).sum(),
             leases: stats.leases,
             lookup_keys: self.counters.lookup_keys.get(),

@@ -5,56 +5,34 @@
 
 use std::sync::Arc;
 
-use futures::stream::{BoxStream, StreamExt as _};
 use kvasir_proto::{MAX_KEYS, convert, v1};
 use kvasir_store::{Event, EventKind, Snapshot};
 use tokio::sync::broadcast::error::RecvError;
-use tokio::sync::mpsc;
-use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 use v1::watch_response::Event as WireEvent;
 
-use crate::admission::shutting_down;
+use crate::outgoing::{self, Messages, Over, Sender};
 use crate::service::Shared;
 use crate::wire;
 
-type Messages = BoxStream<'static, Result<v1::WatchResponse, Status>>;
-
 /// Starts a watch; it ends with its receiver, or with the server.
-pub(crate) fn serve(shared: Arc<Shared>) -> Result<Messages, Status> {
-    if shared.admission.draining.is_cancelled() {
-        return Err(shutting_down());
-    }
-    let (sender, receiver) = mpsc::channel(SEND_QUEUE);
-    tokio::spawn(async move {
-        tokio::select! {
-            () = shared.admission.draining.cancelled() => {
-                // A receiver that reads nothing is not waited for.
-                let _ = sender.try_send(Err(shutting_down()));
-            }
-            _ = follow(&shared, &sender) => (),
-        }
-    });
-    Ok(ReceiverStream::new(receiver).boxed())
+pub(crate) fn serve(shared: Arc<Shared>) -> Result<Messages<v1::WatchResponse>, Status> {
+    outgoing::serve(shared, follow)
 }
 
-/// The receiver is gone, or the store is.
-struct Over;
-
-type Sender = mpsc::Sender<Result<v1::WatchResponse, Status>>;
-
-async fn follow(shared: &Shared, sender: &Sender) -> Result<(), Over> {
-    let mut events = shared.store.events();
+async fn follow(sender: Sender<v1::WatchResponse>) -> Result<(), Over> {
+    let store = &sender.shared().store;
+    let mut events = store.events();
     loop {
-        let snapshot = shared.store.snapshot();
+        let snapshot = store.snapshot();
         let contained = snapshot.sequence;
         for part in parts(snapshot) {
-            send(sender, part).await?;
+            sender.send(Ok(part)).await?;
         }
         loop {
             match events.recv().await {
                 Ok(event) if event.sequence <= contained => (),
-                Ok(event) => send(sender, change(&event)).await?,
+                Ok(event) => sender.send(Ok(change(&event))).await?,
                 Err(RecvError::Lagged(missed)) => {
                     tracing::debug!(missed, "a watcher lags and gets a snapshot");
                     break;
@@ -63,10 +41,6 @@ async fn follow(shared: &Shared, sender: &Sender) -> Result<(), Over> {
             }
         }
     }
-}
-
-async fn send(sender: &Sender, message: v1::WatchResponse) -> Result<(), Over> {
-    sender.send(Ok(message)).await.map_err(|_| Over)
 }
 
 /// At least one part, even of an empty store.
@@ -114,7 +88,3 @@ fn change(event: &Event) -> v1::WatchResponse {
         })),
     }
 }
-
-/// Messages between the events and the socket; the events' own queue is the longer
-/// one.
-const SEND_QUEUE: usize = 16;

@@ -84,7 +84,7 @@ impl Drop for Unpublished {
 impl ChunkFiles {
     /// The chunk files under `root`, whose directories are created where missing.
     pub(super) fn open(root: PathBuf, drop_page_cache: bool) -> io::Result<Self> {
-        fs::create_dir_all(&root)?;
+        create_directory(&root)?;
         let files = Self {
             root,
             drop_page_cache,
@@ -180,7 +180,21 @@ pub(super) fn remove_if_there(path: &Path) -> io::Result<()> {
     }
 }
 
-fn sync_directory(path: &Path) -> io::Result<()> {
+/// Creates a directory, and its parents where missing, durably.
+pub(super) fn create_directory(path: &Path) -> io::Result<()> {
+    let missing: Vec<&Path> = path.ancestors().take_while(|path| !path.is_dir()).collect();
+    fs::create_dir_all(path)?;
+    for created in missing {
+        match created.parent() {
+            Some(parent) if parent == Path::new("") => sync_directory(Path::new("."))?,
+            Some(parent) => sync_directory(parent)?,
+            None => (),
+        }
+    }
+    Ok(())
+}
+
+pub(super) fn sync_directory(path: &Path) -> io::Result<()> {
     File::open(path)?.sync_all()
 }
 
@@ -194,6 +208,15 @@ const TEMPORARY: &str = "tmp";
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn directories_are_created_with_their_parents() {
+        let base = tempfile::tempdir().unwrap();
+        let path = base.path().join("a/b/c");
+        create_directory(&path).unwrap();
+        assert!(path.is_dir());
+        create_directory(&path).unwrap();
+    }
 
     #[test]
     fn names_round_trip_and_foreign_ones_are_not_ours() {

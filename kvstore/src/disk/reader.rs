@@ -1,13 +1,14 @@
 //! Reading one chunk file.
 
 use std::fs::File;
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind};
 use std::sync::Arc;
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use kvasir_codec::{LayerError, ObjectHeader};
 use kvasir_types::{LayerIdx, LayerRange};
+use rustix::io::Errno;
 
 use super::{DiskEntry, DiskTier, Shared};
 use crate::budget::{ChargedBytes, Reservation};
@@ -32,7 +33,8 @@ impl DiskTier {
             Ok(opened) => opened,
             Err(error) => {
                 count(&shared.counters.failures);
-                return Err(error);
+                shared.discard_unreadable(entry, &error);
+                return Err(error.into());
             }
         };
         let Some((file, header)) = opened else {
@@ -49,12 +51,22 @@ impl DiskTier {
 }
 
 impl Shared {
-    fn open_file(&self, entry: &DiskEntry) -> Result<Option<(File, ObjectHeader)>, DeviceError> {
+    /// Drops a copy that the device cannot read, so that it can be stored again.
+    fn discard_unreadable(&self, entry: &DiskEntry, error: &io::Error) {
+        if is_shortage(error) {
+            return;
+        }
+        let key = &entry.facts.key;
+        tracing::warn!(%key, %error, "a chunk file cannot be read");
+        self.discard_corrupt(key, entry.generation);
+    }
+
+    fn open_file(&self, entry: &DiskEntry) -> io::Result<Option<(File, ObjectHeader)>> {
         let facts = &entry.facts;
         let file = match self.files.reader(&facts.key, entry.generation) {
             Ok(file) => file,
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(error.into()),
+            Err(error) => return Err(error),
         };
         let header_bytes = ObjectHeader::header_bytes(facts.layout.layers());
         let bytes = self.files.read(&file, 0, header_bytes)?;
@@ -104,7 +116,8 @@ impl DiskReader {
                 Ok(bytes) => bytes,
                 Err(error) => {
                     count(&shared.counters.failures);
-                    return Err(error.into());
+                    shared.discard_unreadable(&self.entry, &error);
+                    return Err(DeviceError::from(error).into());
                 }
             };
             // While the bytes are still in the cache.
@@ -122,7 +135,7 @@ impl DiskReader {
     }
 
     /// A layer's bytes; fewer where the file ends early.
-    fn read_layer(&self, shared: &Shared, layer: LayerIdx) -> Result<Bytes, DeviceError> {
+    fn read_layer(&self, shared: &Shared, layer: LayerIdx) -> io::Result<Bytes> {
         let Some(entry) = self.header.layer(layer) else {
             return Ok(Bytes::new());
         };
@@ -164,4 +177,13 @@ impl ChunkReader for DiskReader {
             Ok(layers.iter().map(ChargedBytes::share).collect())
         })
     }
+}
+
+/// Whether the process or the system is short of something; the file may be good.
+fn is_shortage(error: &io::Error) -> bool {
+    let shortages = [Errno::MFILE, Errno::NFILE, Errno::NOMEM];
+    shortages
+        .map(Errno::raw_os_error)
+        .map(Some)
+        .contains(&error.raw_os_error())
 }

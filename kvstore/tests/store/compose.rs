@@ -52,6 +52,10 @@ async fn writes_go_through_and_reads_promote() {
     assert_eq!(listed[0].key, key(1));
     assert_eq!(listed[0].tiers, [TierKind::Memory, TierKind::Disk]);
     assert_eq!(store.list(None, 10).len(), 3);
+    let pages = [None, Some(key(0)), Some(key(1)), Some(key(2))];
+    let pages = pages.map(|after| store.list(after.as_ref(), 1));
+    assert_eq!(pages.concat(), store.list(None, usize::MAX));
+    assert!(store.list(None, 0).is_empty());
 
     // Layer by layer, out of order, through one lease.
     let lease = store.lease(key(0)).await.unwrap();
@@ -108,6 +112,46 @@ async fn deleting_removes_every_copy_but_not_what_is_held() {
     drop(lease);
     assert_eq!(store.stats().memory.bytes, 0);
     assert_eq!(store.stats().disk.unwrap().bytes, 0);
+}
+
+/// A delete that nobody waits for leaves no copy behind.
+#[tokio::test]
+async fn an_abandoned_delete_finishes() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = Store::open(on_disk(directory.path())).await.unwrap();
+    let _ = store.put(object(1)).await.unwrap();
+    let mut delete = Box::pin(store.delete(key(1)));
+    assert!(futures::poll!(&mut delete).is_pending());
+    drop(delete);
+    while store.lookup(&[key(1)]).prefix > 0 {
+        tokio::task::yield_now().await;
+    }
+}
+
+/// What memory serves is used on disk too.
+#[tokio::test]
+async fn the_most_read_chunk_is_not_the_first_to_leave_the_disk() {
+    let directory = tempfile::tempdir().unwrap();
+    let config = StoreConfig {
+        memory: MemoryConfig::default(),
+        disk: Some(DiskConfig {
+            // Three files of 16 KiB payload and a header.
+            capacity: ByteSize::kib(60),
+            ..DiskConfig::at(directory.path())
+        }),
+    };
+    let store = Store::open(config).await.unwrap();
+    for number in 0..3 {
+        let _ = store.put(object(number)).await.unwrap();
+    }
+    assert!(get(&store, 0).await.is_some());
+    let _ = store.put(object(3)).await.unwrap();
+    let on_disk = |number| {
+        let listed = store.list(None, 100);
+        let mut here = listed.iter().filter(|item| item.key == key(number));
+        here.any(|item| item.tiers.contains(&TierKind::Disk))
+    };
+    assert!(on_disk(0) && !on_disk(1));
 }
 
 /// A lease from before a deletion must not bring the chunk back by promotion.
@@ -195,13 +239,17 @@ async fn pins_live_in_the_lowest_tier_and_expire_in_virtual_time() {
         let _ = store.put(object(number)).await.unwrap();
     }
     let minute = Duration::from_secs(60);
+    let pins = || {
+        let stats = store.stats();
+        (stats.memory.pins, stats.disk.unwrap().pins, stats.pins)
+    };
     store.pin(&[key(0)], minute).unwrap();
-    assert_eq!(store.stats().disk.unwrap().pins, 1);
+    assert_eq!(pins(), (0, 1, 1));
     let refused = store.pin(&[key(1)], minute).unwrap_err();
     assert!(matches!(refused, PinRefused::OverLimit { .. }));
     let refused = store.pin(&[key(0), key(77)], minute).unwrap_err();
     assert_eq!(refused, PinRefused::Missing(key(77)));
-    assert_eq!(store.stats().disk.unwrap().pins, 1, "all or none");
+    assert_eq!(pins(), (0, 1, 1), "all or none");
 
     let disk_has = |number| {
         let listed = store.list(None, 100);
@@ -214,9 +262,55 @@ async fn pins_live_in_the_lowest_tier_and_expire_in_virtual_time() {
     seconds.store(60, Ordering::SeqCst);
     let _ = store.put(object(4)).await.unwrap();
     assert!(!disk_has(0));
+    assert_eq!(pins(), (0, 0, 0));
     // Memory still has chunk 0, so it is pinned there.
     store.pin(&[key(0)], Duration::MAX).unwrap();
-    assert_eq!(store.stats().memory.pins, 1);
+    assert_eq!(pins(), (1, 0, 1));
+    let both = store.pin(&[key(0), key(4)], Duration::MAX).unwrap();
+    assert_eq!(pins(), (2, 1, 2));
+    assert!(store.delete(key(4)).await.unwrap());
+    assert_eq!(pins(), (2, 0, 2), "what is gone is not pinned");
+    assert!(store.unpin(both));
+    assert_eq!(pins(), (1, 0, 1));
+    assert!(!store.unpin(store.pin(&[], minute).unwrap()));
+}
+
+/// Cold chunks, more than memory holds, read side by side.
+#[tokio::test]
+async fn a_cold_scan_leaves_half_of_what_is_hot() {
+    let directory = tempfile::tempdir().unwrap();
+    let chunk = Store::charged_bytes(object(0).header());
+    let config = StoreConfig {
+        memory: MemoryConfig::with_capacity(ByteSize::bytes(chunk * 8)),
+        disk: Some(DiskConfig::at(directory.path())),
+    };
+    let store = Store::open(config).await.unwrap();
+    for number in 0..32 {
+        let _ = store.put(object(number)).await.unwrap();
+    }
+    let hot: Vec<_> = (24..32).map(key).collect();
+    let in_memory = |keys: &[_]| {
+        let found = store.lookup(keys).found.into_iter().flatten();
+        found.filter(|found| found.tier == TierKind::Memory).count()
+    };
+    assert_eq!(in_memory(&hot), 8);
+    let mut leases = Vec::new();
+    for number in 0..24 {
+        leases.push(store.lease(key(number)).await.unwrap());
+    }
+    for layer in 0..4 {
+        let range = LayerRange::new(layer, layer + 1).unwrap();
+        for lease in &leases {
+            lease.read_layers(range).await.unwrap();
+        }
+    }
+    assert!(in_memory(&hot) >= 3, "{}", in_memory(&hot));
+    let cold: Vec<_> = (0..24).map(key).collect();
+    assert_eq!(
+        in_memory(&cold),
+        4,
+        "and some of the cold ones are promoted"
+    );
 }
 
 #[tokio::test]

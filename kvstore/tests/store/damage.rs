@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use kvasir_codec::{Object, ObjectHeader};
-use kvasir_store::{ReadError, Store};
+use kvasir_store::{PutOutcome, ReadError, Store};
 use kvasir_types::{DType, KvLayout, LayerRange, Planes};
 
 use crate::{all, close, file_of, get, key, layout, object, object_of, on_disk};
@@ -153,4 +153,46 @@ async fn a_stale_lease_does_not_drop_a_newer_copy() {
     assert!(stale.read_layers(all()).await.is_err());
     assert_eq!(get(&store, 1).await.unwrap(), replacement.layers());
     assert_eq!(store.stats().disk.unwrap().corrupt, 0);
+}
+
+/// A bad sector: the copy is dropped, so that the next put repairs it.
+#[tokio::test]
+async fn a_file_that_cannot_be_read() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = Store::open(on_disk(directory.path())).await.unwrap();
+    let _ = store.put(object(1)).await.unwrap();
+    close(store).await;
+    let store = Store::open(on_disk(directory.path())).await.unwrap();
+    replace_by_directory(&file_of(directory.path(), 1));
+    assert_eq!(get(&store, 1).await, None);
+    assert_eq!(store.lookup(&[key(1)]).prefix, 0);
+    assert_eq!(store.stats().disk.unwrap().corrupt, 1);
+    assert_eq!(store.put(object(1)).await.unwrap(), PutOutcome::Stored);
+    close(store).await;
+    let store = Store::open(on_disk(directory.path())).await.unwrap();
+    assert_eq!(get(&store, 1).await.unwrap(), object(1).layers());
+}
+
+/// A file that cannot be deleted keeps its space, and the call says so.
+#[tokio::test]
+async fn space_is_free_only_when_its_file_is_gone() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = Store::open(on_disk(directory.path())).await.unwrap();
+    let _ = store.put(object(1)).await.unwrap();
+    let before = store.stats().disk.unwrap();
+    replace_by_directory(&file_of(directory.path(), 1));
+
+    assert!(store.delete(key(1)).await.is_err());
+    assert_eq!(store.lookup(&[key(1)]).prefix, 0);
+    let after = store.stats().disk.unwrap();
+    assert_eq!((after.bytes, after.chunks), (before.bytes, 0));
+    close(store).await;
+    let store = Store::open(on_disk(directory.path())).await.unwrap();
+    assert_eq!(store.stats().disk.unwrap().bytes, 0);
+}
+
+/// Opens, and fails to be read and to be unlinked.
+fn replace_by_directory(file: &Path) {
+    fs::remove_file(file).unwrap();
+    fs::create_dir(file).unwrap();
 }

@@ -7,11 +7,13 @@ use std::str::FromStr;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ByteSize(u64);
 
-const UNITS: [(&str, u64); 9] = [
+const BINARY_UNITS: [(&str, u64); 4] = [
     ("KiB", 1 << 10),
     ("MiB", 1 << 20),
     ("GiB", 1 << 30),
     ("TiB", 1 << 40),
+];
+const OTHER_UNITS: [(&str, u64); 5] = [
     ("KB", 1_000),
     ("MB", 1_000_000),
     ("GB", 1_000_000_000),
@@ -38,6 +40,11 @@ impl ByteSize {
     /// This many GiB.
     pub const fn gib(gib: u64) -> Self {
         Self(gib << 30)
+    }
+
+    /// For people: in the largest unit that it reaches, rounded to one decimal.
+    pub fn human(self) -> impl fmt::Display {
+        Human(self.0)
     }
 
     /// The number of bytes.
@@ -67,8 +74,9 @@ impl FromStr for ByteSize {
         let factor = if unit.is_empty() {
             1
         } else {
-            UNITS
+            BINARY_UNITS
                 .iter()
+                .chain(&OTHER_UNITS)
                 .find(|(name, _)| name.eq_ignore_ascii_case(unit))
                 .ok_or_else(error)?
                 .1
@@ -78,20 +86,34 @@ impl FromStr for ByteSize {
 }
 
 impl fmt::Display for ByteSize {
-    /// Exact where a binary unit divides the size, else rounded to one decimal.
+    /// In the largest binary unit that divides the size; reads back as the same.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (name, unit) = UNITS[..4]
+        let (name, unit) = BINARY_UNITS
+            .iter()
+            .rev()
+            .find(|(_, unit)| self.0 >= *unit && self.0.is_multiple_of(*unit))
+            .unwrap_or(&("B", 1));
+        write!(f, "{}{name}", self.0 / unit)
+    }
+}
+
+/// See [`ByteSize::human`].
+#[derive(Clone, Copy, Debug)]
+struct Human(u64);
+
+impl fmt::Display for Human {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (name, unit) = BINARY_UNITS
             .iter()
             .rev()
             .find(|(_, unit)| self.0 >= *unit)
             .unwrap_or(&("B", 1));
         if self.0.is_multiple_of(*unit) {
-            write!(f, "{}{name}", self.0 / unit)
-        } else {
-            #[expect(clippy::cast_precision_loss, reason = "printed with one decimal")]
-            let value = self.0 as f64 / *unit as f64;
-            write!(f, "{value:.1}{name}")
+            return write!(f, "{}{name}", self.0 / unit);
         }
+        #[expect(clippy::cast_precision_loss, reason = "printed with one decimal")]
+        let value = self.0 as f64 / *unit as f64;
+        write!(f, "{value:.1}{name}")
     }
 }
 
@@ -132,9 +154,19 @@ mod tests {
     }
 
     #[test]
-    fn prints_what_it_reads() {
-        assert_eq!(ByteSize::gib(4).to_string(), "4GiB");
-        assert_eq!(ByteSize::bytes(1536).to_string(), "1.5KiB");
+    fn prints_for_people() {
+        assert_eq!(ByteSize::gib(4).human().to_string(), "4GiB");
+        assert_eq!(ByteSize::mib(1536).human().to_string(), "1.5GiB");
+        assert_eq!(ByteSize::mib(1536).to_string(), "1536MiB");
+        assert_eq!(ByteSize::bytes(1023).human().to_string(), "1023B");
         assert_eq!(ByteSize::bytes(0).to_string(), "0B");
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn reads_what_it_prints(number in 0..=u64::MAX, shift in 0..64u32) {
+            let size = ByteSize::bytes(number >> shift << (shift / 2));
+            proptest::prop_assert_eq!(size.to_string().parse(), Ok(size));
+        }
     }
 }

@@ -43,7 +43,7 @@ pub struct Lookup {
 pub struct Found {
     /// The fastest tier that has it.
     pub tier: Tier,
-    /// Stored payload bytes.
+    /// Bytes of the stored object, header included.
     pub bytes: u64,
 }
 
@@ -200,20 +200,25 @@ impl Client {
     }
 
     /// Streams the leading chunks that are present, layer-major. Returns once the
-    /// daemon holds them and says which they are; see [`LayerStream::chunks`].
+    /// daemon holds them and says which they are; see [`LayerStream::chunks`]. Of no
+    /// keys, the stream is empty.
     ///
     /// # Errors
-    /// See [`CallError`]; an absent chunk is none. At most 16384 keys.
+    /// See [`CallError`]; an absent chunk is none. [`CallError::Invalid`] for more
+    /// than 16384 keys: they are held together, so ask for fewer at once.
     pub async fn get(
         &self,
         keys: &[ChunkKey],
         options: GetOptions,
     ) -> Result<LayerStream, CallError> {
-        check_keys(keys)?;
         let deadline = options.deadline.map_or_else(
             || Deadline::after(self.config.transfer_timeout),
             Deadline::at,
         );
+        if keys.is_empty() {
+            return Ok(LayerStream::empty(self.origin(), deadline));
+        }
+        check_keys(keys)?;
         let request = v1::GetRequest {
             keys: wire_keys(keys),
             layers: options.layers.map(|range| v1::LayerRange {

@@ -28,8 +28,8 @@ impl Deadline {
         wait < self.0.saturating_duration_since(Instant::now())
     }
 
-    /// Runs one exchange with the daemon, but not longer. A result that is ready
-    /// after the deadline is too late.
+    /// Runs one exchange with the daemon, but not longer. After the deadline none
+    /// begins; a result that is ready when the deadline is noticed still counts.
     pub(crate) async fn bound<T>(
         self,
         origin: &Origin,

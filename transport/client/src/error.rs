@@ -38,8 +38,10 @@ pub enum CallError {
     #[error("the deadline passed before the daemon answered; compute instead, or allow more time")]
     DeadlineExceeded,
     /// A bound of the daemon is reached; nothing was done.
-    #[error("the daemon is at a bound; come back in {} ms, or raise its budget", retry_after.as_millis())]
+    #[error("the daemon is at a bound: {reason}; come back in {} ms, or raise its budget", retry_after.as_millis())]
     Throttled {
+        /// The bound, in the daemon's words.
+        reason: String,
         /// When the daemon expects room.
         retry_after: Duration,
     },
@@ -142,7 +144,10 @@ impl Origin {
         match refusal.code() {
             Code::DeadlineExceeded => CallError::DeadlineExceeded,
             Code::ResourceExhausted => match status::retry_delay(&refusal) {
-                Some(retry_after) => CallError::Throttled { retry_after },
+                Some(retry_after) => CallError::Throttled {
+                    reason: refusal.message().to_owned(),
+                    retry_after,
+                },
                 None => CallError::Refused(Box::new(refusal)),
             },
             Code::InvalidArgument => match status::first_violation(&refusal) {
@@ -163,8 +168,9 @@ mod tests {
         let origin = Origin(Endpoint::default());
         let error = origin.error(status::come_back("full", Duration::from_millis(30)));
         assert!(
-            matches!(error, CallError::Throttled { retry_after } if retry_after.as_millis() == 30)
+            matches!(error, CallError::Throttled { retry_after, .. } if retry_after.as_millis() == 30)
         );
+        assert!(error.to_string().contains("full"), "{error}");
         assert!(error.is_transient());
         let error = origin.error(InvalidField::new("keys[2]", "too short").into());
         assert_eq!(error.to_string(), "keys[2]: too short");

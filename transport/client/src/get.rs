@@ -137,6 +137,18 @@ impl LayerStream {
         })
     }
 
+    /// The answer to a request for nothing.
+    pub(crate) fn empty(origin: Origin, deadline: Deadline) -> Self {
+        Self {
+            origin,
+            deadline,
+            messages: futures::stream::empty().boxed(),
+            chunks: Vec::new(),
+            cursor: Cursor::empty(),
+            assembly: LayerAssembly::default(),
+        }
+    }
+
     /// The leading chunks of the request that are present and being streamed. All
     /// have one layout.
     pub fn chunks(&self) -> &[ChunkInfo] {
@@ -211,25 +223,23 @@ impl LayerStream {
         let Some(piece) = piece.piece else {
             return Err(ProtocolError::Empty.into());
         };
-        match self
+        let whole = self
             .assembly
             .push(piece, due.layer, self.cursor.layer_bytes)
-        {
-            Ok(None) => Ok(None),
-            Ok(Some(whole)) => {
-                self.cursor.advance();
-                Ok(Some(GetEvent::Layer {
-                    chunk,
-                    layer: LayerIdx(whole.layer),
-                    data: whole.data,
-                }))
-            }
-            Err(error) if error.field == CHECKSUM_FIELD => {
-                tracing::warn!(chunk, layer = due.layer, "a layer arrived corrupt");
-                Ok(self.give_up(chunk, LostReason::Corrupt))
-            }
-            Err(error) => Err(broken(error)),
+            .map_err(broken)?;
+        let Some(whole) = whole else {
+            return Ok(None);
+        };
+        if whole.verify().is_err() {
+            tracing::warn!(chunk, layer = due.layer, "a layer arrived corrupt");
+            return Ok(self.give_up(chunk, LostReason::Corrupt));
         }
+        self.cursor.advance();
+        Ok(Some(GetEvent::Layer {
+            chunk,
+            layer: LayerIdx(whole.layer),
+            data: whole.data,
+        }))
     }
 
     fn order(&self, due: Due, got: u32) -> CallError {
@@ -270,14 +280,18 @@ struct Cursor {
 }
 
 impl Cursor {
+    fn empty() -> Self {
+        Self {
+            layer_bytes: 0,
+            end: 0,
+            live: 0,
+            next: Due { layer: 0, chunk: 0 },
+        }
+    }
+
     fn new(chunks: &[ChunkInfo], layers: Option<LayerRange>) -> Result<Self, CallError> {
         let Some(first) = chunks.first() else {
-            return Ok(Self {
-                layer_bytes: 0,
-                end: 0,
-                live: 0,
-                next: Due { layer: 0, chunk: 0 },
-            });
+            return Ok(Self::empty());
         };
         let layout = first.layout;
         if let Some(index) = chunks.iter().position(|chunk| chunk.layout != layout) {
@@ -341,9 +355,6 @@ fn chunk_info(wire: &v1::ChunkInfo) -> Result<ChunkInfo, InvalidField> {
             .ok_or_else(|| InvalidField::new("header.chunks.tier", "unspecified"))?,
     })
 }
-
-/// The field by which [`LayerAssembly`] reports bytes that fail their checksum.
-const CHECKSUM_FIELD: &str = "piece.checksum";
 
 #[cfg(test)]
 mod tests;

@@ -26,7 +26,7 @@ pub struct ListedChunk {
     pub layout: KvLayout,
     /// Codec level of its stored payload.
     pub level: Level,
-    /// Stored payload bytes.
+    /// Bytes of the stored object, header included.
     pub bytes: u64,
     /// Tiers that hold it, fastest first.
     pub tiers: Vec<Tier>,

@@ -38,7 +38,7 @@ impl Attempts {
             return None;
         }
         let asked = match error {
-            CallError::Throttled { retry_after } => *retry_after,
+            CallError::Throttled { retry_after, .. } => *retry_after,
             CallError::Unavailable { .. } if self.repeat == Repeat::Always => Duration::ZERO,
             _ => return None,
         };
@@ -73,6 +73,7 @@ mod tests {
 
     fn throttled() -> CallError {
         CallError::Throttled {
+            reason: "full".into(),
             retry_after: Duration::from_millis(100),
         }
     }

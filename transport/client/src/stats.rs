@@ -47,7 +47,7 @@ pub struct Stats {
     pub tiers: Vec<TierStats>,
     /// Pins that have not ended.
     pub pins: u64,
-    /// Payload bytes they hold.
+    /// Bytes that they keep from eviction, as the tiers count them.
     pub pinned_bytes: u64,
     /// Chunks held by readers at this moment.
     pub leases: u64,
@@ -72,9 +72,10 @@ pub struct TierStats {
     pub tier: Tier,
     /// Chunks it holds.
     pub chunks: u64,
-    /// Payload bytes it holds.
+    /// Bytes it is charged for: objects with their headers, bookkeeping, and what
+    /// readers and writers hold.
     pub bytes: u64,
-    /// Payload bytes it may hold.
+    /// Limit of `bytes`.
     pub capacity_bytes: u64,
     /// Most bytes it ever held at once.
     pub peak_bytes: u64,

@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 use futures::stream;
-use kvasir_client::{CallError, Chunk, Client, ClientConfig, GetOptions, RetryConfig};
+use kvasir_client::{CallError, Chunk, Client, ClientConfig, GetOptions, ListOptions, RetryConfig};
 use kvasir_proto::{convert, status, v1};
 use kvasir_types::{ByteSize, Checksum, DType, KvLayout, LayerRange, Level, Planes};
 use tonic::{Code, Status};
@@ -220,7 +220,7 @@ async fn over_the_memory_bound_is_come_back_and_loses_nothing() {
     let first = server.store().lease(key(1)).await.unwrap();
     let second = server.store().lease(key(2)).await.unwrap();
     let error = impatient(&server).put(&chunk(3)).await.unwrap_err();
-    let CallError::Throttled { retry_after } = error else {
+    let CallError::Throttled { retry_after, .. } = error else {
         panic!("{error}");
     };
     assert!(!retry_after.is_zero());
@@ -275,17 +275,37 @@ async fn over_the_stream_bound_is_come_back() {
 }
 
 #[tokio::test]
+async fn over_the_bound_of_watchers_is_come_back() {
+    let mut config = memory(ByteSize::mib(64));
+    config.limits.watchers = 1;
+    let (server, client) = start(config).await;
+    let mut raw = raw(&server).await;
+    let watch = raw.watch(v1::WatchRequest {}).await.unwrap();
+    let refusal = raw.watch(v1::WatchRequest {}).await.unwrap_err();
+    assert!(status::retry_delay(&refusal).is_some(), "{refusal}");
+    let list = impatient(&server).list(ListOptions::default()).await;
+    assert!(matches!(list, Err(CallError::Throttled { .. })));
+    drop(watch);
+    // Its end is soon noticed, without any event.
+    client.list(ListOptions::default()).await.unwrap();
+    server.shutdown().await;
+}
+
+#[tokio::test]
 async fn more_pins_than_allowed_is_come_back() {
     let (server, client) = start(memory(ByteSize::kib(900))).await;
     for number in [1, 2] {
         client.put(&chunk(number)).await.unwrap();
     }
     let ttl = std::time::Duration::from_secs(9);
-    let error = impatient(&server)
-        .pin(&[key(1), key(2)], ttl)
-        .await
-        .unwrap_err();
-    assert!(matches!(error, CallError::Throttled { .. }), "{error}");
-    assert_eq!(client.stats().await.unwrap().pins, 0);
+    let impatient = impatient(&server);
+    let never = impatient.pin(&[key(1), key(2)], ttl).await.unwrap_err();
+    assert!(matches!(never, CallError::Invalid { field, .. } if field == "keys"));
+    let pin = impatient.pin(&[key(1)], ttl).await.unwrap();
+    let later = impatient.pin(&[key(2)], ttl).await.unwrap_err();
+    assert!(matches!(later, CallError::Throttled { .. }), "{later}");
+    assert_eq!(client.stats().await.unwrap().pins, 1);
+    client.unpin(pin.id).await.unwrap();
+    impatient.pin(&[key(2)], ttl).await.unwrap();
     server.shutdown().await;
 }

@@ -30,6 +30,15 @@ async fn only_the_asked_layers_are_sent() {
 }
 
 #[tokio::test]
+async fn a_get_of_nothing_is_empty() {
+    let (server, client) = start(memory(ByteSize::mib(64))).await;
+    let mut stream = client.get(&[], GetOptions::default()).await.unwrap();
+    assert!(stream.chunks().is_empty());
+    assert!(stream.next().await.unwrap().is_none());
+    server.shutdown().await;
+}
+
+#[tokio::test]
 async fn layers_longer_than_a_message_arrive_whole() {
     let (server, client) = start(memory(ByteSize::mib(128))).await;
     // 10 MiB a layer: three pieces.
@@ -296,5 +305,31 @@ async fn a_deadline_covers_the_whole_stream() {
     // Although the rest has arrived.
     let late = stream.next().await;
     assert!(matches!(late, Err(CallError::DeadlineExceeded)));
+    server.shutdown().await;
+}
+
+/// A device that hangs: opening a FIFO waits for a writer.
+#[tokio::test]
+async fn a_get_does_not_wait_for_a_stuck_device_for_ever() {
+    let directory = tempfile::tempdir().unwrap();
+    let (server, client) = start(on_disk(directory.path())).await;
+    client.put(&chunk(1)).await.unwrap();
+    server.shutdown().await;
+    let mut config = on_disk(directory.path());
+    config.limits.read_timeout_ms = 100;
+    let (server, client) = start(config).await;
+    let fan_out = directory.path().join("chunks/01");
+    let file = fs::read_dir(fan_out).unwrap().next().unwrap().unwrap();
+    let file = file.path();
+    fs::remove_file(&file).unwrap();
+    let (here, fifo) = (rustix::fs::CWD, rustix::fs::FileType::Fifo);
+    rustix::fs::mknodat(here, &file, fifo, rustix::fs::Mode::RWXU, 0).unwrap();
+
+    let begin = Instant::now();
+    let error = client.get(&[key(1)], GetOptions::default()).await;
+    assert!(matches!(error, Err(CallError::DeadlineExceeded)));
+    assert!(begin.elapsed() < Duration::from_secs(5));
+    // Lets the thread go.
+    drop(fs::File::options().write(true).open(&file).unwrap());
     server.shutdown().await;
 }

@@ -79,7 +79,7 @@ fn add(line: &mut String, text: &str) {
 }
 
 pub(crate) fn size(bytes: u64) -> String {
-    ByteSize::bytes(bytes).to_string()
+    ByteSize::bytes(bytes).human().to_string()
 }
 
 /// `93.1%`, or `-` of nothing.

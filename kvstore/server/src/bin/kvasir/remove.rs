@@ -1,5 +1,7 @@
 //! `kvasir rm`.
 
+use std::collections::BTreeSet;
+
 use anyhow::bail;
 use clap::Args;
 use kvasir_types::ChunkKey;
@@ -16,11 +18,13 @@ pub(crate) struct Arguments {
 
 pub(crate) async fn run(context: &Context, arguments: &Arguments) -> anyhow::Result<()> {
     let client = context.connect().await?;
-    let deleted = client.delete(&arguments.keys).await?;
+    let keys: BTreeSet<ChunkKey> = arguments.keys.iter().copied().collect();
+    let keys = Vec::from_iter(keys);
+    let deleted = client.delete(&keys).await?;
     if deleted == 0 {
         bail!("no such chunk is stored; `kvasir ls` lists what is");
     }
-    let absent = arguments.keys.len() - deleted as usize;
+    let absent = keys.len().saturating_sub(deleted as usize);
     context.print(&json!({"deleted": deleted, "absent": absent}), |out| {
         let absent = match absent {
             0 => String::new(),

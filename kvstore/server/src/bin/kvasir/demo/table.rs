@@ -26,7 +26,7 @@ pub(super) fn print(out: &mut dyn Write, outcome: &Outcome) -> io::Result<()> {
             row.disk_ms,
             row.computed_ms / row.disk_ms,
             row.reused_tokens,
-            ByteSize::bytes(row.bytes).to_string(),
+            ByteSize::bytes(row.bytes).human().to_string(),
             if row.identical { "identical" } else { "DIFFER" },
             row.answer,
         )?;
@@ -52,10 +52,10 @@ pub(super) fn print(out: &mut dyn Write, outcome: &Outcome) -> io::Result<()> {
     writeln!(
         out,
         "Fetched {} in all. Peak memory: daemon {}, engine {}; host tier {} of its {}.",
-        ByteSize::bytes(outcome.bytes_moved),
-        ByteSize::bytes(outcome.daemon_peak_bytes),
-        ByteSize::bytes(outcome.engine_peak_bytes),
-        ByteSize::bytes(outcome.memory_tier_peak_bytes),
-        ByteSize::bytes(outcome.memory_tier_capacity_bytes),
+        ByteSize::bytes(outcome.bytes_moved).human(),
+        ByteSize::bytes(outcome.daemon_peak_bytes).human(),
+        ByteSize::bytes(outcome.engine_peak_bytes).human(),
+        ByteSize::bytes(outcome.memory_tier_peak_bytes).human(),
+        ByteSize::bytes(outcome.memory_tier_capacity_bytes).human(),
     )
 }
