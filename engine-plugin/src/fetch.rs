@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use kvasir_client::{CallError, GetEvent, GetOptions};
+use kvasir_client::{CallError, Client, GetEvent, GetOptions};
 use kvasir_types::LayerIdx;
 use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
@@ -397,21 +397,22 @@ impl Fetch {
             .lookup(keys)
             .await?;
         let present = lookup.prefix_chunks;
-        let bytes = lookup.found[..present]
+        let available = present.min(Client::MAX_GET_KEYS);
+        let bytes = lookup.found[..available]
             .iter()
             .flatten()
             .map(|found| found.bytes)
             .sum();
-        let tokens = self.prompt.resume_at(present);
+        let tokens = self.prompt.resume_at(available);
         let decision = match shared.config.load {
             LoadPolicy::WhenFaster => shared.cost().decide(tokens, bytes, Instant::now()),
-            LoadPolicy::Always if present > 0 => Decision::Load {
+            LoadPolicy::Always if available > 0 => Decision::Load {
                 budget: shared.config.fetch_timeout,
             },
             LoadPolicy::Always => Decision::Compute,
         };
         let (load, budget) = match decision {
-            Decision::Load { budget } => (present, budget.min(shared.config.fetch_timeout)),
+            Decision::Load { budget } => (available, budget.min(shared.config.fetch_timeout)),
             Decision::Compute => (0, Duration::ZERO),
         };
         debug!(present, load, bytes, ?budget, "decided");

@@ -206,6 +206,16 @@ mod tests {
         assert_eq!(config.listen.port(), 7420);
     }
 
+    /// The shipped example states every default as it is.
+    #[test]
+    fn the_example_is_the_default() {
+        let example = include_str!("../../../deploy/kvasird.toml");
+        assert_eq!(
+            DaemonConfig::parse(example).unwrap(),
+            DaemonConfig::default()
+        );
+    }
+
     #[test]
     fn a_config_survives_writing_and_reading() {
         let text = "[disk]\nenabled = false\n[limits]\nwindow = \"1MiB\"\n";

@@ -7,8 +7,8 @@ use std::time::Duration;
 use kvasir_proto::v1::cache_client::CacheClient;
 use kvasir_proto::{InvalidField, MAX_FRAME_BYTES, MAX_KEYS, MAX_MESSAGE_BYTES, convert, v1};
 use kvasir_types::ChunkKey;
-use tonic::Status;
 use tonic::transport::Channel;
+use tonic::{Status, Streaming};
 
 use crate::chunk::{Chunk, Put, check_count};
 use crate::config::ClientConfig;
@@ -67,6 +67,9 @@ pub struct Pin {
 }
 
 impl Client {
+    /// Most keys of one [`get`](Self::get).
+    pub const MAX_GET_KEYS: usize = MAX_KEYS;
+
     /// Connects to the daemon at `endpoint` (`HOST:PORT`) with the default settings
     /// and checks that it answers.
     ///
@@ -337,19 +340,19 @@ impl Client {
     /// # Errors
     /// See [`CallError`].
     pub async fn watch(&self) -> Result<Watch, CallError> {
-        let deadline = Deadline::after(self.config.call_timeout);
-        let stream = self
-            .call(deadline, Repeat::Always, |mut grpc| async move {
-                grpc.watch(v1::WatchRequest {}).await
-            })
-            .await?;
-        Ok(Watch {
-            origin: self.origin(),
-            stream,
-        })
+        let stream = self.open_watch().await?;
+        Ok(Watch::follow(self.clone(), stream))
     }
 
-    fn origin(&self) -> Origin {
+    pub(crate) async fn open_watch(&self) -> Result<Streaming<v1::WatchResponse>, CallError> {
+        let deadline = Deadline::after(self.config.call_timeout);
+        self.call(deadline, Repeat::Always, |mut grpc| async move {
+            grpc.watch(v1::WatchRequest {}).await
+        })
+        .await
+    }
+
+    pub(crate) fn origin(&self) -> Origin {
         Origin(self.config.endpoint.clone())
     }
 

@@ -2,10 +2,12 @@
 
 use kvasir_proto::{convert, v1};
 use kvasir_types::ChunkKey;
+use tokio::sync::mpsc;
 use tonic::Streaming;
 
 use crate::chunk::check_count;
-use crate::error::{CallError, Origin, ProtocolError, broken};
+use crate::client::Client;
+use crate::error::{CallError, ProtocolError, broken};
 use crate::stats::Tier;
 
 /// One message of a watch.
@@ -48,22 +50,76 @@ pub enum WatchedChange {
 
 /// A watch under way. It has no deadline: it lives until it is dropped or the
 /// daemon goes away.
+///
+/// A listener that falls 1024 changes behind gets a new snapshot instead of
+/// them.
 #[derive(Debug)]
 pub struct Watch {
-    pub(crate) origin: Origin,
-    pub(crate) stream: Streaming<v1::WatchResponse>,
+    events: mpsc::Receiver<Result<WatchEvent, CallError>>,
 }
 
+/// Changes that wait for a listener.
+const QUEUE: usize = 1024;
+
 impl Watch {
+    /// Follows `stream`; `client` opens it anew when the listener is behind.
+    pub(crate) fn follow(client: Client, stream: Streaming<v1::WatchResponse>) -> Self {
+        let (sender, events) = mpsc::channel(QUEUE);
+        tokio::spawn(follow(client, stream, sender));
+        Self { events }
+    }
+
     /// Waits for the next event; `None` when the daemon ends the watch.
     ///
     /// # Errors
     /// The daemon went away. Watch again: the new watch starts with a snapshot.
     pub async fn next(&mut self) -> Result<Option<WatchEvent>, CallError> {
-        match self.stream.message().await {
-            Ok(Some(wire)) => parse(wire).map(Some),
-            Ok(None) => Ok(None),
-            Err(status) => Err(self.origin.error(status)),
+        self.events.recv().await.transpose()
+    }
+}
+
+/// Reads the stream whether or not anybody listens: thousands of small unread
+/// messages would make HTTP/2 give up the connection, and every other call on it.
+async fn follow(
+    client: Client,
+    mut stream: Streaming<v1::WatchResponse>,
+    events: mpsc::Sender<Result<WatchEvent, CallError>>,
+) {
+    loop {
+        let message = tokio::select! {
+            () = events.closed() => return,
+            message = stream.message() => message,
+        };
+        let event = match message {
+            Ok(Some(wire)) => parse(wire),
+            Ok(None) => return,
+            Err(status) => Err(client.origin().error(status)),
+        };
+        let is_change = event
+            .as_ref()
+            .is_ok_and(|event| !matches!(event.change, WatchedChange::Snapshot { .. }));
+        if !is_change {
+            // All parts of a snapshot are delivered; there are few, and they are large.
+            let last = event.is_err();
+            if events.send(event).await.is_err() || last {
+                return;
+            }
+        } else if let Err(refused) = events.try_send(event) {
+            if matches!(refused, mpsc::error::TrySendError::Closed(_)) {
+                return;
+            }
+            drop(stream);
+            if events.reserve_many(QUEUE / 2).await.is_err() {
+                return;
+            }
+            stream = match client.open_watch().await {
+                Ok(stream) => stream,
+                Err(error) => {
+                    // A listener that left needs no error.
+                    let _ = events.send(Err(error)).await;
+                    return;
+                }
+            };
         }
     }
 }
