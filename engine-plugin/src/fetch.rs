@@ -27,8 +27,6 @@ pub struct Prefetch {
     arrivals: mpsc::Receiver<(Instant, Arrival)>,
     task: Option<AbortHandle>,
     begun: Instant,
-    /// When the first arrival was waited for after the decision to load.
-    loading_since: Instant,
     /// How much longer the engine waits for the cache, over all arrivals.
     patience: Duration,
     /// Since when the engine has had nothing of this fetch to land.
@@ -125,7 +123,6 @@ pub(crate) fn start(shared: &Arc<Shared>, prompt: &Prompt) -> Prefetch {
         arrivals,
         task,
         begun: now,
-        loading_since: now,
         patience: match shared.config.load {
             LoadPolicy::WhenFaster => shared.config.lookup_timeout.min(compute),
             LoadPolicy::Always => shared.config.lookup_timeout,
@@ -221,7 +218,11 @@ impl Prefetch {
             .runtime
             .block_on(async { tokio::time::timeout(longest, self.arrivals.recv()).await });
         match received {
-            Ok(Some((at, arrival))) => self.take(at, arrival, backend, pages),
+            Ok(Some((at, arrival))) => {
+                // Waking up is part of the wait.
+                self.charge(Instant::now());
+                self.take(at, arrival, backend, pages);
+            }
             Ok(None) => self.finish(),
             Err(_) => {
                 let now = Instant::now();
@@ -243,20 +244,12 @@ impl Prefetch {
         }
     }
 
-    /// The cache is late: it counts as failed, and as slow as it was.
+    /// The cache is late, which counts as a failure.
     fn give_up(&mut self, now: Instant) {
         debug!(target = self.target, "the cache is late; computing instead");
         if self.stage == Stage::Loading {
             self.shared.stats.note(Happened::Late);
             self.shared.breaker().failed(self.begun, now);
-            self.shared.cost().observe_fetch(
-                FetchObservation {
-                    latency: self.loading_since - self.begun,
-                    bytes: self.bytes,
-                    elapsed: now.saturating_duration_since(self.loading_since),
-                },
-                now,
-            );
         }
         self.finish();
     }
@@ -283,7 +276,6 @@ impl Prefetch {
                 self.landed = vec![0; load];
                 self.patience = budget;
                 self.stage = Stage::Loading;
-                self.loading_since = at;
             }
             Arrival::Layer { chunk, layer, data } => {
                 // Chunks beyond a loss may still be in the channel.
@@ -425,7 +417,8 @@ impl Fetch {
             return Ok(End::Abandoned);
         }
         if load == 0 {
-            return Ok(End::Completed);
+            // That lookups work says nothing about fetches.
+            return Ok(End::Abandoned);
         }
         shared.stats.note(Happened::Load);
         let options = GetOptions {
