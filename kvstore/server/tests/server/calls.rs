@@ -6,6 +6,10 @@ use kvasir_client::{ListOptions, PutOutcome, Tier};
 use kvasir_types::ByteSize;
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_client::HealthClient;
+use tonic_reflection::pb::v1::ServerReflectionRequest;
+use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
+use tonic_reflection::pb::v1::server_reflection_request::MessageRequest;
+use tonic_reflection::pb::v1::server_reflection_response::MessageResponse;
 
 use crate::support::*;
 
@@ -120,6 +124,33 @@ async fn stats_count_what_happened() {
     assert_eq!((memory.chunks, memory.capacity_bytes), (1, 64 << 20));
     assert!(memory.peak_bytes >= memory.bytes);
     assert!(stats.tier(Tier::Disk).is_none());
+    server.shutdown().await;
+}
+
+/// A client that has no copy of the protocol can ask for it, as `grpcurl` does.
+#[tokio::test]
+async fn the_protocol_describes_itself() {
+    let (server, _client) = start(memory(ByteSize::mib(64))).await;
+    let mut reflection = ServerReflectionClient::new(channel(&server).await);
+    let request = ServerReflectionRequest {
+        host: String::new(),
+        message_request: Some(MessageRequest::ListServices(String::new())),
+    };
+    let mut answers = reflection
+        .server_reflection_info(futures::stream::iter([request]))
+        .await
+        .unwrap()
+        .into_inner();
+    let answer = answers.message().await.unwrap().unwrap();
+    let Some(MessageResponse::ListServicesResponse(services)) = answer.message_response else {
+        panic!("not a list of services: {answer:?}");
+    };
+    let names: Vec<_> = services
+        .service
+        .iter()
+        .map(|service| service.name.as_str())
+        .collect();
+    assert!(names.contains(&"kvasir.v1.Cache"), "{names:?}");
     server.shutdown().await;
 }
 
