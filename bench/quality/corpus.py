@@ -273,7 +273,7 @@ class Builder:
 
     def next_kind(self, index, kind, chain):
         rng, p = self.rng, self.p
-        if index > 0 and kind in ("P", "C") and chain < MAX_CHAIN and rng.chance(p.continuation):
+        if self.subject and kind in ("P", "C") and chain < MAX_CHAIN and rng.chance(p.continuation):
             return "C", chain + 1
         if self.meanings and rng.chance(p.role):
             return "R", 0
@@ -393,6 +393,7 @@ class Builder:
     # -- chunks ----------------------------------------------------------
 
     def person_chunk(self):
+        self.subject = None
         limit = self.p.persons or 1 + self.size // 56
         for _ in range(limit):
             if self.size - len(self.chunk) < 14:
