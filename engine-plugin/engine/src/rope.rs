@@ -337,6 +337,23 @@ impl Frequencies {
             *sin = narrow(s) * self.attention_factor;
         }
     }
+
+    /// Writes cos and sin of the rotation that takes a key from position `from`
+    /// to position `to`; both `head_dim / 2` long.
+    ///
+    /// Rotations compose, so a key rotated once more by these is what
+    /// [`Self::angles`] at `to` would have made of it, up to rounding. The
+    /// difference is taken of the rounded angles: a key keeps no error of the
+    /// angle of its old position. The factor on cos and sin is in the key already.
+    pub fn shift(&self, from: usize, to: usize, cos: &mut [f32], sin: &mut [f32]) {
+        #[expect(clippy::cast_precision_loss, reason = "positions are at most 2^24")]
+        let (from, to) = (from as f32, to as f32);
+        for ((cos, sin), radians) in cos.iter_mut().zip(sin).zip(&self.radians) {
+            let (s, c) = (f64::from(to * radians) - f64::from(from * radians)).sin_cos();
+            *cos = narrow(c);
+            *sin = narrow(s);
+        }
+    }
 }
 
 /// Rounds to f32, as torch does with Python floats.
@@ -410,6 +427,38 @@ mod tests {
         assert_eq!(frequencies.radians[0], 1.0);
         let slowest = 1.0 / 1e6f32.powf(126.0 / 128.0);
         assert!((frequencies.radians[63] * 4.0 / slowest - 1.0).abs() < 1e-5);
+    }
+
+    #[test]
+    fn a_shifted_key_is_as_if_rotated_there() {
+        for config in [
+            r#"{"rope_theta": 1e4}"#,
+            r#"{"rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 4.0}}"#,
+            r#"{"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", "factor": 8.0,
+                "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192}}"#,
+            r#"{"rope_theta": 1e6, "rope_scaling": {"rope_type": "yarn", "factor": 4.0,
+                "original_max_position_embeddings": 8192}}"#,
+        ] {
+            let frequencies = rope(config).unwrap().frequencies(64);
+            let isa = crate::kernels::Isa::detect();
+            let key: Vec<f32> = (0u8..64).map(|i| f32::from(i).sin()).collect();
+            let (mut cos, mut sin) = ([0.0; 32], [0.0; 32]);
+            for (from, to) in [(0, 1), (1, 30_001), (17, 5), (32_000, 0), (900, 900)] {
+                let mut rotated_at = |position| {
+                    let mut key = key.clone();
+                    frequencies.angles(position, &mut cos, &mut sin);
+                    crate::kernels::rotate(isa, &mut key, &cos, &sin);
+                    key
+                };
+                let (mut moved, expected) = (rotated_at(from), rotated_at(to));
+                frequencies.shift(from, to, &mut cos, &mut sin);
+                crate::kernels::rotate(isa, &mut moved, &cos, &sin);
+                for (moved, expected) in moved.iter().zip(&expected) {
+                    assert!((moved - expected).abs() < 1e-6, "{config} {from} {to}");
+                }
+            }
+        }
     }
 
     #[test]

@@ -1,0 +1,175 @@
+//! Ways to have the KV of a context: the thing under test.
+
+use serde::Serialize;
+
+use super::reader::{Kv, Pages, Reader};
+
+/// How the pages of a context come to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Method {
+    /// Every token computed in the context: what the others are held against.
+    Full,
+    /// The first half of the chunks from a cache, under the same prefix; the rest computed.
+    Prefix,
+    /// Every chunk from a cache of its own, keys rotated to their new positions; nothing computed.
+    Naive,
+    /// As [`Self::Naive`], but keys stay rotated for the chunk's own positions.
+    NaiveUnpositioned,
+    /// As [`Self::Naive`], then every token computed over it: must be [`Self::Full`] again.
+    RecomputeAll,
+}
+
+/// What a method used up for one context.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub(crate) struct Charge {
+    /// Rows of the context run through a layer, as a share of tokens times layers.
+    pub(crate) recomputed: f64,
+    /// KV bytes read from a cache in host memory.
+    pub(crate) host_bytes: f64,
+}
+
+/// One context as chunks, and the KV that each has when it is computed alone.
+#[derive(Debug)]
+pub(crate) struct Caches {
+    chunks: Vec<Vec<u32>>,
+    /// K and V of each chunk after the first token `<s>`, which is dropped:
+    /// positions `1..=chunk`.
+    alone: Vec<Kv>,
+    first: u32,
+}
+
+impl Caches {
+    pub(crate) fn new(
+        reader: &mut Reader,
+        first: u32,
+        chunks: &[Vec<u32>],
+    ) -> anyhow::Result<Self> {
+        let mut alone = Vec::with_capacity(chunks.len());
+        for chunk in chunks {
+            let tokens: Vec<u32> = std::iter::once(first).chain(chunk.iter().copied()).collect();
+            let pages = reader.prefill(&tokens)?;
+            alone.push(reader.take(&pages, 1..tokens.len())?);
+            reader.release(pages)?;
+        }
+        Ok(Self {
+            chunks: chunks.to_vec(),
+            alone,
+            first,
+        })
+    }
+
+    /// `<s>` and all chunks.
+    pub(crate) fn tokens(&self) -> Vec<u32> {
+        std::iter::once(self.first)
+            .chain(self.chunks.iter().flatten().copied())
+            .collect()
+    }
+
+    /// K and V of every chunk, moved to where it is in the context.
+    pub(crate) fn repositioned(&self, reader: &Reader) -> Vec<Kv> {
+        let mut position = 1;
+        self.alone
+            .iter()
+            .map(|kv| {
+                let mut kv = kv.clone();
+                reader.reposition(&mut kv, 1, position);
+                position += kv.tokens;
+                kv
+            })
+            .collect()
+    }
+}
+
+impl Method {
+    pub(crate) const ALL: [Self; 5] = [
+        Self::Full,
+        Self::Prefix,
+        Self::Naive,
+        Self::NaiveUnpositioned,
+        Self::RecomputeAll,
+    ];
+
+    /// As in the rows of a report.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Full => "full",
+            Self::Prefix => "prefix",
+            Self::Naive => "naive",
+            Self::NaiveUnpositioned => "naive-unpositioned",
+            Self::RecomputeAll => "recompute-all",
+        }
+    }
+
+    /// Fills pages with the whole context.
+    pub(crate) fn prepare(
+        self,
+        reader: &mut Reader,
+        caches: &Caches,
+    ) -> anyhow::Result<(Pages, Charge)> {
+        let tokens = caches.tokens();
+        let mut pages = reader.empty(tokens.len())?;
+        let computed = match self {
+            Self::Full => {
+                reader.extend(&mut pages, &tokens)?;
+                tokens.len()
+            }
+            Self::Prefix => {
+                let half: usize = caches.chunks[..caches.chunks.len() / 2]
+                    .iter()
+                    .map(Vec::len)
+                    .sum();
+                let (cached, rest) = tokens.split_at(1 + half);
+                let earlier = reader.prefill(cached)?;
+                let kv = reader.take(&earlier, 0..cached.len())?;
+                reader.release(earlier)?;
+                reader.land(&mut pages, &kv)?;
+                reader.extend(&mut pages, rest)?;
+                rest.len()
+            }
+            Self::Naive | Self::RecomputeAll => {
+                land_all(reader, &mut pages, caches, &caches.repositioned(reader))?;
+                if self == Self::RecomputeAll {
+                    reader.release(pages)?;
+                    pages = reader.empty(tokens.len())?;
+                    land_all(reader, &mut pages, caches, &caches.repositioned(reader))?;
+                    reader.recompute(&mut pages, &tokens, &caches.chunks)?;
+                    tokens.len()
+                } else {
+                    1
+                }
+            }
+            Self::NaiveUnpositioned => {
+                land_all(reader, &mut pages, caches, &caches.alone)?;
+                1
+            }
+        };
+        let cached = match self {
+            Self::Full => 0,
+            Self::RecomputeAll => tokens.len() - 1,
+            _ => tokens.len() - computed,
+        };
+        let bytes = cached * reader.values_per_token() * size_of::<f32>();
+        #[expect(clippy::cast_precision_loss, reason = "sizes of a benchmark")]
+        Ok((
+            pages,
+            Charge {
+                recomputed: computed as f64 / tokens.len() as f64,
+                host_bytes: bytes as f64,
+            },
+        ))
+    }
+}
+
+/// `<s>` computed, the chunks put behind it.
+fn land_all(
+    reader: &mut Reader,
+    pages: &mut Pages,
+    caches: &Caches,
+    chunks: &[Kv],
+) -> anyhow::Result<()> {
+    reader.extend(pages, &[caches.first])?;
+    for kv in chunks {
+        reader.land(pages, kv)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,265 @@
+//! The model under test, and KV caches taken out of it and put back.
+
+use std::ops::{ControlFlow, Range};
+use std::path::Path;
+
+use anyhow::Context as _;
+use kvasir_engine::kernels::{Isa, rotate};
+use kvasir_engine::rope::Frequencies;
+use kvasir_engine::{
+    BLOCK_TOKENS, BlockId, KvDtype, KvPool, LogitsWanted, Model, ModelConfig, Scratch, Step,
+    Threads,
+};
+
+/// Tokens of one step while filling pages.
+const STEP_TOKENS: usize = 512;
+
+/// A model with pages of f32, driven directly: no scheduler, no sampling.
+#[derive(Debug)]
+pub(crate) struct Reader {
+    model: Model,
+    pool: KvPool,
+    scratch: Scratch,
+    frequencies: Frequencies,
+    isa: Isa,
+}
+
+/// The first `tokens` positions of a sequence, in pages.
+#[derive(Debug)]
+pub(crate) struct Pages {
+    blocks: Vec<BlockId>,
+    tokens: usize,
+}
+
+impl Pages {
+    /// Positions filled.
+    pub(crate) fn tokens(&self) -> usize {
+        self.tokens
+    }
+}
+
+/// K and V of consecutive tokens outside of pages.
+///
+/// One buffer per layer, order `[2 (K, V), kv_head, token, head_dim]`; K after RoPE.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Kv {
+    pub(crate) tokens: usize,
+    pub(crate) layers: Vec<Vec<f32>>,
+}
+
+impl Reader {
+    /// Loads the model in `dir`, with pages for `tokens` tokens.
+    pub(crate) fn load(dir: &Path, tokens: usize) -> anyhow::Result<Self> {
+        let model = Model::load(dir).with_context(|| format!("loading {}", dir.display()))?;
+        let config = model.config();
+        let pool = KvPool::new(config, tokens.div_ceil(BLOCK_TOKENS), KvDtype::F32);
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let frequencies = config.rope.frequencies(config.head_dim);
+        Ok(Self {
+            pool,
+            scratch: Scratch::new(Threads::new(cores)?),
+            frequencies,
+            isa: Isa::detect(),
+            model,
+        })
+    }
+
+    pub(crate) fn config(&self) -> &ModelConfig {
+        self.model.config()
+    }
+
+    /// Values of K and V of one token in all layers.
+    pub(crate) fn values_per_token(&self) -> usize {
+        let config = self.config();
+        2 * config.layers * config.kv_heads * config.head_dim
+    }
+
+    /// Runs the tokens from position 0 and keeps their pages.
+    pub(crate) fn prefill(&mut self, tokens: &[u32]) -> anyhow::Result<Pages> {
+        let mut pages = self.empty(tokens.len())?;
+        self.extend(&mut pages, tokens)?;
+        Ok(pages)
+    }
+
+    /// No tokens yet, and room for `tokens`.
+    pub(crate) fn empty(&mut self, tokens: usize) -> anyhow::Result<Pages> {
+        let blocks = (0..tokens.div_ceil(BLOCK_TOKENS))
+            .map(|_| self.pool.alloc())
+            .collect::<Option<_>>()
+            .context("the reader has too few pages")?;
+        Ok(Pages { blocks, tokens: 0 })
+    }
+
+    /// Runs the tokens at the next positions; what the pages held there is lost.
+    pub(crate) fn extend(&mut self, pages: &mut Pages, tokens: &[u32]) -> anyhow::Result<()> {
+        for part in tokens.chunks(STEP_TOKENS) {
+            let step = Step {
+                tokens: part,
+                position: pages.tokens,
+                blocks: &pages.blocks,
+                logits: LogitsWanted::None,
+            };
+            self.model
+                .forward(&mut self.pool, &mut self.scratch, &[step], &mut |_, _| {
+                    ControlFlow::Continue(())
+                })?;
+            pages.tokens += part.len();
+        }
+        Ok(())
+    }
+
+    /// Logits of every token of every tail, as if each followed the context
+    /// alone: `[tail][token][vocabulary]`. The context stays as it is.
+    pub(crate) fn ask(
+        &mut self,
+        context: &Pages,
+        tails: &[Vec<u32>],
+    ) -> anyhow::Result<Vec<Vec<Vec<f32>>>> {
+        let forks = tails
+            .iter()
+            .map(|tail| self.fork(context, tail.len()))
+            .collect::<anyhow::Result<Vec<_>>>()?;
+        let steps: Vec<Step<'_>> = tails
+            .iter()
+            .zip(&forks)
+            .map(|(tail, fork)| Step {
+                tokens: tail,
+                position: context.tokens,
+                blocks: &fork.blocks,
+                logits: LogitsWanted::All,
+            })
+            .collect();
+        let logits =
+            self.model
+                .forward(&mut self.pool, &mut self.scratch, &steps, &mut |_, _| {
+                    ControlFlow::Continue(())
+                })?;
+        let rows = (0..tails.len())
+            .map(|step| logits.rows(step).map(<[f32]>::to_vec).collect())
+            .collect();
+        for fork in forks {
+            self.release_fork(context, fork)?;
+        }
+        Ok(rows)
+    }
+
+    /// Greedy tokens after the prompt, up to and without the end token.
+    pub(crate) fn greedy(
+        &mut self,
+        context: &Pages,
+        prompt: &[u32],
+        end: u32,
+        limit: usize,
+    ) -> anyhow::Result<Vec<u32>> {
+        let mut out: Vec<u32> = Vec::new();
+        let mut fork = self.fork(context, prompt.len() + limit)?;
+        while out.len() < limit {
+            let tokens = out.last().map_or(prompt, std::slice::from_ref);
+            let step = Step {
+                tokens,
+                position: fork.tokens,
+                blocks: &fork.blocks,
+                logits: LogitsWanted::Last,
+            };
+            let logits =
+                self.model
+                    .forward(&mut self.pool, &mut self.scratch, &[step], &mut |_, _| {
+                        ControlFlow::Continue(())
+                    })?;
+            fork.tokens += tokens.len();
+            let next = argmax(logits.last(0).context("asked for the last row")?);
+            if next == end {
+                break;
+            }
+            out.push(next);
+        }
+        self.release_fork(context, fork)?;
+        Ok(out)
+    }
+
+    /// Copies K and V of a range of positions out of the pages.
+    pub(crate) fn take(&self, pages: &Pages, range: Range<usize>) -> anyhow::Result<Kv> {
+        let tokens = range.len();
+        let mut bytes = vec![0; self.pool.layer_bytes(tokens)];
+        let layers = (0..self.config().layers)
+            .map(|layer| {
+                self.pool
+                    .read_layer(&pages.blocks, range.start, tokens, layer, &mut bytes)?;
+                Ok(bytes
+                    .as_chunks()
+                    .0
+                    .iter()
+                    .map(|&value| f32::from_le_bytes(value))
+                    .collect())
+            })
+            .collect::<anyhow::Result<_>>()?;
+        Ok(Kv { tokens, layers })
+    }
+
+    /// Puts K and V at the next positions.
+    pub(crate) fn land(&mut self, pages: &mut Pages, kv: &Kv) -> anyhow::Result<()> {
+        for (layer, values) in kv.layers.iter().enumerate() {
+            let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+            self.pool
+                .write_layer(&pages.blocks, pages.tokens, kv.tokens, layer, &bytes)?;
+        }
+        pages.tokens += kv.tokens;
+        Ok(())
+    }
+
+    /// Rotates the keys from positions `from..` to positions `to..`.
+    pub(crate) fn reposition(&self, kv: &mut Kv, from: usize, to: usize) {
+        let dim = self.config().head_dim;
+        let (mut cos, mut sin) = (vec![0.0; dim / 2], vec![0.0; dim / 2]);
+        for token in 0..kv.tokens {
+            self.frequencies
+                .shift(from + token, to + token, &mut cos, &mut sin);
+            for layer in &mut kv.layers {
+                let keys = layer.len() / 2;
+                for head in layer[..keys].chunks_exact_mut(kv.tokens * dim) {
+                    rotate(self.isa, &mut head[token * dim..][..dim], &cos, &sin);
+                }
+            }
+        }
+    }
+
+    /// Gives the pages back.
+    pub(crate) fn release(&mut self, pages: Pages) -> anyhow::Result<()> {
+        for block in pages.blocks {
+            self.pool.free(block)?;
+        }
+        Ok(())
+    }
+
+    /// A sequence that shares the context's full pages and owns the rest.
+    fn fork(&mut self, context: &Pages, tail: usize) -> anyhow::Result<Pages> {
+        let shared = context.tokens / BLOCK_TOKENS;
+        let own = (context.tokens + tail).div_ceil(BLOCK_TOKENS) - shared;
+        let mut pages = self.empty(own * BLOCK_TOKENS)?;
+        pages
+            .blocks
+            .splice(..0, context.blocks[..shared].iter().copied());
+        pages.tokens = shared * BLOCK_TOKENS;
+        if context.tokens > pages.tokens {
+            let rest = self.take(context, pages.tokens..context.tokens)?;
+            self.land(&mut pages, &rest)?;
+        }
+        Ok(pages)
+    }
+
+    fn release_fork(&mut self, context: &Pages, mut fork: Pages) -> anyhow::Result<()> {
+        fork.blocks.drain(..context.tokens / BLOCK_TOKENS);
+        self.release(fork)
+    }
+}
+
+/// Index of the largest value; the first of equals.
+pub(crate) fn argmax(row: &[f32]) -> u32 {
+    let mut best = 0;
+    for (index, value) in row.iter().enumerate() {
+        if *value > row[best] {
+            best = index;
+        }
+    }
+    u32::try_from(best).unwrap_or(u32::MAX)
+}
