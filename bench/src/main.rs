@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 mod checkpoint;
+mod corpus;
 mod daemon;
 mod faults;
 mod lookup;
@@ -50,6 +51,8 @@ enum Suite {
         #[arg(long)]
         python: Option<PathBuf>,
     },
+    /// Contexts of the synthetic reading tasks, as JSON lines; see bench/quality/README.md.
+    Corpus(corpus::Arguments),
     /// `kvasird` for the other suites, in a process of its own.
     #[command(hide = true)]
     Daemon {
@@ -86,6 +89,7 @@ async fn run(suite: Suite, json: bool, quick: bool) -> anyhow::Result<()> {
         Suite::Faults => faults::run(quick).await?.print(json),
         Suite::Ttft => ttft::run(quick).await?.print(json),
         Suite::Lookup => lookup::run(quick).await?.print(json),
+        Suite::Corpus(arguments) => corpus::run(&arguments),
         Suite::Prefill { python } => prefill::run(quick, python.as_deref())?.print(json),
         Suite::Daemon { .. } => Ok(()),
         Suite::RawStream { layer_bytes } => raw_stream::serve(layer_bytes).await,
