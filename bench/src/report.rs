@@ -33,6 +33,12 @@ pub(crate) struct Row {
     /// 1.0 is the limit; for a speed-up, how many times better.
     #[serde(skip_serializing_if = "Option::is_none")]
     ratio: Option<f64>,
+    /// Lower end of a 95 % interval.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    lo: Option<f64>,
+    /// Upper end of it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    hi: Option<f64>,
 }
 
 impl Row {
@@ -43,12 +49,20 @@ impl Row {
             unit,
             limit: None,
             ratio: None,
+            lo: None,
+            hi: None,
         }
     }
 
     pub(crate) fn against(mut self, limit: f64, ratio: f64) -> Self {
         self.limit = Some(limit);
         self.ratio = Some(ratio);
+        self
+    }
+
+    pub(crate) fn within(mut self, lo: f64, hi: f64) -> Self {
+        self.lo = Some(lo);
+        self.hi = Some(hi);
         self
     }
 }
@@ -88,7 +102,10 @@ impl Report {
 }
 
 fn line(row: &Row) -> String {
-    let mut text = format!("{:<20} {:>14.3} {}", row.name, row.value, row.unit);
+    let mut text = format!("{:<32} {:>12.4} {}", row.name, row.value, row.unit);
+    if let (Some(lo), Some(hi)) = (row.lo, row.hi) {
+        text += &format!("   {lo:.3}..{hi:.3}");
+    }
     if let (Some(limit), Some(ratio)) = (row.limit, row.ratio) {
         text += &format!("   limit {limit:.3}   ratio {ratio:.2}");
     }

@@ -1,7 +1,5 @@
 //! Ways to have the KV of a context: the thing under test.
 
-use serde::Serialize;
-
 use super::reader::{Kv, Pages, Reader};
 
 /// How the pages of a context come to be.
@@ -20,7 +18,7 @@ pub(crate) enum Method {
 }
 
 /// What a method used up for one context.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(crate) struct Charge {
     /// Rows of the context run through a layer, as a share of tokens times layers.
     pub(crate) recomputed: f64,
@@ -126,17 +124,18 @@ impl Method {
                 reader.extend(&mut pages, rest)?;
                 rest.len()
             }
-            Self::Naive | Self::RecomputeAll => {
+            Self::Naive => {
                 land_all(reader, &mut pages, caches, &caches.repositioned(reader))?;
-                if self == Self::RecomputeAll {
-                    reader.release(pages)?;
-                    pages = reader.empty(tokens.len())?;
-                    land_all(reader, &mut pages, caches, &caches.repositioned(reader))?;
-                    reader.recompute(&mut pages, &tokens, &caches.chunks)?;
-                    tokens.len()
-                } else {
-                    1
+                1
+            }
+            Self::RecomputeAll => {
+                land_all(reader, &mut pages, caches, &caches.repositioned(reader))?;
+                pages.rewind();
+                reader.extend(&mut pages, &tokens[..1])?;
+                for chunk in &caches.chunks {
+                    reader.extend(&mut pages, chunk)?;
                 }
+                tokens.len()
             }
             Self::NaiveUnpositioned => {
                 land_all(reader, &mut pages, caches, &caches.alone)?;

@@ -36,6 +36,11 @@ impl Pages {
     pub(crate) fn tokens(&self) -> usize {
         self.tokens
     }
+
+    /// Back to position 0; the pages keep their contents until they are computed again.
+    pub(crate) fn rewind(&mut self) {
+        self.tokens = 0;
+    }
 }
 
 /// K and V of consecutive tokens outside of pages.

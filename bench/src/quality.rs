@@ -1,0 +1,427 @@
+//! Quality of answers under every way of having a context's KV.
+//!
+//! Each method answers the same questions over the same contexts of the
+//! corpus; full prefill is what the others are held against. Rows:
+//!
+//! - `METHOD/CELL/em`, `f1`: exact match and token F1 of greedy answers;
+//! - `METHOD/CELL/em_loss`: what full prefill gets more, paired;
+//! - `METHOD/CELL/kl`, `kl_median`, `kl_p99`: KL(full ‖ method) in nats at the
+//!   tokens of the true answer, teacher-forced; `top1`: share of them where both
+//!   think the same token most likely;
+//! - `METHOD/CELL/diverged`: share of answers that differ from full prefill's;
+//!   `divergence`: the first token at which these do, counted from 0;
+//! - `METHOD/continuation/nll`: nats a token of text after the context;
+//! - `METHOD/charged`: rows computed as a share of tokens times layers;
+//!   `host_bytes`: KV read a context token; `bits`: a KV value as stored;
+//! - `gate/…`: what the model must show for any of this to mean something,
+//!   `ratio` 1.0 or more where it does.
+//!
+//! A CELL is a task at 8 chunks of 64 tokens; `TASK@N` at N chunks. Intervals
+//! (`lo`, `hi`) are bootstrapped over contexts. The same seed gives the same rows.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use anyhow::{Context as _, ensure};
+
+use crate::corpus::{self, Profile, Split, Task, Vocabulary};
+use crate::report::{Report, Row, median, percentile};
+
+pub(crate) mod method;
+pub(crate) mod reader;
+
+mod gates;
+mod interval;
+mod score;
+
+use method::{Caches, Charge, Method};
+use reader::Reader;
+use score::{Answer, Asked, Distance};
+
+/// Chunks of a cell that has no count in its name.
+const BASE_CHUNKS: usize = 8;
+/// Questions asked over one context at most: more say little new about its KV.
+const QUESTIONS_PER_CONTEXT: usize = 8;
+/// Tasks that are also asked at other numbers of chunks: where reuse must hurt,
+/// and the control.
+const AT_ALL_COUNTS: [&str; 6] = ["hop1", "coref2", "coref3", "override", "ordinal", "compare"];
+/// Room for questions and greedy answers beside the context, in tokens.
+const TAIL_TOKENS: usize = 2048;
+
+/// What to ask, and how often.
+#[derive(Clone, Debug, clap::Args)]
+pub(crate) struct Options {
+    /// A model trained on the corpus, in the Hugging Face layout.
+    #[arg(long, default_value = "models/reader-17m")]
+    pub(crate) model: PathBuf,
+    /// Questions a cell. Default: 1000; with --quick, 24.
+    #[arg(long)]
+    pub(crate) questions: Option<usize>,
+    /// Tasks to ask; all of them when left out.
+    #[arg(long, value_delimiter = ',')]
+    pub(crate) tasks: Vec<String>,
+    /// Methods beside full prefill; all of them when left out.
+    #[arg(long, value_delimiter = ',')]
+    pub(crate) methods: Vec<Method>,
+    /// Other numbers of chunks for the tasks where reuse must hurt.
+    #[arg(long, value_delimiter = ',', default_values_t = [4, 12])]
+    pub(crate) chunks: Vec<usize>,
+    /// Tokens a chunk.
+    #[arg(long, default_value_t = 64)]
+    pub(crate) size: usize,
+    /// Seed of contexts and intervals.
+    #[arg(long, default_value_t = 1)]
+    pub(crate) seed: u64,
+}
+
+impl Options {
+    /// Questions a cell.
+    fn wanted(&self, quick: bool) -> usize {
+        self.questions.unwrap_or(if quick { 24 } else { 1000 })
+    }
+
+    fn methods(&self) -> Vec<Method> {
+        let all = if self.methods.is_empty() {
+            &Method::ALL[..]
+        } else {
+            &self.methods
+        };
+        all.iter()
+            .copied()
+            .filter(|&method| method != Method::Full)
+            .collect()
+    }
+
+    fn cells<'a>(&self, vocabulary: &'a Vocabulary) -> anyhow::Result<Vec<Cell<'a>>> {
+        let known = vocabulary.tasks();
+        for name in &self.tasks {
+            ensure!(
+                known.iter().any(|task| task.name == *name),
+                "no task is called {name}; there are {}",
+                known
+                    .iter()
+                    .map(|task| task.name.as_str())
+                    .collect::<Vec<_>>()
+                    .join(", ")
+            );
+        }
+        let mut cells = Vec::new();
+        for task in known {
+            if !self.tasks.is_empty() && !self.tasks.contains(&task.name) {
+                continue;
+            }
+            cells.push(Cell {
+                task,
+                chunks: BASE_CHUNKS,
+            });
+            if AT_ALL_COUNTS.contains(&task.name.as_str()) {
+                let others = self.chunks.iter().filter(|&&count| count != BASE_CHUNKS);
+                cells.extend(others.map(|&chunks| Cell { task, chunks }));
+            }
+        }
+        Ok(cells)
+    }
+}
+
+/// One task at one number of chunks.
+#[derive(Clone, Copy, Debug)]
+struct Cell<'a> {
+    task: &'a Task,
+    chunks: usize,
+}
+
+impl Cell<'_> {
+    fn name(&self) -> String {
+        if self.chunks == BASE_CHUNKS {
+            self.task.name.clone()
+        } else {
+            format!("{}@{}", self.task.name, self.chunks)
+        }
+    }
+}
+
+/// Runs the suite.
+pub(crate) fn run(options: &Options, quick: bool) -> anyhow::Result<Report> {
+    let vocabulary = Vocabulary::load()?;
+    let cells = options.cells(&vocabulary)?;
+    let longest = cells.iter().map(|cell| cell.chunks).max().unwrap_or(0) * options.size + 1;
+    // Two contexts at a time, the cached one and the one it is taken from.
+    let mut reader = Reader::load(&options.model, 2 * longest + TAIL_TOKENS)?;
+    ensure!(
+        reader.config().vocab_size == vocabulary.len(),
+        "{} has {} tokens, the corpus {}: use a model trained on it",
+        options.model.display(),
+        reader.config().vocab_size,
+        vocabulary.len()
+    );
+    let mut report = Report::new("quality");
+    let mut gates = gates::Gates::default();
+    let mut charges: BTreeMap<&str, Vec<Charge>> = BTreeMap::new();
+    let methods = options.methods();
+    let wanted = options.wanted(quick);
+    let bar = crate::progress(cells.len() + 1, "quality");
+    for cell in &cells {
+        bar.set_message(cell.name());
+        let outcome = ask(
+            &mut reader,
+            &vocabulary,
+            cell,
+            &methods,
+            options,
+            wanted,
+            &mut charges,
+            &mut gates,
+        )?;
+        outcome.report(&cell.name(), options.seed, &mut report, &mut gates);
+        bar.inc(1);
+    }
+    bar.set_message("continuation");
+    continuations(
+        &mut reader,
+        &vocabulary,
+        &methods,
+        options,
+        wanted / QUESTIONS_PER_CONTEXT,
+        &mut report,
+    )?;
+    bar.finish_and_clear();
+    for (method, charges) in charges {
+        let mean = |of: fn(&Charge) -> f64| {
+            score::mean(&charges.iter().map(of).collect::<Vec<_>>())
+        };
+        report.push(Row::new(
+            format!("{method}/charged"),
+            mean(|charge| charge.recomputed),
+            "share",
+        ));
+        report.push(Row::new(
+            format!("{method}/host_bytes"),
+            mean(|charge| charge.host_bytes),
+            "bytes/token",
+        ));
+        report.push(Row::new(format!("{method}/bits"), 32.0, "bits/value"));
+    }
+    gates.report(&mut report);
+    Ok(report)
+}
+
+/// Answers to one cell's questions: `[context][question]`.
+#[derive(Debug, Default)]
+struct Outcome {
+    full: Vec<Vec<Answer>>,
+    others: Vec<(Method, Vec<Vec<(Answer, Distance)>>)>,
+}
+
+#[expect(clippy::too_many_arguments, reason = "one call, from the loop over cells")]
+fn ask(
+    reader: &mut Reader,
+    vocabulary: &Vocabulary,
+    cell: &Cell<'_>,
+    methods: &[Method],
+    options: &Options,
+    wanted: usize,
+    charges: &mut BTreeMap<&'static str, Vec<Charge>>,
+    gates: &mut gates::Gates,
+) -> anyhow::Result<Outcome> {
+    let mut outcome = Outcome {
+        full: Vec::new(),
+        others: methods
+            .iter()
+            .map(|&method| (method, Vec::new()))
+            .collect(),
+    };
+    let mut asked = 0;
+    for index in 0.. {
+        if asked >= wanted {
+            break;
+        }
+        let context = corpus::evaluation(
+            vocabulary,
+            cell.task,
+            cell.chunks,
+            options.size,
+            options.seed,
+            index,
+        )?;
+        let questions: Vec<Asked> = context
+            .questions
+            .iter()
+            .take(QUESTIONS_PER_CONTEXT.min(wanted - asked))
+            .map(|question| Asked {
+                prompt: vocabulary.prompt(question),
+                answer: question.answer.clone(),
+            })
+            .collect();
+        asked += questions.len();
+        let caches = Caches::new(reader, vocabulary.bos(), &context.chunks)?;
+        let (pages, charge) = Method::Full.prepare(reader, &caches)?;
+        charges.entry(Method::Full.name()).or_default().push(charge);
+        gates.layer0_keys(reader, &pages, &caches)?;
+        let full = score::answer(reader, &pages, &questions, vocabulary.eos())?;
+        reader.release(pages)?;
+        for (method, answers) in &mut outcome.others {
+            let (pages, charge) = method.prepare(reader, &caches)?;
+            charges.entry(method.name()).or_default().push(charge);
+            let found = score::answer(reader, &pages, &questions, vocabulary.eos())?;
+            reader.release(pages)?;
+            answers.push(
+                found
+                    .into_iter()
+                    .zip(&full)
+                    .map(|(answer, full)| {
+                        let distance = answer.distance(full);
+                        (answer, distance)
+                    })
+                    .collect(),
+            );
+        }
+        outcome.full.push(full);
+    }
+    Ok(outcome)
+}
+
+impl Outcome {
+    fn report(&self, cell: &str, seed: u64, report: &mut Report, gates: &mut gates::Gates) {
+        let questions: usize = self.full.iter().map(Vec::len).sum();
+        #[expect(clippy::cast_precision_loss, reason = "a count of questions")]
+        report.push(Row::new(
+            format!("questions/{cell}"),
+            questions as f64,
+            "questions",
+        ));
+        let mut push = |name: String, unit: &'static str, values: &[Vec<f64>]| {
+            let estimate = interval::estimate(values, seed)?;
+            report.push(Row::new(name, estimate.value, unit).within(estimate.lo, estimate.hi));
+            Some(estimate)
+        };
+        let each = |of: fn(&Answer) -> f64| per_question(&self.full, of);
+        if let Some(em) = push(format!("full/{cell}/em"), "share", &each(exact)) {
+            gates.full(cell, em.value);
+        }
+        push(format!("full/{cell}/f1"), "share", &each(|a| a.f1));
+        for (method, contexts) in &self.others {
+            let name = method.name();
+            let row = |measure: &str| format!("{name}/{cell}/{measure}");
+            let found = |of: fn(&Answer) -> f64| per_question(contexts, move |(a, _)| of(a));
+            push(row("em"), "share", &found(exact));
+            push(row("f1"), "share", &found(|a| a.f1));
+            let loss: Vec<Vec<f64>> = self
+                .full
+                .iter()
+                .zip(contexts)
+                .map(|(full, this)| {
+                    full.iter()
+                        .zip(this)
+                        .map(|(full, (this, _))| exact(full) - exact(this))
+                        .collect()
+                })
+                .collect();
+            if let Some(loss) = push(row("em_loss"), "share", &loss) {
+                gates.loss(*method, cell, loss);
+            }
+            let kl: Vec<Vec<f64>> = contexts
+                .iter()
+                .map(|context| context.iter().flat_map(|(_, d)| d.kl.clone()).collect())
+                .collect();
+            push(row("kl"), "nats", &kl);
+            let agrees: Vec<Vec<f64>> = contexts
+                .iter()
+                .map(|context| {
+                    let tokens = context.iter().flat_map(|(_, d)| &d.agrees);
+                    tokens.map(|&agrees| f64::from(u8::from(agrees))).collect()
+                })
+                .collect();
+            push(row("top1"), "share", &agrees);
+            push(
+                row("diverged"),
+                "share",
+                &per_question(contexts, |(_, d)| {
+                    f64::from(u8::from(d.divergence.is_some()))
+                }),
+            );
+            let distances = || contexts.iter().flatten().map(|(_, distance)| distance);
+            gates.logits(
+                *method,
+                distances().map(|d| d.logit).fold(0.0, f64::max),
+            );
+            #[expect(clippy::cast_precision_loss, reason = "answers are short")]
+            let divergences: Vec<f64> = distances()
+                .filter_map(|d| d.divergence.map(|token| token as f64))
+                .collect();
+            let mut kl: Vec<f64> = kl.into_iter().flatten().collect();
+            if !kl.is_empty() {
+                report.push(Row::new(row("kl_median"), median(&mut kl), "nats"));
+                report.push(Row::new(row("kl_p99"), percentile(&mut kl, 0.99), "nats"));
+            }
+            if !divergences.is_empty() {
+                report.push(Row::new(
+                    row("divergence"),
+                    score::mean(&divergences),
+                    "tokens",
+                ));
+            }
+        }
+    }
+}
+
+fn exact(answer: &Answer) -> f64 {
+    f64::from(u8::from(answer.exact))
+}
+
+fn per_question<T>(contexts: &[Vec<T>], of: impl Fn(&T) -> f64) -> Vec<Vec<f64>> {
+    contexts
+        .iter()
+        .map(|context| context.iter().map(&of).collect())
+        .collect()
+}
+
+/// Text that follows a context, as likely under each method as it is under full prefill?
+fn continuations(
+    reader: &mut Reader,
+    vocabulary: &Vocabulary,
+    methods: &[Method],
+    options: &Options,
+    contexts: usize,
+    report: &mut Report,
+) -> anyhow::Result<()> {
+    let all: Vec<Method> = std::iter::once(Method::Full)
+        .chain(methods.iter().copied())
+        .collect();
+    let mut losses = vec![Vec::new(); all.len()];
+    for index in 0..contexts.max(2) {
+        let mut context = corpus::sample(
+            vocabulary,
+            &Profile::default(),
+            BASE_CHUNKS + 1,
+            options.size,
+            corpus::mix(options.seed, index as u64),
+            Split::Test,
+        )?;
+        let continuation = context.chunks.pop().context("a context has chunks")?;
+        let caches = Caches::new(reader, vocabulary.bos(), &context.chunks)?;
+        for (method, losses) in all.iter().zip(&mut losses) {
+            let (pages, _) = method.prepare(reader, &caches)?;
+            let loss = score::negative_log_likelihood(reader, &pages, &continuation)?;
+            reader.release(pages)?;
+            losses.push(vec![loss]);
+        }
+    }
+    for (method, losses_of) in all.iter().zip(&losses) {
+        let mut push = |measure: &str, values: &[Vec<f64>]| {
+            if let Some(e) = interval::estimate(values, options.seed) {
+                let name = format!("{}/continuation/{measure}", method.name());
+                report.push(Row::new(name, e.value, "nats").within(e.lo, e.hi));
+            }
+        };
+        push("nll", losses_of);
+        if *method != Method::Full {
+            let more: Vec<Vec<f64>> = losses_of
+                .iter()
+                .zip(&losses[0])
+                .map(|(this, full)| vec![this[0] - full[0]])
+                .collect();
+            push("nll_more", &more);
+        }
+    }
+    Ok(())
+}

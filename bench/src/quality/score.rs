@@ -1,0 +1,193 @@
+//! What one question, or one continuation, says about a method.
+
+use std::collections::BTreeMap;
+
+use super::reader::{Pages, Reader, argmax};
+
+/// Longest answer that is decoded; every answer of the corpus is shorter.
+const LONGEST_ANSWER: usize = 10;
+
+/// A question with the answer that counts.
+#[derive(Clone, Debug)]
+pub(crate) struct Asked {
+    /// What follows the context, up to the first token of the answer.
+    pub(crate) prompt: Vec<u32>,
+    /// The answer, without the end token.
+    pub(crate) answer: Vec<u32>,
+}
+
+/// One question under one method.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Answer {
+    /// Greedy tokens, without the end token.
+    pub(crate) tokens: Vec<u32>,
+    /// Whether they are the answer.
+    pub(crate) exact: bool,
+    /// Harmonic mean of precision and recall over tokens, as in SQuAD
+    /// (Rajpurkar et al., 2016).
+    pub(crate) f1: f64,
+    /// At each token of the true answer and its end, teacher-forced:
+    /// `[token][vocabulary]`.
+    logits: Vec<Vec<f32>>,
+}
+
+/// How far an answer is from that of full prefill.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Distance {
+    /// KL(full ‖ method) in nats at each token of the true answer and its end.
+    pub(crate) kl: Vec<f64>,
+    /// Whether both think the same token most likely, at each of them.
+    pub(crate) agrees: Vec<bool>,
+    /// First greedy token that differs; `None` when none does.
+    pub(crate) divergence: Option<usize>,
+    /// Largest difference of a logit.
+    pub(crate) logit: f64,
+}
+
+/// Answers all questions over one context.
+pub(crate) fn answer(
+    reader: &mut Reader,
+    context: &Pages,
+    questions: &[Asked],
+    end: u32,
+) -> anyhow::Result<Vec<Answer>> {
+    let tails: Vec<Vec<u32>> = questions
+        .iter()
+        .map(|question| [&question.prompt[..], &question.answer].concat())
+        .collect();
+    let rows = reader.ask(context, &tails)?;
+    questions
+        .iter()
+        .zip(rows)
+        .map(|(question, rows)| {
+            let rows = &rows[question.prompt.len() - 1..];
+            let likeliest: Vec<u32> = rows.iter().map(|row| argmax(row)).collect();
+            let (last, before) = likeliest.split_last().expect("a prompt has a token");
+            // Greedy decoding sees what teacher forcing sees up to its first mistake.
+            let exact = before == question.answer && *last == end;
+            let tokens = if exact {
+                question.answer.clone()
+            } else {
+                reader.greedy(context, &question.prompt, end, LONGEST_ANSWER)?
+            };
+            Ok(Answer {
+                exact,
+                f1: f1(&tokens, &question.answer),
+                tokens,
+                logits: rows.to_vec(),
+            })
+        })
+        .collect()
+}
+
+/// Mean negative log-likelihood in nats of the tokens after the context; the
+/// first, which nothing but the context's last row predicts, is not counted.
+pub(crate) fn negative_log_likelihood(
+    reader: &mut Reader,
+    context: &Pages,
+    continuation: &[u32],
+) -> anyhow::Result<f64> {
+    let rows = reader.ask(context, &[continuation.to_vec()])?;
+    let losses: Vec<f64> = rows[0]
+        .iter()
+        .zip(&continuation[1..])
+        .map(|(row, &next)| -log_softmax(row)[next as usize])
+        .collect();
+    Ok(mean(&losses))
+}
+
+impl Answer {
+    /// How far it is from the answer of full prefill to the same question.
+    pub(crate) fn distance(&self, full: &Self) -> Distance {
+        let rows = || full.logits.iter().zip(&self.logits);
+        let kl = rows()
+            .map(|(full, this)| divergence(&log_softmax(full), &log_softmax(this)))
+            .collect();
+        let agrees = rows()
+            .map(|(full, this)| argmax(full) == argmax(this))
+            .collect();
+        let logit = rows()
+            .flat_map(|(full, this)| full.iter().zip(this))
+            .map(|(full, this)| f64::from((full - this).abs()))
+            .fold(0.0, f64::max);
+        let same = self
+            .tokens
+            .iter()
+            .zip(&full.tokens)
+            .take_while(|(this, full)| this == full)
+            .count();
+        Distance {
+            kl,
+            agrees,
+            divergence: (self.tokens != full.tokens).then_some(same),
+            logit,
+        }
+    }
+}
+
+fn divergence(full: &[f64], this: &[f64]) -> f64 {
+    let sum: f64 = full
+        .iter()
+        .zip(this)
+        .map(|(full, this)| full.exp() * (full - this))
+        .sum();
+    // Rounding can take a sum of nearly equal terms just below zero.
+    sum.max(0.0)
+}
+
+fn log_softmax(row: &[f32]) -> Vec<f64> {
+    let top = f64::from(row.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+    let sum: f64 = row.iter().map(|&x| (f64::from(x) - top).exp()).sum();
+    let normaliser = top + sum.ln();
+    row.iter().map(|&x| f64::from(x) - normaliser).collect()
+}
+
+fn f1(found: &[u32], expected: &[u32]) -> f64 {
+    let mut counts: BTreeMap<u32, usize> = BTreeMap::new();
+    for &token in expected {
+        *counts.entry(token).or_default() += 1;
+    }
+    let mut common = 0usize;
+    for token in found {
+        if let Some(count) = counts.get_mut(token).filter(|count| **count > 0) {
+            *count -= 1;
+            common += 1;
+        }
+    }
+    if common == 0 {
+        return 0.0;
+    }
+    #[expect(clippy::cast_precision_loss, reason = "answers are short")]
+    let (common, both) = (common as f64, (found.len() + expected.len()) as f64);
+    2.0 * common / both
+}
+
+/// Arithmetic mean; 0 of nothing.
+pub(crate) fn mean(values: &[f64]) -> f64 {
+    #[expect(clippy::cast_precision_loss, reason = "counts of a benchmark")]
+    let count = values.len().max(1) as f64;
+    values.iter().sum::<f64>() / count
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn f1_counts_tokens_with_repetition() {
+        assert_eq!(f1(&[1, 2], &[1, 2]), 1.0);
+        assert_eq!(f1(&[], &[1]), 0.0);
+        assert_eq!(f1(&[1, 1, 1], &[1, 2, 3]), 1.0 / 3.0);
+        assert_eq!(f1(&[3, 4], &[4]), 2.0 / 3.0);
+    }
+
+    #[test]
+    fn kl_is_zero_of_equals_and_right_of_a_coin() {
+        let fair = log_softmax(&[0.0, 0.0]);
+        let biased = log_softmax(&[0.0, 3f32.ln()]);
+        assert_eq!(divergence(&fair, &fair), 0.0);
+        // KL((1/2, 1/2) ‖ (1/4, 3/4)) = ln(2 / √3)
+        let expected = (2.0 / 3f64.sqrt()).ln();
+        assert!((divergence(&fair, &biased) - expected).abs() < 1e-6);
+    }
+}
