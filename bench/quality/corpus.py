@@ -690,14 +690,16 @@ def vectors(vocabulary):
                     lambda seed, index: evaluation(vocabulary, task, *size, seed, index, test))
         for overrides in VECTOR_PROFILES:
             for size in SAMPLE_SIZES:
+                profile = Profile(**overrides)
                 add("sample", overrides, size, test,
-                    lambda seed, index: sample(vocabulary, Profile(**overrides), *size, mix(seed, index), test))
+                    lambda seed, index: sample(vocabulary, profile, *size, mix(seed, index), test))
     return entries
 
 
 def main():
     v = load()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--task", choices=list(v.tasks))
     what.add_argument("--profile", type=json.loads, help="as JSON; what is left out has its default")
@@ -712,6 +714,13 @@ def main():
         rows = ",\n".join(json.dumps(entry) for entry in vectors(v))
         SPEC_PATH.with_name("vectors.json").write_text(f"[\n{rows}\n]\n")
         return
+    try:
+        write_lines(v, arguments)
+    except ValueError as error:
+        parser.exit(1, f"Error: {error}\n")
+
+
+def write_lines(v, arguments):
     chunks, size, seed = arguments.chunks, arguments.size, arguments.seed
     name, test = arguments.task or "sample", arguments.split == "test"
     for index in range(arguments.count):

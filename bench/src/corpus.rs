@@ -22,10 +22,10 @@ mod world;
 pub(crate) use command::{Arguments, run};
 pub(crate) use names::Split;
 pub(crate) use profile::Profile;
-pub(crate) use question::{Context, Kind, Question};
+pub(crate) use question::{Context, Kind};
 pub(crate) use rng::mix;
 pub(crate) use spec::Task;
-pub(crate) use vocabulary::{SpecError, Vocabulary};
+pub(crate) use vocabulary::Vocabulary;
 
 use builder::{Builder, MAX_CONTEXT_TOKENS, MIN_CHUNK_TOKENS, pairs_that_fit};
 use rng::Rng;
