@@ -14,7 +14,8 @@ help:
 	@echo "make deps    install missing system packages (Debian, apt)"
 
 # RocksDB is compiled from source: a C++ compiler, and libclang for its bindings.
-DEPS := g++ clang libclang-dev
+# The tests hold the corpus against the Python that training uses.
+DEPS := g++ clang libclang-dev python3
 
 deps:
 	@missing=""; for package in $(DEPS); do \

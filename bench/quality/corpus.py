@@ -4,17 +4,36 @@
 `bench/src/corpus/` hold the algorithm: both must make the same bytes from the
 same seed. README.md describes the tasks and the order of the random draws.
 Standard library only.
+
+    python3 corpus.py --task hop1 --chunks 8 --size 64 --seed 1 --count 5
+    python3 corpus.py --profile '{"total": 1000}' --split train
+    python3 corpus.py --vectors
+
+The first prints contexts of an evaluation task, one JSON object a line; the
+second any contexts; the third writes vectors.json, what the port in Rust is
+tested against.
 """
 
+import argparse
 import json
 import pathlib
+import sys
+import zlib
 from dataclasses import dataclass, field
 
 MASK = (1 << 64) - 1
 SPEC_PATH = pathlib.Path(__file__).with_name("corpus.json")
 # A chunk's free space is always 0 or at least this: the shortest filler.
 MIN_FILLER = 4
+# `<doc>` and a filler.
+MIN_CHUNK_TOKENS = 1 + MIN_FILLER
+# Of all chunks together: far below the number of names and of needles.
+MAX_CONTEXT_TOKENS = 8192
 MAX_CHAIN = 4
+# Draws of one name before it is given up.
+NAME_DRAWS = 100_000
+# Contexts tried for one that has a question of the task.
+ATTEMPTS = 1000
 
 
 class Rng:
@@ -104,6 +123,7 @@ class Vocabulary:
         self.that_town = self.template(spec["that_town"])
         # Mottos are made of every attribute's value words.
         self.motto_words = [v for a in self.attributes for v in a.values]
+        self.tasks = {t["name"]: Task(**t) for t in spec["tasks"]}
 
     def _templates(self):
         spec = self.spec
@@ -145,6 +165,16 @@ class Vocabulary:
         return out
 
 
+@dataclass
+class Task:
+    """What an evaluation asks: kinds of questions, and contexts made for them."""
+
+    name: str
+    kinds: list
+    profile: dict
+    fill: bool = False  # contexts are key-value lists of as many pairs as fit
+
+
 class Attribute:
     def __init__(self, vocabulary, spec):
         self.name = vocabulary.ids[spec["name"]]
@@ -182,11 +212,12 @@ class Profile:
     facts_min: int = 2
     facts_max: int = 4
     persons: int = 0        # of a chunk at most; 0: one, and one more for every 56 tokens
-    pairs: int = 0          # above 0: the context is a key-value list of so many pairs
+    pairs: int = 0          # above 0: the context is a key-value list of at most so many pairs
 
 
 @dataclass
 class Person:
+    pair: tuple  # (initial, final), by position in the lists
     name: list
     gender: int
     facts: dict = field(default_factory=dict)      # attribute index -> Fact
@@ -202,7 +233,7 @@ class Fact:
 
 @dataclass
 class Question:
-    task: str
+    task: str  # its kind
     question: list
     answer: list
     chunks: list
@@ -223,6 +254,16 @@ class Builder:
     """One context. The order of draws is part of the format."""
 
     def __init__(self, vocabulary, profile, chunks, chunk_tokens, rng, test):
+        if chunks < 1:
+            raise ValueError("a context has a chunk at least")
+        if chunk_tokens < MIN_CHUNK_TOKENS:
+            raise ValueError(f"a chunk has {MIN_CHUNK_TOKENS} tokens at least")
+        if chunks * chunk_tokens > MAX_CONTEXT_TOKENS:
+            raise ValueError(f"a context has {MAX_CONTEXT_TOKENS} tokens at most")
+        if profile.total > 0 and chunks > len(vocabulary.ordinals):
+            raise ValueError(f"a context with totals has {len(vocabulary.ordinals)} chunks at most")
+        if profile.facts_min > profile.facts_max:
+            raise ValueError("facts_min is above facts_max")
         self.v = vocabulary
         self.p = profile
         self.count = chunks
@@ -312,7 +353,7 @@ class Builder:
     def new_name(self):
         v, rng = self.v, self.rng
         lookalike = bool(self.people) and rng.chance(self.p.lookalike)
-        while True:
+        for _ in range(NAME_DRAWS):
             i, f = rng.below(len(v.initials)), rng.below(len(v.finals))
             if lookalike:
                 other = rng.pick(self.people).pair
@@ -323,11 +364,11 @@ class Builder:
             if (i, f) not in self.used_names and held_out(i, f) == self.test:
                 self.used_names.add((i, f))
                 return (i, f)
+        raise ValueError("no name is left")
 
     def new_person(self):
         i, f = self.new_name()
-        person = Person([self.v.initials[i], self.v.finals[f]], self.rng.below(2))
-        person.pair = (i, f)
+        person = Person((i, f), [self.v.initials[i], self.v.finals[f]], self.rng.below(2))
         self.people.append(person)
         return person
 
@@ -523,7 +564,7 @@ class Builder:
         for key, fact in self.needles.items():
             question = fill(forms["needle"], K=list(key))
             out.append(Question("needle", question, fact.value, [fact.chunk]))
-        for n, (chunk, value) in enumerate(self.totals):
+        for chunk, value in self.totals:
             out.append(Question("ordinal", fill(forms["ordinal"], D=[v.ordinals[chunk]]), value, [chunk]))
         if len(self.totals) >= 2:
             for _ in range(len(self.totals)):
@@ -554,22 +595,141 @@ def load(path=SPEC_PATH):
 
 
 def sample(vocabulary, profile, chunks, chunk_tokens, seed, test):
+    """A context, with every question that can be asked about it."""
     return Builder(vocabulary, profile, chunks, chunk_tokens, Rng(seed), test).build()
 
 
-if __name__ == "__main__":
-    import time, collections
+def evaluation(vocabulary, task, chunks, chunk_tokens, seed, index, test=True):
+    """Context number `index` of a task, with that task's questions in random order.
+
+    Contexts without such a question are passed over.
+    """
+    profile = Profile(**task.profile)
+    if task.fill:
+        profile.pairs = chunks * pairs_that_fit(vocabulary, chunk_tokens)
+    for attempt in range(ATTEMPTS):
+        rng = Rng(mix(mix(seed, index), attempt))
+        context = Builder(vocabulary, profile, chunks, chunk_tokens, rng, test).build()
+        context.questions = [q for q in context.questions if q.task in task.kinds]
+        if context.questions:
+            rng.shuffle(context.questions)
+            return context
+    raise ValueError(f"no context of {chunks} chunks of {chunk_tokens} tokens has a {task.name} question")
+
+
+def pairs_that_fit(vocabulary, chunk_tokens):
+    """Key-value lines of one chunk, whose rest can still be filled."""
+    length = len(fill(vocabulary.pair, N=[0, 0], V=[0]))
+    count = (chunk_tokens - 1) // length
+    left = chunk_tokens - 1 - count * length
+    return count - 1 if 0 < left < MIN_FILLER else count
+
+
+def line(vocabulary, task, test, seed, index, context):
+    """One context as a line of JSON."""
+    questions = [
+        {
+            "kind": q.task,
+            "chunks": q.chunks,
+            "question": q.question,
+            "answer": q.answer,
+            "prompt_text": vocabulary.text(prompt(vocabulary, q.question)),
+            "answer_text": vocabulary.text(q.answer),
+        }
+        for q in context.questions
+    ]
+    fields = {
+        "task": task,
+        "split": "test" if test else "train",
+        "seed": seed,
+        "index": index,
+        "chunks": context.chunks,
+        "questions": questions,
+    }
+    return json.dumps(fields, separators=(",", ":")) + "\n"
+
+
+# Profiles of the vectors, besides those of the tasks: what training uses.
+VECTOR_PROFILES = [
+    {},
+    {"pairs": 14, "lookalike": 0},
+    {"persons": 1, "facts_min": 1, "facts_max": 2, "attributes": 2, "relation": 50, "continuation": 100,
+     "total": 0, "needles": 60, "alias": 0, "update": 40, "name_again": 600, "filler": 0, "lookalike": 80},
+    {"persons": 2, "facts_min": 1, "facts_max": 3, "attributes": 4, "relation": 250, "continuation": 350,
+     "total": 150, "needles": 80, "name_again": 400, "filler": 30},
+    {"persons": 1, "facts_min": 1, "facts_max": 2, "attributes": 6, "relation": 300, "continuation": 100,
+     "role": 500, "alias": 500, "total": 100, "needles": 30, "filler": 30},
+    {"persons": 1, "facts_min": 1, "facts_max": 1, "attributes": 4, "relation": 700, "continuation": 100,
+     "total": 1000, "needles": 50, "filler": 30},
+    {"town": 1000, "continuation": 700, "lookalike": 1000, "update": 300, "filler": 300},
+]
+# (chunks, tokens of each)
+VECTOR_SIZES = [(4, 48), (8, 64), (6, 100), (16, 128)]
+SAMPLE_SIZES = [(1, 5), (2, 16), (4, 24), (5, 44), (8, 64), (3, 256)]
+VECTOR_COUNT = 6
+
+
+def vectors(vocabulary):
+    """CRC-32 of lines of both splits, by task and by profile."""
+    entries = []
+
+    def add(task, profile, size, test, make):
+        seed = len(entries) + 1
+        crc = 0
+        for index in range(VECTOR_COUNT):
+            text = line(vocabulary, task, test, seed, index, make(seed, index))
+            crc = zlib.crc32(text.encode(), crc)
+        split = "test" if test else "train"
+        entries.append({"task": task, "profile": profile, "chunks": size[0], "size": size[1], "split": split,
+                        "seed": seed, "count": VECTOR_COUNT, "crc32": crc})
+
+    for test in (False, True):
+        for task in vocabulary.tasks.values():
+            for size in VECTOR_SIZES:
+                add(task.name, None, size, test,
+                    lambda seed, index: evaluation(vocabulary, task, *size, seed, index, test))
+        for overrides in VECTOR_PROFILES:
+            for size in SAMPLE_SIZES:
+                profile = Profile(**overrides)
+                add("sample", overrides, size, test,
+                    lambda seed, index: sample(vocabulary, profile, *size, mix(seed, index), test))
+    return entries
+
+
+def main():
     v = load()
-    print(len(v.tokens), "tokens")
-    c = sample(v, Profile(total=1000), 8, 64, 3, True)
-    for x in c.chunks:
-        assert len(x) == 64
-        print(v.text(x))
-    for q in c.questions:
-        print(q.task, "|", v.text(prompt(v, q.question)), "|", v.text(q.answer), q.chunks)
-    n = 0; t = time.time(); k = collections.Counter()
-    for s in range(200):
-        c = sample(v, Profile(), 8, 64, s, False)
-        n += 8 * 64
-        k.update(q.task for q in c.questions)
-    print(n / (time.time() - t), "tok/s", {a: b / 200 for a, b in k.items()})
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--task", choices=list(v.tasks))
+    what.add_argument("--profile", type=json.loads, help="as JSON; what is left out has its default")
+    what.add_argument("--vectors", action="store_true", help="write vectors.json")
+    parser.add_argument("--chunks", type=int, default=8)
+    parser.add_argument("--size", type=int, default=64, help="tokens of a chunk")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--count", type=int, default=1, help="contexts")
+    parser.add_argument("--split", choices=["train", "test"], default="test")
+    arguments = parser.parse_args()
+    if arguments.vectors:
+        rows = ",\n".join(json.dumps(entry) for entry in vectors(v))
+        SPEC_PATH.with_name("vectors.json").write_text(f"[\n{rows}\n]\n")
+        return
+    try:
+        write_lines(v, arguments)
+    except ValueError as error:
+        parser.exit(1, f"Error: {error}\n")
+
+
+def write_lines(v, arguments):
+    chunks, size, seed = arguments.chunks, arguments.size, arguments.seed
+    name, test = arguments.task or "sample", arguments.split == "test"
+    for index in range(arguments.count):
+        if arguments.task:
+            context = evaluation(v, v.tasks[name], chunks, size, seed, index, test)
+        else:
+            context = sample(v, Profile(**arguments.profile), chunks, size, mix(seed, index), test)
+        sys.stdout.write(line(v, name, test, seed, index, context))
+
+
+if __name__ == "__main__":
+    main()

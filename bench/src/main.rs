@@ -6,11 +6,13 @@
 #![forbid(unsafe_code)]
 
 mod checkpoint;
+mod corpus;
 mod daemon;
 mod faults;
 mod lookup;
 mod prefill;
 mod raw_stream;
+mod reference;
 mod report;
 mod ttft;
 
@@ -50,6 +52,14 @@ enum Suite {
         #[arg(long)]
         python: Option<PathBuf>,
     },
+    /// Contexts of the synthetic reading tasks, as JSON lines; see bench/quality/README.md.
+    Corpus(corpus::Arguments),
+    /// The engine beside what transformers computed: DIR/reference.json.
+    Reference {
+        /// A model directory written by bench/quality/export.py and reference.py.
+        #[arg(long, value_name = "DIR")]
+        model: PathBuf,
+    },
     /// `kvasird` for the other suites, in a process of its own.
     #[command(hide = true)]
     Daemon {
@@ -86,6 +96,8 @@ async fn run(suite: Suite, json: bool, quick: bool) -> anyhow::Result<()> {
         Suite::Faults => faults::run(quick).await?.print(json),
         Suite::Ttft => ttft::run(quick).await?.print(json),
         Suite::Lookup => lookup::run(quick).await?.print(json),
+        Suite::Corpus(arguments) => corpus::run(&arguments),
+        Suite::Reference { model } => reference::run(&model),
         Suite::Prefill { python } => prefill::run(quick, python.as_deref())?.print(json),
         Suite::Daemon { .. } => Ok(()),
         Suite::RawStream { layer_bytes } => raw_stream::serve(layer_bytes).await,

@@ -80,6 +80,18 @@ impl Options {
         self.questions.unwrap_or(if quick { 24 } else { 1000 })
     }
 
+    /// The settings of the report.
+    fn record(&self, reader: &Reader, wanted: usize, quick: bool, report: &mut Report) {
+        let model = self.model.file_name().unwrap_or(self.model.as_os_str());
+        report.set("model", model.to_string_lossy());
+        report.set("model_digest", reader.digest());
+        report.set("seed", self.seed);
+        report.set("questions", wanted);
+        report.set("chunks", BASE_CHUNKS);
+        report.set("chunk_tokens", self.size);
+        report.set("quick", quick);
+    }
+
     fn methods(&self) -> Vec<Method> {
         let all = if self.methods.is_empty() {
             &Method::ALL[..]
@@ -159,6 +171,7 @@ pub(crate) fn run(options: &Options, quick: bool) -> anyhow::Result<Report> {
     let mut charges: BTreeMap<&str, Vec<Charge>> = BTreeMap::new();
     let methods = options.methods();
     let wanted = options.wanted(quick);
+    options.record(&reader, wanted, quick, &mut report);
     let bar = crate::progress(cells.len() + 1, "quality");
     for cell in &cells {
         bar.set_message(cell.name());

@@ -2,12 +2,16 @@
 
 use anyhow::Context as _;
 use serde::Serialize;
+use serde_json::{Map, Value};
 
 /// One suite's result.
 #[derive(Debug, Serialize)]
 pub(crate) struct Report {
     suite: &'static str,
     machine: Machine,
+    /// What the suite was told to do, where that is not in the names of its rows.
+    #[serde(skip_serializing_if = "Map::is_empty")]
+    settings: Map<String, Value>,
     rows: Vec<Row>,
 }
 
@@ -72,8 +76,14 @@ impl Report {
         Self {
             suite,
             machine: Machine::here(),
+            settings: Map::new(),
             rows: Vec::new(),
         }
+    }
+
+    /// Records one setting of the suite.
+    pub(crate) fn set(&mut self, name: &str, value: impl Into<Value>) {
+        self.settings.insert(name.to_owned(), value.into());
     }
 
     pub(crate) fn push(&mut self, row: Row) {

@@ -73,6 +73,12 @@ impl Reader {
         self.model.config()
     }
 
+    /// The weights' digest, in hexadecimal.
+    pub(crate) fn digest(&self) -> String {
+        let digest = self.model.weights_digest();
+        digest.iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
     /// Values of K and V of one token in all layers.
     pub(crate) fn values_per_token(&self) -> usize {
         let config = self.config();
