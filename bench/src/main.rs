@@ -9,6 +9,7 @@ mod checkpoint;
 mod corpus;
 mod daemon;
 mod faults;
+mod kvstats;
 mod lookup;
 mod prefill;
 mod raw_stream;
@@ -60,6 +61,8 @@ enum Suite {
         #[arg(long, value_name = "DIR")]
         model: PathBuf,
     },
+    /// Statistics of the KV of a model: what a codec can gain, and where reuse deviates.
+    Kvstats(kvstats::Options),
     /// `kvasird` for the other suites, in a process of its own.
     #[command(hide = true)]
     Daemon {
@@ -95,6 +98,7 @@ async fn run(suite: Suite, json: bool, quick: bool) -> anyhow::Result<()> {
         }
         Suite::Faults => faults::run(quick).await?.print(json),
         Suite::Ttft => ttft::run(quick).await?.print(json),
+        Suite::Kvstats(options) => kvstats::run(&options, quick)?.print(json),
         Suite::Lookup => lookup::run(quick).await?.print(json),
         Suite::Corpus(arguments) => corpus::run(&arguments),
         Suite::Reference { model } => reference::run(&model),

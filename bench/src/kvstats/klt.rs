@@ -39,9 +39,6 @@ pub(super) enum KltError {
     /// The eigenvalues were not found.
     #[error("the eigenvalues of a covariance of {dimensions} dimensions did not converge")]
     NotConverged { dimensions: usize },
-    /// No channel varies.
-    #[error("no channel varies")]
-    Constant,
 }
 
 /// Refuses fewer than 8 tokens per dimension.
@@ -112,10 +109,11 @@ impl Scatter {
         self.centred(&self.own[layer], layer, layer)
     }
 
-    /// Covariance of a layer and the next, each scaled to a mean variance of 1.
-    fn pair(&self, layer: usize) -> Result<DMatrix<f64>, KltError> {
+    /// Covariance of a layer and the next, each scaled to a mean variance of 1;
+    /// `None` for the last layer, and where either does not vary.
+    fn pair(&self, layer: usize) -> Option<DMatrix<f64>> {
+        let cross = self.centred(self.next.get(layer)?, layer, layer + 1);
         let (first, second) = (self.layer(layer), self.layer(layer + 1));
-        let cross = self.centred(&self.next[layer], layer, layer + 1);
         let (a, b) = (mean_variance(&first)?, mean_variance(&second)?);
         let n = first.nrows();
         let mut all = DMatrix::zeros(2 * n, 2 * n);
@@ -124,7 +122,7 @@ impl Scatter {
         let cross = cross / (a * b).sqrt();
         all.view_mut((n, 0), (n, n)).copy_from(&cross.transpose());
         all.view_mut((0, n), (n, n)).copy_from(&cross);
-        Ok(all)
+        Some(all)
     }
 
     fn centred(&self, products: &DMatrix<f64>, first: usize, second: usize) -> DMatrix<f64> {
@@ -135,28 +133,32 @@ impl Scatter {
 
     /// What a basis made of these tokens gains on the tokens of `on`, in dB over
     /// per-channel tables: a basis per head, per layer, and over a layer and the
-    /// next (`None` for the last layer).
-    pub(super) fn gains(&self, on: &Self, layer: usize, head_dim: usize) -> Result<Gains, KltError> {
-        let (from, to) = (self.layer(layer), on.layer(layer));
-        let (from, to) = (&from / mean_variance(&from)?, &to / mean_variance(&to)?);
+    /// next. `None` where nothing varies.
+    pub(super) fn gains(
+        &self,
+        on: &Self,
+        layer: usize,
+        head_dim: usize,
+    ) -> Result<Option<Gains>, KltError> {
+        let (Some(from), Some(to)) = (scaled(self.layer(layer)), scaled(on.layer(layer))) else {
+            return Ok(None);
+        };
         let channels = from.nrows();
         let mut heads = Decibel::default();
         for head in 0..channels / head_dim {
             heads.add(self.gain(&from, &to, head * head_dim..(head + 1) * head_dim)?);
         }
         let over_layer = self.gain(&from, &to, 0..channels)?;
-        let pair = if layer < self.next.len() {
-            let (from, to) = (self.pair(layer)?, on.pair(layer)?);
-            Some(self.gain(&from, &to, 0..2 * channels)?.mean())
-        } else {
-            None
+        let pair = match (self.pair(layer), on.pair(layer)) {
+            (Some(from), Some(to)) => Some(self.gain(&from, &to, 0..2 * channels)?.mean()),
+            _ => None,
         };
-        Ok(Gains {
+        Ok(Some(Gains {
             channels: channel_gain(&to),
             head: heads.mean(),
             layer: over_layer.mean(),
             pair,
-        })
+        }))
     }
 
     fn gain(
@@ -198,6 +200,7 @@ pub(super) struct Gains {
     pub(super) channels: f64,
     pub(super) head: f64,
     pub(super) layer: f64,
+    /// `None` for the last layer.
     pub(super) pair: Option<f64>,
 }
 
@@ -237,15 +240,18 @@ fn decibel(variance: f64) -> f64 {
     10.0 * (variance.max(0.0) + FLOOR).log10()
 }
 
-/// Mean variance of the channels that vary.
-fn mean_variance(covariance: &DMatrix<f64>) -> Result<f64, KltError> {
+/// The covariance over [`mean_variance`].
+fn scaled(covariance: DMatrix<f64>) -> Option<DMatrix<f64>> {
+    let variance = mean_variance(&covariance)?;
+    Some(covariance / variance)
+}
+
+/// Mean variance of the channels that vary; `None` where none does.
+fn mean_variance(covariance: &DMatrix<f64>) -> Option<f64> {
     let variances = covariance.diagonal();
     let bar = LIVE * variances.mean();
     let live: Vec<f64> = variances.iter().copied().filter(|&v| v > bar).collect();
-    if live.is_empty() {
-        return Err(KltError::Constant);
-    }
-    Ok(live.iter().sum::<f64>() / count(live.len()))
+    (!live.is_empty()).then(|| live.iter().sum::<f64>() / count(live.len()))
 }
 
 fn select(matrix: &DMatrix<f64>, indices: &[usize]) -> DMatrix<f64> {
@@ -298,13 +304,13 @@ mod tests {
     #[test]
     fn the_gain_of_a_known_covariance() {
         let independent = scatter(1, 0.0, 0.0, 3.0);
-        let found = independent.gains(&independent, 0, 2).unwrap();
+        let found = independent.gains(&independent, 0, 2).unwrap().unwrap();
         near(found.channels, 0.0, 0.05);
         near(found.head, of_correlation(0.9), 0.05);
         near(found.layer, of_correlation(0.9), 0.05);
         // The second layer is noise: half of the dimensions gain.
         near(found.pair.unwrap(), of_correlation(0.9) / 2.0, 0.05);
-        let found = independent.gains(&independent, 1, 2).unwrap();
+        let found = independent.gains(&independent, 1, 2).unwrap().unwrap();
         near(found.head, 0.0, 0.01);
         assert_eq!(found.pair, None);
     }
@@ -312,13 +318,13 @@ mod tests {
     #[test]
     fn heads_and_layers_that_correlate_gain_more() {
         let tied = scatter(2, 0.8, 0.0, 1.0);
-        let found = tied.gains(&tied, 0, 2).unwrap();
+        let found = tied.gains(&tied, 0, 2).unwrap().unwrap();
         // det = (1 - 0.9²)² (1 - 0.8²): one more factor over the heads.
         near(found.head, of_correlation(0.9), 0.05);
         near(found.layer, of_correlation(0.9) + of_correlation(0.8) / 2.0, 0.05);
         // The same in the next layer but for the floor, whatever its scale.
         let same = scatter(3, 0.0, 1.0, 50.0);
-        let found = same.gains(&same, 0, 2).unwrap();
+        let found = same.gains(&same, 0, 2).unwrap().unwrap();
         let before = of_correlation(0.9);
         // Half of the dimensions have variance 0, the other half twice theirs.
         let stacked = before / 2.0 + (-decibel(0.0) - decibel(2.0)) / 2.0;
@@ -328,16 +334,16 @@ mod tests {
     #[test]
     fn a_basis_of_other_tokens_gains_less_and_none_of_other_structure() {
         let (one, other) = (scatter(4, 0.8, 0.5, 1.0), scatter(5, 0.8, 0.5, 1.0));
-        let own = other.gains(&other, 0, 2).unwrap();
-        let held_out = one.gains(&other, 0, 2).unwrap();
+        let own = other.gains(&other, 0, 2).unwrap().unwrap();
+        let held_out = one.gains(&other, 0, 2).unwrap().unwrap();
         assert!(held_out.layer <= own.layer && held_out.pair <= own.pair);
         near(held_out.layer, own.layer, 0.02);
         let both = one.with(&other);
         assert_eq!(both.tokens, one.tokens + other.tokens);
-        near(both.gains(&both, 0, 2).unwrap().layer, own.layer, 0.1);
+        near(both.gains(&both, 0, 2).unwrap().unwrap().layer, own.layer, 0.1);
         let unrelated = scatter(6, 0.0, 0.0, 1.0);
-        let lost = one.gains(&unrelated, 0, 2).unwrap();
-        assert!(lost.layer < unrelated.gains(&unrelated, 0, 2).unwrap().layer);
+        let lost = one.gains(&unrelated, 0, 2).unwrap().unwrap();
+        assert!(lost.layer < unrelated.gains(&unrelated, 0, 2).unwrap().unwrap().layer);
     }
 
     #[test]
@@ -349,7 +355,7 @@ mod tests {
             1 => noise(),
             _ => 1.0,
         })]);
-        let found = scatter.gains(&scatter, 0, 2).unwrap();
+        let found = scatter.gains(&scatter, 0, 2).unwrap().unwrap();
         // Mean of 16 and 1 over their geometric mean 4.
         near(found.channels, 10.0 * (8.5f64 / 4.0).log10(), 0.05);
         near(found.head, 0.0, 0.01);
@@ -369,6 +375,6 @@ mod tests {
         assert_eq!(scatter.gains(&scatter, 0, 2), Err(expected));
         let mut constant = Scatter::new(1, 4);
         constant.add(&[DMatrix::from_element(4, 100, 1.0)]);
-        assert_eq!(constant.gains(&constant, 0, 2), Err(KltError::Constant));
+        assert_eq!(constant.gains(&constant, 0, 2), Ok(None));
     }
 }

@@ -4,8 +4,6 @@
 //! al., 2024); a codec stores them apart. Without queries only lengths are known.
 
 use super::count;
-use super::plane::{Plane, Shape};
-use crate::quality::reader::Kv;
 use crate::report::median;
 
 /// Lengths relative to the median token of their context, summed over contexts.
@@ -17,17 +15,9 @@ pub(super) struct Sinks {
 }
 
 impl Sinks {
-    /// Adds one context whose chunks start at `starts`.
-    pub(super) fn add(
-        &mut self,
-        shape: Shape,
-        kv: &Kv,
-        layer: usize,
-        plane: Plane,
-        starts: &[usize],
-    ) {
-        let norms = shape.norms(kv, layer, plane);
-        let usual = median(&mut norms.clone());
+    /// Adds one context: lengths of all tokens, and where its chunks start.
+    pub(super) fn add(&mut self, norms: &[f64], starts: &[usize]) {
+        let usual = median(&mut norms.to_vec());
         if usual > 0.0 {
             self.contexts += 1;
             self.first += norms[0] / usual;
@@ -52,7 +42,7 @@ impl Sinks {
 
 #[cfg(test)]
 mod tests {
-    use super::super::plane::synthetic;
+    use super::super::plane::{Plane, Shape, synthetic};
     use super::*;
 
     #[test]
@@ -70,8 +60,8 @@ mod tests {
         });
         let (mut keys, mut values) = (Sinks::default(), Sinks::default());
         for _ in 0..2 {
-            keys.add(shape, &kv, 0, Plane::K, &[1, 5]);
-            values.add(shape, &kv, 0, Plane::V, &[1, 5]);
+            keys.add(&shape.norms(&kv, 0, Plane::K), &[1, 5]);
+            values.add(&shape.norms(&kv, 0, Plane::V), &[1, 5]);
         }
         assert_eq!((keys.first(), values.first()), (3.0, 0.25));
         assert_eq!(keys.chunks(), [1.0, 2.0]);
