@@ -203,7 +203,8 @@ impl Statistics {
         for (scatter, values) in half.iter_mut().zip(&planes) {
             scatter.add(values);
         }
-        self.deviations.push(Deviation::new(self.shape, full, reused));
+        self.deviations
+            .push(Deviation::new(self.shape, full, reused));
         self.contexts += 1;
     }
 
@@ -237,12 +238,28 @@ impl Statistics {
                 let found: Vec<Vec<f64>> = self
                     .deviations
                     .iter()
-                    .map(|d| measure(d).get(layer - 1).copied().flatten().into_iter().collect())
+                    .map(|d| {
+                        measure(d)
+                            .get(layer - 1)
+                            .copied()
+                            .flatten()
+                            .into_iter()
+                            .collect()
+                    })
                     .collect();
                 if let Some(mean) = interval::estimate(&found, seed) {
-                    let unit = if name == "rank_correlation" { "ratio" } else { "share" };
+                    let unit = if name == "rank_correlation" {
+                        "ratio"
+                    } else {
+                        "share"
+                    };
                     let row = Row::new(format!("{name}/{layer}"), mean.value, unit);
-                    rows.push(name.to_owned(), row.within(mean.lo, mean.hi), mean.value, unit);
+                    rows.push(
+                        name.to_owned(),
+                        row.within(mean.lo, mean.hi),
+                        mean.value,
+                        unit,
+                    );
                 }
             }
         }
@@ -344,7 +361,8 @@ impl Rows<'_> {
             .map(|(measure, (mut values, unit))| (measure, (median(&mut values), unit)))
             .collect();
         for (measure, &(value, unit)) in &medians {
-            self.report.push(Row::new(format!("median/{measure}"), value, unit));
+            self.report
+                .push(Row::new(format!("median/{measure}"), value, unit));
         }
         for (measure, bar) in [("rank_correlation", RANK_CORRELATION), ("top15", TOP15)] {
             if let Some(&(value, unit)) = medians.get(measure) {

@@ -6,7 +6,6 @@
 //! follow the same prefix alone and in the context, so they are exact. So is all
 //! of layer 0, whose K and V know nothing but their token and position.
 
-use std::cmp::Reverse;
 use std::collections::BTreeSet;
 
 use super::count;
@@ -150,7 +149,10 @@ fn top(values: &[f64], share: f64) -> BTreeSet<usize> {
 /// Share of the total that the largest values hold.
 fn top_share(values: &[f64], share: f64) -> Option<f64> {
     let total: f64 = values.iter().sum();
-    let held: f64 = top(values, share).into_iter().map(|index| values[index]).sum();
+    let held: f64 = top(values, share)
+        .into_iter()
+        .map(|index| values[index])
+        .sum();
     (total > 0.0).then(|| held / total)
 }
 
@@ -158,8 +160,7 @@ fn top_share(values: &[f64], share: f64) -> Option<f64> {
 fn overlap(one: &[f64], other: &[f64], share: f64) -> Option<f64> {
     let something = |values: &[f64]| values.iter().any(|&value| value > 0.0);
     let (a, b) = (top(one, share), top(other, share));
-    (something(one) && something(other))
-        .then(|| count(a.intersection(&b).count()) / count(a.len()))
+    (something(one) && something(other)).then(|| count(a.intersection(&b).count()) / count(a.len()))
 }
 
 #[cfg(test)]
@@ -170,7 +171,10 @@ mod tests {
     #[test]
     fn spearman_of_known_permutations() {
         let ordered = [1.0, 2.0, 3.0, 4.0, 5.0];
-        assert_eq!(spearman(&ordered, &[10.0, 20.0, 30.0, 40.0, 99.0]), Some(1.0));
+        assert_eq!(
+            spearman(&ordered, &[10.0, 20.0, 30.0, 40.0, 99.0]),
+            Some(1.0)
+        );
         assert_eq!(spearman(&ordered, &[5.0, 4.0, 3.0, 2.0, 1.0]), Some(-1.0));
         // 1 - 6 Σd² / n(n² - 1), d = (-1, 1, -1, 1, 0).
         let found = spearman(&ordered, &[2.0, 1.0, 4.0, 3.0, 5.0]).unwrap();

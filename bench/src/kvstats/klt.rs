@@ -321,7 +321,11 @@ mod tests {
         let found = tied.gains(&tied, 0, 2).unwrap().unwrap();
         // det = (1 - 0.9²)² (1 - 0.8²): one more factor over the heads.
         near(found.head, of_correlation(0.9), 0.05);
-        near(found.layer, of_correlation(0.9) + of_correlation(0.8) / 2.0, 0.05);
+        near(
+            found.layer,
+            of_correlation(0.9) + of_correlation(0.8) / 2.0,
+            0.05,
+        );
         // The same in the next layer but for the floor, whatever its scale.
         let same = scatter(3, 0.0, 1.0, 50.0);
         let found = same.gains(&same, 0, 2).unwrap().unwrap();
@@ -340,7 +344,11 @@ mod tests {
         near(held_out.layer, own.layer, 0.02);
         let both = one.with(&other);
         assert_eq!(both.tokens, one.tokens + other.tokens);
-        near(both.gains(&both, 0, 2).unwrap().unwrap().layer, own.layer, 0.1);
+        near(
+            both.gains(&both, 0, 2).unwrap().unwrap().layer,
+            own.layer,
+            0.1,
+        );
         let unrelated = scatter(6, 0.0, 0.0, 1.0);
         let lost = one.gains(&unrelated, 0, 2).unwrap().unwrap();
         assert!(lost.layer < unrelated.gains(&unrelated, 0, 2).unwrap().unwrap().layer);

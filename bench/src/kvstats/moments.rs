@@ -101,7 +101,8 @@ impl Moments {
 
     fn variances(&self) -> Vec<f64> {
         let tokens = count(self.tokens);
-        let variance = |c: &Channel| (c.powers[1] / tokens - (c.powers[0] / tokens).powi(2)).max(0.0);
+        let variance =
+            |c: &Channel| (c.powers[1] / tokens - (c.powers[0] / tokens).powi(2)).max(0.0);
         self.channels.iter().map(variance).collect()
     }
 
@@ -189,7 +190,11 @@ mod tests {
         near(found.outlier_ratio, 8.0, 0.2);
         near(found.std, (68f64 / 5.0).sqrt(), 0.05);
         // E[x⁴] = 3σ⁴: pooled (4·3 + 3·4096) / 5 over 13.6² less 3; alone 0.
-        near(found.kurtosis, 3.0 * (4.0 + 4096.0) / 5.0 / 13.6f64.powi(2) - 3.0, 0.5);
+        near(
+            found.kurtosis,
+            3.0 * (4.0 + 4096.0) / 5.0 / 13.6f64.powi(2) - 3.0,
+            0.5,
+        );
         near(found.kurtosis_channel, 0.0, 0.1);
         near(found.lag1, 0.0, 0.03);
         near(found.lag1_delta, 2.0, 0.06);
