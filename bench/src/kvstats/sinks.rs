@@ -50,7 +50,8 @@ mod tests {
         let shape = Shape {
             layers: 1,
             kv_heads: 2,
-            head_dim: 4,
+            // 16 channels: lengths are four times the values, exactly.
+            head_dim: 8,
         };
         let kv = synthetic(shape, 9, |plane, _, token, _| match (plane, token) {
             (Plane::K, 0) => 6.0,
