@@ -11,6 +11,7 @@ mod daemon;
 mod faults;
 mod lookup;
 mod prefill;
+mod quality;
 mod raw_stream;
 mod reference;
 mod report;
@@ -60,6 +61,8 @@ enum Suite {
         #[arg(long, value_name = "DIR")]
         model: PathBuf,
     },
+    /// Quality of answers when the KV of a context is reused, beside full prefill.
+    Quality(quality::Options),
     /// `kvasird` for the other suites, in a process of its own.
     #[command(hide = true)]
     Daemon {
@@ -95,6 +98,7 @@ async fn run(suite: Suite, json: bool, quick: bool) -> anyhow::Result<()> {
         }
         Suite::Faults => faults::run(quick).await?.print(json),
         Suite::Ttft => ttft::run(quick).await?.print(json),
+        Suite::Quality(options) => quality::run(&options, quick)?.print(json),
         Suite::Lookup => lookup::run(quick).await?.print(json),
         Suite::Corpus(arguments) => corpus::run(&arguments),
         Suite::Reference { model } => reference::run(&model),
