@@ -27,11 +27,11 @@ use anyhow::{Context as _, ensure};
 use crate::corpus::{self, Profile, Split, Task, Vocabulary};
 use crate::report::{Report, Row, median, percentile};
 
+pub(crate) mod gates;
+pub(crate) mod interval;
 pub(crate) mod method;
 pub(crate) mod reader;
 
-mod gates;
-mod interval;
 mod score;
 
 use interval::Estimate;

@@ -224,17 +224,17 @@ impl Reader {
     /// Rotates the keys from positions `from..` to positions `to..`.
     pub(crate) fn reposition(&self, kv: &mut Kv, from: usize, to: usize) {
         let dim = self.config().head_dim;
-        let (mut cos, mut sin) = (vec![0.0; dim / 2], vec![0.0; dim / 2]);
-        for token in 0..kv.tokens {
-            self.frequencies
-                .shift(from + token, to + token, &mut cos, &mut sin);
-            for layer in &mut kv.layers {
-                let keys = layer.len() / 2;
-                for head in layer[..keys].chunks_exact_mut(kv.tokens * dim) {
-                    rotate(self.isa, &mut head[token * dim..][..dim], &cos, &sin);
-                }
-            }
-        }
+        turn(kv, dim, &self.frequencies, self.isa, |token| {
+            (from + token, to + token)
+        });
+    }
+
+    /// Undoes RoPE of keys at positions `from..`, but for a factor of its lengths.
+    pub(crate) fn unrotate(&self, kv: &mut Kv, from: usize) {
+        let dim = self.config().head_dim;
+        turn(kv, dim, &self.frequencies, self.isa, |token| {
+            (from + token, 0)
+        });
     }
 
     /// Gives the pages back.
@@ -267,6 +267,27 @@ impl Reader {
     }
 }
 
+/// Rotates the keys of every token between the positions that `positions` gives.
+fn turn(
+    kv: &mut Kv,
+    dim: usize,
+    frequencies: &Frequencies,
+    isa: Isa,
+    positions: impl Fn(usize) -> (usize, usize),
+) {
+    let (mut cos, mut sin) = (vec![0.0; dim / 2], vec![0.0; dim / 2]);
+    for token in 0..kv.tokens {
+        let (from, to) = positions(token);
+        frequencies.shift(from, to, &mut cos, &mut sin);
+        for layer in &mut kv.layers {
+            let keys = layer.len() / 2;
+            for head in layer[..keys].chunks_exact_mut(kv.tokens * dim) {
+                rotate(isa, &mut head[token * dim..][..dim], &cos, &sin);
+            }
+        }
+    }
+}
+
 /// Index of the largest value; the first of equals.
 pub(crate) fn argmax(row: &[f32]) -> u32 {
     let mut best = 0;
@@ -276,4 +297,44 @@ pub(crate) fn argmax(row: &[f32]) -> u32 {
         }
     }
     u32::try_from(best).unwrap_or(u32::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use kvasir_engine::rope::{RopeConfig, RopeScaling};
+
+    use super::*;
+
+    #[test]
+    fn undoing_rope_gives_a_constant_key_back() {
+        let rope = RopeConfig {
+            theta: 10_000.0,
+            scaling: RopeScaling::None,
+        };
+        let (tokens, dim) = (300, 8);
+        let frequencies = rope.frequencies(dim);
+        let key = [1.0, -2.0, 3.0, 0.5, 0.0, 4.0, -1.0, 2.0];
+        // Two heads of K, then two of V.
+        let constant = key.repeat(4 * tokens);
+        let mut kv = Kv {
+            tokens,
+            layers: vec![constant.clone(); 2],
+        };
+        let (mut cos, mut sin) = (vec![0.0; dim / 2], vec![0.0; dim / 2]);
+        for layer in &mut kv.layers {
+            for (index, key) in layer[..2 * tokens * dim].chunks_exact_mut(dim).enumerate() {
+                frequencies.angles(7 + index % tokens, &mut cos, &mut sin);
+                rotate(Isa::detect(), key, &cos, &sin);
+            }
+        }
+        assert_ne!(kv.layers[0][..dim], key);
+        turn(&mut kv, dim, &frequencies, Isa::detect(), |token| {
+            (7 + token, 0)
+        });
+        for layer in &kv.layers {
+            for (found, expected) in layer.iter().zip(&constant) {
+                assert!((found - expected).abs() < 1e-5);
+            }
+        }
+    }
 }
