@@ -12,6 +12,7 @@ mod faults;
 mod kvstats;
 mod lookup;
 mod prefill;
+mod quality;
 mod raw_stream;
 mod reference;
 mod report;
@@ -61,6 +62,8 @@ enum Suite {
         #[arg(long, value_name = "DIR")]
         model: PathBuf,
     },
+    /// Quality of answers when the KV of a context is reused, beside full prefill.
+    Quality(quality::Options),
     /// Statistics of the KV of a model: what a codec can gain, and where reuse deviates.
     Kvstats(kvstats::Options),
     /// `kvasird` for the other suites, in a process of its own.
@@ -98,6 +101,7 @@ async fn run(suite: Suite, json: bool, quick: bool) -> anyhow::Result<()> {
         }
         Suite::Faults => faults::run(quick).await?.print(json),
         Suite::Ttft => ttft::run(quick).await?.print(json),
+        Suite::Quality(options) => quality::run(&options, quick)?.print(json),
         Suite::Kvstats(options) => kvstats::run(&options, quick)?.print(json),
         Suite::Lookup => lookup::run(quick).await?.print(json),
         Suite::Corpus(arguments) => corpus::run(&arguments),

@@ -34,6 +34,7 @@ pub(crate) mod reader;
 
 mod score;
 
+use interval::Estimate;
 use method::{Caches, Charge, Method};
 use reader::Reader;
 use score::{Answer, Asked, Distance};
@@ -42,6 +43,8 @@ use score::{Answer, Asked, Distance};
 const BASE_CHUNKS: usize = 8;
 /// Questions asked over one context at most: more say little new about its KV.
 const QUESTIONS_PER_CONTEXT: usize = 8;
+/// Contexts of a cell on which recomputing everything is checked to be full prefill.
+const CHECKED_CONTEXTS: u64 = 4;
 /// Tasks that are also asked at other numbers of chunks: where reuse must hurt,
 /// and the control.
 const AT_ALL_COUNTS: [&str; 6] = ["hop1", "coref2", "coref3", "override", "ordinal", "compare"];
@@ -60,8 +63,12 @@ pub(crate) struct Options {
     /// Tasks to ask; all of them when left out.
     #[arg(long, value_delimiter = ',')]
     pub(crate) tasks: Vec<String>,
-    /// Methods beside full prefill; all of them when left out.
-    #[arg(long, value_delimiter = ',')]
+    /// Methods beside full prefill.
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "prefix,naive,naive-unpositioned"
+    )]
     pub(crate) methods: Vec<Method>,
     /// Other numbers of chunks for the tasks where reuse must hurt.
     #[arg(long, value_delimiter = ',', default_values_t = [4, 12])]
@@ -93,15 +100,8 @@ impl Options {
     }
 
     fn methods(&self) -> Vec<Method> {
-        let all = if self.methods.is_empty() {
-            &Method::ALL[..]
-        } else {
-            &self.methods
-        };
-        all.iter()
-            .copied()
-            .filter(|&method| method != Method::Full)
-            .collect()
+        let others = self.methods.iter().copied();
+        others.filter(|&method| method != Method::Full).collect()
     }
 
     fn cells<'a>(&self, vocabulary: &'a Vocabulary) -> anyhow::Result<Vec<Cell<'a>>> {
@@ -172,7 +172,7 @@ pub(crate) fn run(options: &Options, quick: bool) -> anyhow::Result<Report> {
     let methods = options.methods();
     let wanted = options.wanted(quick);
     options.record(&reader, wanted, quick, &mut report);
-    let bar = crate::progress(cells.len() + 1, "quality");
+    let bar = crate::progress(cells.len() as u64 + 1, "quality");
     for cell in &cells {
         bar.set_message(cell.name());
         let outcome = ask(
@@ -199,9 +199,8 @@ pub(crate) fn run(options: &Options, quick: bool) -> anyhow::Result<Report> {
     )?;
     bar.finish_and_clear();
     for (method, charges) in charges {
-        let mean = |of: fn(&Charge) -> f64| {
-            score::mean(&charges.iter().map(of).collect::<Vec<_>>())
-        };
+        let mean =
+            |of: fn(&Charge) -> f64| score::mean(&charges.iter().map(of).collect::<Vec<_>>());
         report.push(Row::new(
             format!("{method}/charged"),
             mean(|charge| charge.recomputed),
@@ -212,20 +211,30 @@ pub(crate) fn run(options: &Options, quick: bool) -> anyhow::Result<Report> {
             mean(|charge| charge.host_bytes),
             "bytes/token",
         ));
-        report.push(Row::new(format!("{method}/bits"), 32.0, "bits/value"));
+        report.push(Row::new(
+            format!("{method}/bits"),
+            reader.bits_per_value(),
+            "bits/value",
+        ));
     }
     gates.report(&mut report);
     Ok(report)
 }
 
+/// Answers over one context, each held against that of full prefill.
+type Held = Vec<(Answer, Distance)>;
+
 /// Answers to one cell's questions: `[context][question]`.
 #[derive(Debug, Default)]
 struct Outcome {
     full: Vec<Vec<Answer>>,
-    others: Vec<(Method, Vec<Vec<(Answer, Distance)>>)>,
+    others: Vec<(Method, Vec<Held>)>,
 }
 
-#[expect(clippy::too_many_arguments, reason = "one call, from the loop over cells")]
+#[expect(
+    clippy::too_many_arguments,
+    reason = "one call, from the loop over cells"
+)]
 fn ask(
     reader: &mut Reader,
     vocabulary: &Vocabulary,
@@ -238,10 +247,7 @@ fn ask(
 ) -> anyhow::Result<Outcome> {
     let mut outcome = Outcome {
         full: Vec::new(),
-        others: methods
-            .iter()
-            .map(|&method| (method, Vec::new()))
-            .collect(),
+        others: methods.iter().map(|&method| (method, Vec::new())).collect(),
     };
     let mut asked = 0;
     for index in 0.. {
@@ -266,27 +272,36 @@ fn ask(
             })
             .collect();
         asked += questions.len();
-        let caches = Caches::new(reader, vocabulary.bos(), &context.chunks)?;
+        let caches = Caches::new(reader, vocabulary.bos, &context.chunks)?;
         let (pages, charge) = Method::Full.prepare(reader, &caches)?;
         charges.entry(Method::Full.name()).or_default().push(charge);
         gates.layer0_keys(reader, &pages, &caches)?;
-        let full = score::answer(reader, &pages, &questions, vocabulary.eos())?;
+        let full = score::answer(reader, &pages, &questions, vocabulary.eos)?;
         reader.release(pages)?;
-        for (method, answers) in &mut outcome.others {
+        let mut held = |reader: &mut Reader, method: Method| -> anyhow::Result<(Held, Charge)> {
             let (pages, charge) = method.prepare(reader, &caches)?;
-            charges.entry(method.name()).or_default().push(charge);
-            let found = score::answer(reader, &pages, &questions, vocabulary.eos())?;
+            let found = score::answer(reader, &pages, &questions, vocabulary.eos)?;
             reader.release(pages)?;
-            answers.push(
-                found
-                    .into_iter()
-                    .zip(&full)
-                    .map(|(answer, full)| {
-                        let distance = answer.distance(full);
-                        (answer, distance)
-                    })
-                    .collect(),
-            );
+            let held: Held = found
+                .into_iter()
+                .zip(&full)
+                .map(|(answer, full)| {
+                    let distance = answer.distance(full);
+                    (answer, distance)
+                })
+                .collect();
+            for (_, distance) in &held {
+                gates.logits(method, distance.logit);
+            }
+            Ok((held, charge))
+        };
+        for (method, answers) in &mut outcome.others {
+            let (held, charge) = held(reader, *method)?;
+            charges.entry(method.name()).or_default().push(charge);
+            answers.push(held);
+        }
+        if index < CHECKED_CONTEXTS {
+            held(reader, Method::RecomputeAll)?;
         }
         outcome.full.push(full);
     }
@@ -302,22 +317,29 @@ impl Outcome {
             questions as f64,
             "questions",
         ));
-        let mut push = |name: String, unit: &'static str, values: &[Vec<f64>]| {
-            let estimate = interval::estimate(values, seed)?;
-            report.push(Row::new(name, estimate.value, unit).within(estimate.lo, estimate.hi));
-            Some(estimate)
-        };
         let each = |of: fn(&Answer) -> f64| per_question(&self.full, of);
-        if let Some(em) = push(format!("full/{cell}/em"), "share", &each(exact)) {
+        if let Some(em) = push(
+            report,
+            format!("full/{cell}/em"),
+            "share",
+            &each(exact),
+            seed,
+        ) {
             gates.full(cell, em.value);
         }
-        push(format!("full/{cell}/f1"), "share", &each(|a| a.f1));
+        push(
+            report,
+            format!("full/{cell}/f1"),
+            "share",
+            &each(|a| a.f1),
+            seed,
+        );
         for (method, contexts) in &self.others {
             let name = method.name();
             let row = |measure: &str| format!("{name}/{cell}/{measure}");
             let found = |of: fn(&Answer) -> f64| per_question(contexts, move |(a, _)| of(a));
-            push(row("em"), "share", &found(exact));
-            push(row("f1"), "share", &found(|a| a.f1));
+            push(report, row("em"), "share", &found(exact), seed);
+            push(report, row("f1"), "share", &found(|a| a.f1), seed);
             let loss: Vec<Vec<f64>> = self
                 .full
                 .iter()
@@ -329,14 +351,14 @@ impl Outcome {
                         .collect()
                 })
                 .collect();
-            if let Some(loss) = push(row("em_loss"), "share", &loss) {
+            if let Some(loss) = push(report, row("em_loss"), "share", &loss, seed) {
                 gates.loss(*method, cell, loss);
             }
             let kl: Vec<Vec<f64>> = contexts
                 .iter()
                 .map(|context| context.iter().flat_map(|(_, d)| d.kl.clone()).collect())
                 .collect();
-            push(row("kl"), "nats", &kl);
+            push(report, row("kl"), "nats", &kl, seed);
             let agrees: Vec<Vec<f64>> = contexts
                 .iter()
                 .map(|context| {
@@ -344,19 +366,17 @@ impl Outcome {
                     tokens.map(|&agrees| f64::from(u8::from(agrees))).collect()
                 })
                 .collect();
-            push(row("top1"), "share", &agrees);
+            push(report, row("top1"), "share", &agrees, seed);
             push(
+                report,
                 row("diverged"),
                 "share",
                 &per_question(contexts, |(_, d)| {
                     f64::from(u8::from(d.divergence.is_some()))
                 }),
+                seed,
             );
             let distances = || contexts.iter().flatten().map(|(_, distance)| distance);
-            gates.logits(
-                *method,
-                distances().map(|d| d.logit).fold(0.0, f64::max),
-            );
             #[expect(clippy::cast_precision_loss, reason = "answers are short")]
             let divergences: Vec<f64> = distances()
                 .filter_map(|d| d.divergence.map(|token| token as f64))
@@ -375,6 +395,19 @@ impl Outcome {
             }
         }
     }
+}
+
+/// Adds the row of a mean over `[context][value]`; nothing when there is no value.
+fn push(
+    report: &mut Report,
+    name: String,
+    unit: &'static str,
+    contexts: &[Vec<f64>],
+    seed: u64,
+) -> Option<Estimate> {
+    let estimate = interval::estimate(contexts, seed)?;
+    report.push(Row::new(name, estimate.value, unit).within(estimate.lo, estimate.hi));
+    Some(estimate)
 }
 
 fn exact(answer: &Answer) -> f64 {
@@ -411,7 +444,7 @@ fn continuations(
             Split::Test,
         )?;
         let continuation = context.chunks.pop().context("a context has chunks")?;
-        let caches = Caches::new(reader, vocabulary.bos(), &context.chunks)?;
+        let caches = Caches::new(reader, vocabulary.bos, &context.chunks)?;
         for (method, losses) in all.iter().zip(&mut losses) {
             let (pages, _) = method.prepare(reader, &caches)?;
             let loss = score::negative_log_likelihood(reader, &pages, &continuation)?;
@@ -420,20 +453,15 @@ fn continuations(
         }
     }
     for (method, losses_of) in all.iter().zip(&losses) {
-        let mut push = |measure: &str, values: &[Vec<f64>]| {
-            if let Some(e) = interval::estimate(values, options.seed) {
-                let name = format!("{}/continuation/{measure}", method.name());
-                report.push(Row::new(name, e.value, "nats").within(e.lo, e.hi));
-            }
-        };
-        push("nll", losses_of);
+        let row = |measure: &str| format!("{}/continuation/{measure}", method.name());
+        push(report, row("nll"), "nats", losses_of, options.seed);
         if *method != Method::Full {
             let more: Vec<Vec<f64>> = losses_of
                 .iter()
                 .zip(&losses[0])
                 .map(|(this, full)| vec![this[0] - full[0]])
                 .collect();
-            push("nll_more", &more);
+            push(report, row("nll_more"), "nats", &more, options.seed);
         }
     }
     Ok(())

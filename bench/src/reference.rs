@@ -5,16 +5,13 @@
 //! logits and the logsumexp of all. The prompts themselves are made here, so the
 //! corpus is compared as well.
 
-use std::ops::ControlFlow;
 use std::path::Path;
 
 use anyhow::{Context as _, ensure};
-use kvasir_engine::{
-    BLOCK_TOKENS, BlockId, KvDtype, KvPool, LogitsWanted, Model, Scratch, Step, Threads,
-};
 use serde::Deserialize;
 
 use crate::corpus::{self, Vocabulary};
+use crate::quality::reader::{Reader, argmax};
 
 /// Largest difference of a logit from transformers'.
 const TOLERANCE: f64 = 1e-3;
@@ -61,13 +58,11 @@ pub(crate) fn compare(dir: &Path) -> anyhow::Result<Agreement> {
     let reference: Reference = serde_json::from_slice(&json)
         .with_context(|| format!("cannot understand {}", path.display()))?;
     let vocabulary = Vocabulary::load()?;
-    let model = Model::load(dir).with_context(|| format!("loading {}", dir.display()))?;
-    let mut engine = Engine::new(&model)?;
+    let mut reader = Reader::load(dir, TOKENS)?;
     let mut agreement = Agreement::default();
     for prompt in &reference.prompts {
         let (tokens, answer) = reference.tokens_of(prompt, &vocabulary)?;
-        let worst = engine
-            .follow(&tokens, prompt)
+        let worst = follow(&mut reader, &tokens, prompt)
             .with_context(|| format!("{}, context {}", prompt.task, prompt.index))?;
         agreement.worst = agreement.worst.max(worst);
         agreement.prompts += 1;
@@ -131,81 +126,38 @@ impl Reference {
     }
 }
 
-/// Pages for one sequence as long as the model allows.
-struct Engine<'a> {
-    model: &'a Model,
-    pool: KvPool,
-    scratch: Scratch,
-    blocks: Vec<BlockId>,
-}
-
-impl<'a> Engine<'a> {
-    fn new(model: &'a Model) -> anyhow::Result<Self> {
-        let mut pool = KvPool::new(model.config(), TOKENS / BLOCK_TOKENS, KvDtype::F32);
-        let blocks = std::iter::from_fn(|| pool.alloc()).collect();
-        let threads = std::thread::available_parallelism()?.get();
-        Ok(Self {
-            model,
-            pool,
-            scratch: Scratch::new(Threads::new(threads)?),
-            blocks,
-        })
-    }
-
-    /// Decodes greedily as long as transformers did; the largest difference.
-    fn follow(&mut self, tokens: &[u32], prompt: &Prompt) -> anyhow::Result<f64> {
+/// Follows transformers' tokens; the largest difference of a logit.
+fn follow(reader: &mut Reader, tokens: &[u32], prompt: &Prompt) -> anyhow::Result<f64> {
+    let steps = prompt.tokens.len();
+    let lists = [
+        prompt.ids.len(),
+        prompt.logits.len(),
+        prompt.logsumexp.len(),
+    ];
+    ensure!(
+        steps > 0 && lists == [steps; 3],
+        "the reference is incomplete"
+    );
+    let (last, context) = tokens.split_last().context("a prompt has tokens")?;
+    let tail = [&[*last][..], &prompt.tokens[..steps - 1]].concat();
+    let pages = reader.prefill(context)?;
+    let rows = reader.ask(&pages, &[tail])?;
+    reader.release(pages)?;
+    let mut worst = 0.0;
+    for (step, (expected, row)) in prompt.tokens.iter().zip(&rows[0]).enumerate() {
+        let differs = difference(row, prompt, step)?;
         ensure!(
-            tokens.len() + prompt.tokens.len() <= TOKENS,
-            "a prompt of {} tokens is too long",
-            tokens.len()
+            differs <= TOLERANCE,
+            "logits of token {step} differ by {differs}"
         );
-        let steps = prompt.tokens.len();
+        let found = argmax(row);
         ensure!(
-            steps > 0
-                && [
-                    prompt.ids.len(),
-                    prompt.logits.len(),
-                    prompt.logsumexp.len()
-                ] == [steps; 3],
-            "the reference is incomplete"
+            found == *expected,
+            "token {step} is {found}, not {expected}"
         );
-        let mut worst = 0.0;
-        let mut next = tokens;
-        let mut position = 0;
-        for (step, expected) in prompt.tokens.iter().enumerate() {
-            let row = self.run(position, next)?;
-            position += next.len();
-            let differs = difference(&row, prompt, step)?;
-            ensure!(
-                differs <= TOLERANCE,
-                "logits of token {step} differ by {differs}"
-            );
-            let found = argmax(&row);
-            ensure!(
-                found == Some(*expected),
-                "token {step} is {found:?}, not {expected}"
-            );
-            worst = f64::max(worst, differs);
-            next = std::slice::from_ref(expected);
-        }
-        Ok(worst)
+        worst = f64::max(worst, differs);
     }
-
-    /// Logits after the last of `tokens`.
-    fn run(&mut self, position: usize, tokens: &[u32]) -> anyhow::Result<Vec<f32>> {
-        let step = Step {
-            tokens,
-            position,
-            blocks: &self.blocks,
-            logits: LogitsWanted::Last,
-        };
-        let logits =
-            self.model
-                .forward(&mut self.pool, &mut self.scratch, &[step], &mut |_, _| {
-                    ControlFlow::Continue(())
-                })?;
-        Ok(logits.last(0).context("asked for the last row")?.to_vec())
-    }
+    Ok(worst)
 }
 
 /// Largest difference of the row from what is known of transformers'.
@@ -224,13 +176,8 @@ fn difference(row: &[f32], prompt: &Prompt, step: usize) -> anyhow::Result<f64> 
     })
 }
 
-fn argmax(row: &[f32]) -> Option<u32> {
-    let best = (0..row.len()).max_by(|&a, &b| row[a].total_cmp(&row[b]))?;
-    u32::try_from(best).ok()
-}
-
-/// Longest prompt and answer together.
-const TOKENS: usize = 1024;
+/// Longest prompt and answer, twice: the answer has pages of its own.
+const TOKENS: usize = 2048;
 
 #[cfg(test)]
 mod tests {

@@ -90,6 +90,11 @@ impl Vocabulary {
         Self::parse(SPEC)
     }
 
+    /// Number of tokens.
+    pub(crate) fn len(&self) -> usize {
+        self.tokens.len()
+    }
+
     /// Every evaluation task, in the order of the file.
     pub(crate) fn tasks(&self) -> &[Task] {
         &self.tasks

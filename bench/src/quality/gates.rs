@@ -28,7 +28,9 @@ const G1: [(&str, f64); 11] = [
     ("kv", 0.70),
 ];
 /// Tasks that cannot be answered without binding across chunks.
-const BINDING: [&str; 6] = ["coref2", "coref3", "coref4", "override", "ordinal", "compare"];
+const BINDING: [&str; 6] = [
+    "coref2", "coref3", "coref4", "override", "ordinal", "compare",
+];
 /// Loss of exact match that reuse must cause there, at least.
 const BINDING_LOSS: f64 = 0.15;
 /// Loss that reuse may cause on the control, at most.
@@ -94,36 +96,83 @@ impl Gates {
     pub(super) fn report(&self, report: &mut Report) {
         for method in ["recompute-all", "prefix"] {
             if let Some(&difference) = self.logits.get(method) {
-                push(report, &format!("G0/{method}"), difference, LOGIT, Bar::AtMost, "logit");
+                push(
+                    report,
+                    &format!("G0/{method}"),
+                    difference,
+                    LOGIT,
+                    Bar::AtMost,
+                    "logit",
+                );
             }
         }
         if let Some(error) = self.layer0_keys {
-            push(report, "G0/layer0_keys", error, 1e-5, Bar::AtMost, "relative");
+            push(
+                report,
+                "G0/layer0_keys",
+                error,
+                1e-5,
+                Bar::AtMost,
+                "relative",
+            );
         }
         for (task, bar) in G1 {
             if let Some(&em) = self.full.get(task) {
-                push(report, &format!("G1/{task}"), em, bar, Bar::AtLeast, "share");
+                push(
+                    report,
+                    &format!("G1/{task}"),
+                    em,
+                    bar,
+                    Bar::AtLeast,
+                    "share",
+                );
             }
         }
         let naive = |cell: &str| self.losses.get(&("naive", cell.to_owned()));
         let of = |method: &'static str| {
-            let losses = self.losses.iter().filter(|((name, cell), _)| {
-                *name == method && !cell.contains('@')
-            });
+            let losses = self
+                .losses
+                .iter()
+                .filter(|((name, cell), _)| *name == method && !cell.contains('@'));
             super::score::mean(&losses.map(|(_, loss)| loss.value).collect::<Vec<_>>())
         };
-        if self.losses.keys().any(|(name, _)| *name == "naive-unpositioned") {
+        if self
+            .losses
+            .keys()
+            .any(|(name, _)| *name == "naive-unpositioned")
+        {
             let beyond = of("naive-unpositioned") - of("naive");
-            push(report, "G2/positions", beyond, POSITION_LOSS, Bar::AtLeast, "share");
+            push(
+                report,
+                "G2/positions",
+                beyond,
+                POSITION_LOSS,
+                Bar::AtLeast,
+                "share",
+            );
         }
         for task in BINDING {
             if let Some(loss) = naive(task) {
                 let name = format!("G3/{task}");
-                push(report, &name, loss.value, BINDING_LOSS, Bar::AtLeast, "share");
+                push(
+                    report,
+                    &name,
+                    loss.value,
+                    BINDING_LOSS,
+                    Bar::AtLeast,
+                    "share",
+                );
             }
         }
         if let Some(loss) = naive("hop1") {
-            push(report, "G3/hop1", loss.value, CONTROL_LOSS, Bar::AtMost, "share");
+            push(
+                report,
+                "G3/hop1",
+                loss.value,
+                CONTROL_LOSS,
+                Bar::AtMost,
+                "share",
+            );
         }
         for task in BINDING {
             let mut by_count: Vec<(usize, f64)> = self

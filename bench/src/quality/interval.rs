@@ -82,7 +82,10 @@ mod tests {
         // 50 groups of ten equal values are 50 observations, not 500.
         let grouped: Vec<Vec<f64>> = (0..50).map(|i| vec![f64::from(i % 2); 10]).collect();
         let single: Vec<Vec<f64>> = (0..500).map(|i| vec![f64::from(i % 2)]).collect();
-        let (grouped, single) = (estimate(&grouped, 1).unwrap(), estimate(&single, 1).unwrap());
+        let (grouped, single) = (
+            estimate(&grouped, 1).unwrap(),
+            estimate(&single, 1).unwrap(),
+        );
         assert!(grouped.lo < 0.5 && 0.5 < grouped.hi);
         assert!(grouped.hi - grouped.lo > 2.0 * (single.hi - single.lo));
         assert_eq!(estimate(&[vec![]], 1), None);

@@ -44,7 +44,9 @@ impl Caches {
     ) -> anyhow::Result<Self> {
         let mut alone = Vec::with_capacity(chunks.len());
         for chunk in chunks {
-            let tokens: Vec<u32> = std::iter::once(first).chain(chunk.iter().copied()).collect();
+            let tokens: Vec<u32> = std::iter::once(first)
+                .chain(chunk.iter().copied())
+                .collect();
             let pages = reader.prefill(&tokens)?;
             alone.push(reader.take(&pages, 1..tokens.len())?);
             reader.release(pages)?;
@@ -79,14 +81,6 @@ impl Caches {
 }
 
 impl Method {
-    pub(crate) const ALL: [Self; 5] = [
-        Self::Full,
-        Self::Prefix,
-        Self::Naive,
-        Self::NaiveUnpositioned,
-        Self::RecomputeAll,
-    ];
-
     /// As in the rows of a report.
     pub(crate) fn name(self) -> &'static str {
         match self {

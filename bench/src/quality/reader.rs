@@ -32,11 +32,6 @@ pub(crate) struct Pages {
 }
 
 impl Pages {
-    /// Positions filled.
-    pub(crate) fn tokens(&self) -> usize {
-        self.tokens
-    }
-
     /// Back to position 0; the pages keep their contents until they are computed again.
     pub(crate) fn rewind(&mut self) {
         self.tokens = 0;
@@ -83,6 +78,11 @@ impl Reader {
     pub(crate) fn values_per_token(&self) -> usize {
         let config = self.config();
         2 * config.layers * config.kv_heads * config.head_dim
+    }
+
+    /// Bits that a value of K or V takes in pages and caches.
+    pub(crate) fn bits_per_value(&self) -> f64 {
+        8.0 * self.pool.dtype().bytes() as f64
     }
 
     /// Runs the tokens from position 0 and keeps their pages.
@@ -210,7 +210,10 @@ impl Reader {
     /// Puts K and V at the next positions.
     pub(crate) fn land(&mut self, pages: &mut Pages, kv: &Kv) -> anyhow::Result<()> {
         for (layer, values) in kv.layers.iter().enumerate() {
-            let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+            let bytes: Vec<u8> = values
+                .iter()
+                .flat_map(|value| value.to_le_bytes())
+                .collect();
             self.pool
                 .write_layer(&pages.blocks, pages.tokens, kv.tokens, layer, &bytes)?;
         }
