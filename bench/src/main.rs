@@ -11,6 +11,7 @@ mod daemon;
 mod faults;
 mod kvstats;
 mod lookup;
+mod page;
 mod prefill;
 mod quality;
 mod raw_stream;
@@ -66,6 +67,8 @@ enum Suite {
     Quality(quality::Options),
     /// Statistics of the KV of a model: what a codec can gain, and where reuse deviates.
     Kvstats(kvstats::Options),
+    /// A page of results, made from what `quality` and `kvstats` printed.
+    Page(page::Options),
     /// `kvasird` for the other suites, in a process of its own.
     #[command(hide = true)]
     Daemon {
@@ -107,6 +110,7 @@ async fn run(suite: Suite, json: bool, quick: bool) -> anyhow::Result<()> {
         Suite::Corpus(arguments) => corpus::run(&arguments),
         Suite::Reference { model } => reference::run(&model),
         Suite::Prefill { python } => prefill::run(quick, python.as_deref())?.print(json),
+        Suite::Page(options) => Ok(page::run(&options)?),
         Suite::Daemon { .. } => Ok(()),
         Suite::RawStream { layer_bytes } => raw_stream::serve(layer_bytes).await,
     }

@@ -1,0 +1,164 @@
+//! `page`: results as Markdown and plots, made from what the suites printed.
+//!
+//! Reads the last line of what `kvasir-bench quality --json` printed, and of
+//! `kvasir-bench kvstats --json` where it is given; writes `quality.md` and
+//! `quality/*.svg`. The same JSON gives the same bytes, so a page that differs
+//! from its JSON was edited by hand.
+//!
+//! Tables and plots follow the rows: what has no rows is left out, and what is
+//! not known by name is shown under its name.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+mod figure;
+mod legend;
+mod markdown;
+mod plot;
+mod read;
+
+#[cfg(test)]
+mod tests;
+
+use read::Report;
+
+/// What to make a page of, and where.
+#[derive(Clone, Debug, clap::Args)]
+pub(crate) struct Options {
+    /// What `kvasir-bench quality --json` printed.
+    #[arg(long, value_name = "FILE")]
+    quality: PathBuf,
+    /// What `kvasir-bench kvstats --json` printed.
+    #[arg(long, value_name = "FILE")]
+    kvstats: Option<PathBuf>,
+    /// Directory to write `quality.md` and `quality/*.svg` to.
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+}
+
+/// Why there is no page.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum PageError {
+    /// The file is not there, or not text.
+    #[error("cannot read {}: pass the file that a report was written to", path.display())]
+    Read {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    /// The file has no line.
+    #[error("{} is empty: write the output of `kvasir-bench {suite} --json` to it", path.display())]
+    Empty { path: PathBuf, suite: &'static str },
+    /// The last line is something else.
+    #[error(
+        "the last line of {} is not a report: it must be the JSON that \
+         `kvasir-bench {suite} --json` prints last, so look whether the run ended well",
+        path.display()
+    )]
+    Json {
+        path: PathBuf,
+        suite: &'static str,
+        #[source]
+        source: serde_json::Error,
+    },
+    /// Another suite's report.
+    #[error(
+        "{} is a report of `{found}`, not of `{suite}`: \
+         pass the output of `kvasir-bench {suite} --json`",
+        path.display()
+    )]
+    Suite {
+        path: PathBuf,
+        suite: &'static str,
+        found: String,
+    },
+    /// Nothing to make a page of.
+    #[error(
+        "{} has no rows {missing}: run `kvasir-bench {suite} --json` again with this version",
+        path.display()
+    )]
+    Rows {
+        path: PathBuf,
+        suite: &'static str,
+        missing: &'static str,
+    },
+    /// A plot could not be laid out.
+    #[error("cannot draw {plot}")]
+    Draw {
+        plot: String,
+        #[source]
+        source: figure::DrawError,
+    },
+    /// A file could not be written.
+    #[error("cannot write {}: --out must be a directory that can be written", path.display())]
+    Write {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Writes the page and says which files it is.
+pub(crate) fn run(options: &Options) -> Result<(), PageError> {
+    let quality = Report::load(&options.quality, QUALITY)?;
+    let kvstats = options
+        .kvstats
+        .as_deref()
+        .map(|path| Report::load(path, KVSTATS))
+        .transpose()?;
+    check(
+        &quality,
+        &options.quality,
+        kvstats.as_ref(),
+        options.kvstats.as_deref(),
+    )?;
+    for (name, content) in page(&quality, kvstats.as_ref())? {
+        let path = options.out.join(name);
+        let written = path
+            .parent()
+            .map_or(Ok(()), std::fs::create_dir_all)
+            .and_then(|()| std::fs::write(&path, content));
+        written.map_err(|source| PageError::Write {
+            path: path.clone(),
+            source,
+        })?;
+        eprintln!("wrote {}", path.display());
+    }
+    Ok(())
+}
+
+/// Whether there is anything to show.
+fn check(
+    quality: &Report,
+    quality_path: &Path,
+    kvstats: Option<&Report>,
+    kvstats_path: Option<&Path>,
+) -> Result<(), PageError> {
+    if read::Quality::new(quality).tasks_of("em").is_empty() {
+        return Err(PageError::Rows {
+            path: quality_path.to_owned(),
+            suite: QUALITY,
+            missing: "`METHOD/TASK/em`",
+        });
+    }
+    match (kvstats, kvstats_path) {
+        (Some(report), Some(path)) if report.rows.is_empty() => Err(PageError::Rows {
+            path: path.to_owned(),
+            suite: KVSTATS,
+            missing: "at all",
+        }),
+        _ => Ok(()),
+    }
+}
+
+/// Every file of the page, by its path below the directory.
+fn page(quality: &Report, kvstats: Option<&Report>) -> Result<Vec<(String, String)>, PageError> {
+    let plots = plot::all(quality, kvstats)?;
+    let text = markdown::page(quality, kvstats, &plots);
+    let mut files = vec![("quality.md".to_owned(), text)];
+    files.extend(plots.into_iter().map(|plot| (plot.path(), plot.svg)));
+    Ok(files)
+}
+
+const QUALITY: &str = "quality";
+const KVSTATS: &str = "kvstats";
