@@ -34,14 +34,27 @@ LOG_EVERY = 25
 SAVE_EVERY = 100
 
 
-def sequence(v, r, stage, length):
+def choose(r, options):
+    """One of them, by its weight."""
+    return r.choices(options, [o.get("weight", 1) for o in options])[0]
+
+
+def shapes(stage):
+    """Lengths of rows, with the chunks that fit: one for a stage that names none."""
+    return stage.get("shapes", [{"length": stage.get("length")}])
+
+
+def sequence(v, r, stage, shape):
     """One training row: tokens, loss weights, and the task of each answer token."""
-    mixture = r.choices(stage["mixture"], [m.get("weight", 1) for m in stage["mixture"]])[0]
+    length = shape["length"]
+    mixture = {**shape, **choose(r, stage["mixture"])}
     if "repeat" in mixture:
         return repeat(v, r, length)
     chunks = r.randint(*mixture["chunks"])
     size = r.randint(*mixture["size"])
     profile = {k: r.randint(*x) if isinstance(x, list) else x for k, x in mixture.get("profile", {}).items()}
+    if mixture.get("list"):
+        profile["pairs"] = r.randint(*shape["pairs"])
     context = corpus.sample(v, corpus.Profile(**profile), chunks, size, r.getrandbits(64), False)
     tokens = [v.bos]
     for chunk in context.chunks:
@@ -83,8 +96,8 @@ def repeat(v, r, length):
     return tokens, [0.0] * seen + [0.5] * rest, [0] * seen + [TASKS.index("repeat")] * rest
 
 
-def batch(v, r, stage, rows):
-    return [np.array(x) for x in zip(*(sequence(v, r, stage, stage["length"]) for _ in range(rows)))]
+def batch(v, r, stage, shape, rows):
+    return [np.array(x) for x in zip(*(sequence(v, r, stage, shape) for _ in range(rows)))]
 
 
 def chosen_rows(r, weights, share):
@@ -173,22 +186,24 @@ def train(rank, arguments, stage, shared, lock, device):
         p.data, p.grad = local[start:start + n].view(p.shape), gradient[start:start + n].view(p.shape)
         named.append((name, start, p.shape))
         start += n
-    length = stage["length"]
-    rows = max(1, stage.get("micro", 2048) // length)
-    micros = max(1, stage["batch"] // (rows * length))
+    micro = stage.get("micro", 2048)
+    micros = max(1, stage["batch"] // micro)
     seed = random.Random(f"{arguments.seed}/{stage['name']}/{rank}/{int(shared.count[1])}").getrandbits(64)
     r = random.Random(seed)
     local.copy_(shared.flat)
     with lock:  # one compiles, the others find it in the cache
-        net.logits(torch.zeros(rows, length, dtype=torch.long, device=device),
-                   torch.zeros(1, dtype=torch.long, device=device)).sum().backward()
+        for shape in shapes(stage):
+            blank = torch.zeros(max(1, micro // shape["length"]), shape["length"], dtype=torch.long, device=device)
+            net.logits(blank, torch.zeros(1, dtype=torch.long, device=device)).sum().backward()
     last, clock, seen = 0, time.time(), shared.stats.clone()
     while not shared.stop[0] and shared.count[1] < stage["tokens"]:
         local.copy_(shared.flat)
         gradient.zero_()
         stats = torch.zeros_like(shared.stats)
         for _ in range(micros):
-            tokens, weights, tasks = batch(v, r, stage, rows)
+            shape = choose(r, shapes(stage))
+            rows = max(1, micro // shape["length"])
+            tokens, weights, tasks = batch(v, r, stage, shape, rows)
             target, weights, tasks = tokens[:, 1:].reshape(-1), weights[:, 1:].reshape(-1), tasks[:, 1:].reshape(-1)
             chosen, w = chosen_rows(r, weights, stage.get("share", 0.4))
             want = torch.from_numpy(target[chosen]).to(device)
@@ -202,7 +217,7 @@ def train(rank, arguments, stage, shared, lock, device):
                 if s.any():
                     stats[k] += torch.tensor([s.sum(), right[s].sum(), loss[s].sum()])
             stats[0] += torch.tensor([weak.sum(), right[weak].sum(), loss[weak].sum()])
-            stats[-1, 0] += rows * length
+            stats[-1, 0] += rows * shape["length"]
         with lock:
             step = int(shared.count[0])
             shared.count[0] += 1
