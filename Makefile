@@ -4,13 +4,20 @@ CARGO   ?= cargo
 PROFILE := --release
 ARGS    ?=
 
-.PHONY: help deps build demo test check bench
+# What `make train` and `make quality` work on.
+MODEL   ?= models/reader-9m
+RUN     ?= target/reader
+VENV    ?= .venv
+
+.PHONY: help deps build demo test check bench quality venv train
 
 help:
 	@echo "make demo    build, then answer questions with a computed and a fetched prefill"
 	@echo "make test    build and run every test"
 	@echo "make check   formatting, lints, documentation, dependency policy"
 	@echo "make bench   run the benchmarks (ARGS='ttft --quick --json' picks one)"
+	@echo "make quality ask the shipped model, write docs/quality.md (an hour; ARGS=--quick: minutes)"
+	@echo "make train   train the shipped model again, or go on training it (hours on a CPU)"
 	@echo "make deps    install missing system packages (Debian, apt)"
 
 # RocksDB is compiled from source: a C++ compiler, and libclang for its bindings.
@@ -46,3 +53,19 @@ check: deps
 
 bench: deps
 	$(CARGO) run $(PROFILE) --locked -p kvasir-bench -- $(if $(ARGS),$(ARGS),all)
+
+# The page is generated from the two reports and from nothing else.
+quality: build
+	mkdir -p target/quality
+	$(CARGO) run $(PROFILE) --locked -q -p kvasir-bench -- quality --model $(MODEL) --json $(ARGS) > target/quality/quality.json
+	$(CARGO) run $(PROFILE) --locked -q -p kvasir-bench -- kvstats --model $(MODEL) --json > target/quality/kvstats.json
+	$(CARGO) run $(PROFILE) --locked -q -p kvasir-bench -- page --quality target/quality/quality.json \
+	  --kvstats target/quality/kvstats.json --out docs
+
+# Python is needed for training and for comparing with transformers, for nothing else.
+venv:
+	@test -x $(VENV)/bin/python || { python3 -m venv $(VENV) && \
+	  $(VENV)/bin/pip install -q -r bench/quality/requirements.txt; }
+
+train: venv
+	$(VENV)/bin/python bench/quality/train.py --out $(RUN) $(ARGS)

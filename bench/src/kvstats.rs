@@ -61,7 +61,7 @@ const TOP15: f64 = 0.5;
 #[derive(Clone, Debug, clap::Args)]
 pub(crate) struct Options {
     /// A model trained on the corpus, in the Hugging Face layout.
-    #[arg(long, default_value = "models/reader-17m")]
+    #[arg(long, default_value = "models/reader-9m")]
     pub(crate) model: PathBuf,
     /// Contexts. Default: 32; with --quick, 16.
     #[arg(long)]

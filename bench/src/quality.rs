@@ -55,7 +55,7 @@ const TAIL_TOKENS: usize = 2048;
 #[derive(Clone, Debug, clap::Args)]
 pub(crate) struct Options {
     /// A model trained on the corpus, in the Hugging Face layout.
-    #[arg(long, default_value = "models/reader-17m")]
+    #[arg(long, default_value = "models/reader-9m")]
     pub(crate) model: PathBuf,
     /// Questions a cell. Default: 1000; with --quick, 24.
     #[arg(long)]
@@ -466,3 +466,6 @@ fn continuations(
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

@@ -183,6 +183,14 @@ const TOKENS: usize = 2048;
 mod tests {
     use super::*;
 
+    /// The shipped model, on prompts of every task.
+    #[test]
+    fn the_shipped_model_answers_as_in_transformers() {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/reader-9m");
+        let agreement = compare(&dir).unwrap();
+        assert_eq!(agreement.prompts, 200);
+    }
+
     #[test]
     fn a_model_without_a_reference_says_how_to_make_one() {
         let dir = tempfile::tempdir().unwrap();

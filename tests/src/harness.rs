@@ -22,7 +22,7 @@ use tokio::net::{TcpListener, TcpStream};
 /// Tokens per chunk in these tests.
 pub const CHUNK_TOKENS: u32 = 64;
 
-/// The shipped model's directory.
+/// Directory of the smaller shipped model: quick to run.
 pub fn model_dir() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/reader-5m")
 }

@@ -27,7 +27,7 @@ use questions::Question;
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
     /// A checkpoint in the Hugging Face layout.
-    #[arg(long, default_value = "models/reader-5m")]
+    #[arg(long, default_value = "models/reader-9m")]
     model: PathBuf,
     /// Documents and questions, as JSON lines. Default: `questions.jsonl` beside the
     /// model, else the shipped ones.

@@ -21,7 +21,7 @@ impl Question {
     }
 }
 
-const SHIPPED: &str = "models/reader-5m/questions.jsonl";
+const SHIPPED: &str = "models/reader-9m/questions.jsonl";
 
 /// Reads `file`, else the questions beside `model`, else the shipped documents, whose
 /// reference answers say nothing about another model.
