@@ -152,11 +152,20 @@ class Llama(nn.Module):
         return F.linear(h, self.embedding.to(torch.bfloat16)).float()
 
     def hugging_face(self):
+        """Tensors in bf16, under the names of transformers."""
+        return {k: p.detach().to(torch.bfloat16).contiguous().clone() for k, p in self.named().items()}
+
+    @torch.no_grad()
+    def load_hugging_face(self, tensors):
+        for name, parameter in self.named().items():
+            parameter.copy_(tensors[name])
+
+    def named(self):
         state = {"model.embed_tokens.weight": self.embedding, "model.norm.weight": self.norm}
         for i, l in enumerate(self.layers):
             for ours, theirs in self.NAMES.items():
                 state[f"model.layers.{i}.{theirs}.weight"] = getattr(l, ours)
-        return {k: p.detach().to(torch.bfloat16).contiguous().clone() for k, p in state.items()}
+        return state
 
 
 @torch.no_grad()

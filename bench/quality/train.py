@@ -263,6 +263,18 @@ def unflatten(net, flat):
         start += p.numel()
 
 
+def exported(directory, v):
+    """The state of a run that ended with this export: weights as stored, no moments."""
+    from safetensors.torch import load_file
+
+    layers = json.loads((directory / "config.json").read_text())["num_hidden_layers"]
+    net = reader.Llama(reader.Config(len(v.tokens), layers))
+    net.load_hugging_face(load_file(directory / "model.safetensors"))
+    flat = flatten(net)
+    return {"stage": None, "layers": layers, "flat": flat,
+            "momentum": torch.zeros_like(flat), "variance": torch.zeros_like(flat)}
+
+
 def begin(stage, state, v, seed, device):
     """Parameters and optimiser state for a stage: new, grown, or as they were."""
     torch.manual_seed(seed)
@@ -296,6 +308,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--recipe", type=pathlib.Path, default=pathlib.Path(__file__).with_name("recipe.json"))
+    parser.add_argument("--init", type=pathlib.Path, help="an exported model to start from; needs --first")
+    parser.add_argument("--first", help="the stage to start with; without a run to go on with, the recipe's first")
     parser.add_argument("--workers", type=int, default=2, help="processes on a CPU")
     parser.add_argument("--nice", type=int, default=5)
     parser.add_argument("--seed", type=int, default=1)
@@ -306,7 +320,15 @@ def main():
     stages = json.loads(arguments.recipe.read_text())["stages"]
     path = arguments.out / "state.pt"
     state = torch.load(path, weights_only=True, map_location=device) if path.exists() else None
-    first = 0 if state is None else next(i for i, s in enumerate(stages) if s["name"] == state["stage"])
+    names = [s["name"] for s in stages]
+    if state is None and arguments.init:
+        if arguments.first is None:
+            parser.error("--init says from where, --first with which stage")
+        state = exported(arguments.init, v)
+    name = arguments.first or (state["stage"] if state else names[0])
+    if name not in names:
+        parser.error(f"the recipe has no stage {name!r}; there are {', '.join(names)}")
+    first = names.index(name)
     context = mp.get_context("spawn")
     for stage in stages[first:]:
         shared = begin(stage, state, v, arguments.seed, device)
