@@ -196,6 +196,7 @@ pub(crate) fn run(options: &Options, quick: bool) -> anyhow::Result<Report> {
         options,
         wanted / QUESTIONS_PER_CONTEXT,
         &mut report,
+        &mut gates,
     )?;
     bar.finish_and_clear();
     for (method, charges) in charges {
@@ -429,6 +430,7 @@ fn continuations(
     options: &Options,
     contexts: usize,
     report: &mut Report,
+    gates: &mut gates::Gates,
 ) -> anyhow::Result<()> {
     let all: Vec<Method> = std::iter::once(Method::Full)
         .chain(methods.iter().copied())
@@ -461,7 +463,9 @@ fn continuations(
                 .zip(&losses[0])
                 .map(|(this, full)| vec![this[0] - full[0]])
                 .collect();
-            push(report, row("nll_more"), "nats", &more, options.seed);
+            if let Some(more) = push(report, row("nll_more"), "nats", &more, options.seed) {
+                gates.continuation(*method, more.value);
+            }
         }
     }
     Ok(())

@@ -39,6 +39,8 @@ const CONTROL_LOSS: f64 = 0.02;
 const GROWTH: f64 = 0.01;
 /// Exact match that keys at wrong positions must cost beyond reuse at right ones.
 const POSITION_LOSS: f64 = 0.10;
+/// Nats a token of text that they must cost beyond it.
+const POSITION_NATS: f64 = 0.05;
 /// Largest difference of a logit after recomputing everything, f32.
 const LOGIT: f64 = 1e-3;
 
@@ -48,6 +50,7 @@ pub(super) struct Gates {
     full: BTreeMap<String, f64>,
     losses: BTreeMap<(&'static str, String), Estimate>,
     logits: BTreeMap<&'static str, f64>,
+    continuations: BTreeMap<&'static str, f64>,
     layer0_keys: Option<f64>,
 }
 
@@ -60,6 +63,11 @@ impl Gates {
     /// Exact match that full prefill has over the method.
     pub(super) fn loss(&mut self, method: Method, cell: &str, loss: Estimate) {
         self.losses.insert((method.name(), cell.to_owned()), loss);
+    }
+
+    /// Nats a token of text that the method adds to full prefill's.
+    pub(super) fn continuation(&mut self, method: Method, more: f64) {
+        self.continuations.insert(method.name(), more);
     }
 
     /// A difference of a logit between full prefill and the method.
@@ -149,6 +157,17 @@ impl Gates {
                 POSITION_LOSS,
                 Bar::AtLeast,
                 "share",
+            );
+        }
+        let more = |method| self.continuations.get(method);
+        if let (Some(wrong), Some(right)) = (more("naive-unpositioned"), more("naive")) {
+            push(
+                report,
+                "G2/continuation",
+                wrong - right,
+                POSITION_NATS,
+                Bar::AtLeast,
+                "nats",
             );
         }
         for task in BINDING {

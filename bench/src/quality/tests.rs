@@ -29,7 +29,10 @@ fn what_is_exact_is_exact_and_the_same_seed_gives_the_same_rows() {
     let found = rows(&shipped());
     let value = |name: &str| found[name]["value"].as_f64().unwrap();
     for gate in ["G0/recompute-all", "G0/prefix", "G0/layer0_keys"] {
-        assert!(found[&format!("gate/{gate}")]["ratio"].as_f64() >= Some(1.0), "{gate}");
+        assert!(
+            found[&format!("gate/{gate}")]["ratio"].as_f64() >= Some(1.0),
+            "{gate}"
+        );
     }
     assert_eq!(value("prefix/coref3@4/kl"), 0.0);
     // The check above could fail: reuse is not full prefill.
@@ -47,5 +50,8 @@ fn an_unknown_task_is_refused_with_the_known_ones() {
         ..shipped()
     };
     let error = run(&options, false).unwrap_err().to_string();
-    assert!(error.contains("hop9") && error.contains("coref2"), "{error}");
+    assert!(
+        error.contains("hop9") && error.contains("coref2"),
+        "{error}"
+    );
 }
