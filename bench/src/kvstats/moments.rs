@@ -2,7 +2,8 @@
 //!
 //! Power sums in f64, so that contexts are seen once and then forgotten; the
 //! mean of a channel is over all contexts. A channel whose variance is nothing
-//! beside that of the others ([`LIVE`]) is padding and left out.
+//! beside that of the others ([`LIVE`]) counts for the means, and is otherwise
+//! left out.
 
 use nalgebra::DMatrix;
 
@@ -142,10 +143,15 @@ impl Moments {
             let correlation = (lagged(c) / variance).clamp(-0.999_999, 0.999_999);
             -0.5 * (1.0 - correlation.powi(2)).log2()
         });
+        let second = self
+            .channels
+            .iter()
+            .map(|c| c.powers[1] / tokens)
+            .sum::<f64>();
         let channels = count(live.len());
         let variance = total / channels;
         Some(Summary {
-            mean_share: sum(&|c| mean(c).powi(2)) / sum(&|c| c.powers[1] / tokens),
+            mean_share: 1.0 - total / second,
             outlier_ratio: largest / median(&mut deviations),
             std: variance.sqrt(),
             kurtosis: sum(&fourth) / channels / variance.powi(2) - 3.0,
@@ -186,7 +192,7 @@ mod tests {
             _ => 3.0 + noise(),
         });
         let found = summary(&values);
-        near(found.mean_share, 45.0 / (45.0 + 68.0), 0.01);
+        near(found.mean_share, 54.0 / (54.0 + 68.0), 0.01);
         near(found.outlier_ratio, 8.0, 0.2);
         near(found.std, (68f64 / 5.0).sqrt(), 0.05);
         // E[x⁴] = 3σ⁴: pooled (4·3 + 3·4096) / 5 over 13.6² less 3; alone 0.
