@@ -250,7 +250,7 @@ pub(super) const LAYERS: &[Known] = &[
     Known {
         name: "rank_correlation",
         title: "Rank correlation of deviation",
-        meaning: "Spearman correlation of the tokens' deviations with those in the layer before",
+        meaning: "Spearman correlation of the tokens' deviations with those in the next layer",
     },
     Known {
         name: "top5",
@@ -265,7 +265,7 @@ pub(super) const LAYERS: &[Known] = &[
     Known {
         name: "overlap15",
         title: "Overlap of the top 15 %",
-        meaning: "share of these tokens that are among them in the layer before too",
+        meaning: "share of these tokens that are among those of the mean over all later layers",
     },
 ];
 

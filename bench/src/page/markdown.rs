@@ -91,6 +91,12 @@ fn run(report: &Report, kvstats: Option<&Report>, quality: &Quality<'_>) -> Stri
     if report.settings.get("quick") == Some(&Value::Bool(true)) {
         text += "\n**A quick run: too few questions to tell methods apart.**\n";
     }
+    let model = |report: &Report| report.settings.get("model_digest").cloned();
+    if let (Some(one), Some(other)) = (model(report), kvstats.and_then(model))
+        && one != other
+    {
+        text += "\n**The two reports are of different models.**\n";
+    }
     let asked = match quality.questions() {
         Some((fewest, most)) if fewest < most => {
             format!("{} to {} questions a cell. ", count(fewest), count(most))

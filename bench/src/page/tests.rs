@@ -68,6 +68,16 @@ fn the_page_says_that_it_is_generated_and_of_what() {
 }
 
 #[test]
+fn reports_of_two_models_are_told_apart() {
+    let mut fixture = fixture();
+    for (digest, differ) in [("00ff", false), ("ff00", true)] {
+        fixture["kvstats"]["settings"] = json!({"model_digest": digest});
+        let text = &made(&fixture)[0].1;
+        assert_eq!(text.contains("of different models"), differ);
+    }
+}
+
+#[test]
 fn tables_hold_values_with_their_intervals() {
     let text = &made(&fixture())[0].1;
     for line in [
