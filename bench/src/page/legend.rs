@@ -123,7 +123,11 @@ pub(super) const GATES: &[(&str, &str)] = &[
         "exact match of full prefill: the model can do the task",
     ),
     (
-        "G2",
+        "G2/continuation",
+        "keys at wrong positions make text after the context less likely than keys at right ones",
+    ),
+    (
+        "G2/positions",
         "keys at wrong positions cost more exact match than keys at right ones",
     ),
     (
