@@ -254,12 +254,7 @@ impl Statistics {
                         "share"
                     };
                     let row = Row::new(format!("{name}/{layer}"), mean.value, unit);
-                    rows.push(
-                        name.to_owned(),
-                        row.within(mean.lo, mean.hi),
-                        mean.value,
-                        unit,
-                    );
+                    rows.push(name.to_owned(), row.within(mean.interval), mean.value, unit);
                 }
             }
         }

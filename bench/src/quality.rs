@@ -407,7 +407,7 @@ fn push(
     seed: u64,
 ) -> Option<Estimate> {
     let estimate = interval::estimate(contexts, seed)?;
-    report.push(Row::new(name, estimate.value, unit).within(estimate.lo, estimate.hi));
+    report.push(Row::new(name, estimate.value, unit).within(estimate.interval));
     Some(estimate)
 }
 

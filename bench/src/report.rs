@@ -64,9 +64,9 @@ impl Row {
         self
     }
 
-    pub(crate) fn within(mut self, lo: f64, hi: f64) -> Self {
-        self.lo = Some(lo);
-        self.hi = Some(hi);
+    /// A 95 % interval, where there is one.
+    pub(crate) fn within(mut self, interval: Option<(f64, f64)>) -> Self {
+        (self.lo, self.hi) = interval.unzip();
         self
     }
 }

@@ -15,8 +15,9 @@ const TAIL: f64 = 0.025;
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Estimate {
     pub(crate) value: f64,
-    pub(crate) lo: f64,
-    pub(crate) hi: f64,
+    /// Ends of the interval. `None` when there is one context only, which says
+    /// nothing about others.
+    pub(crate) interval: Option<(f64, f64)>,
 }
 
 /// Mean over all values, drawn by context: `[context][value]`. For a paired
@@ -49,10 +50,10 @@ pub(crate) fn estimate(contexts: &[Vec<f64>], seed: u64) -> Option<Estimate> {
         reason = "a rank within the draws"
     )]
     let tail = (count(DRAWS) * TAIL) as usize;
+    let interval = (draws[tail], draws[DRAWS - 1 - tail]);
     Some(Estimate {
         value,
-        lo: draws[tail],
-        hi: draws[DRAWS - 1 - tail],
+        interval: (groups.len() > 1).then_some(interval),
     })
 }
 
@@ -74,7 +75,8 @@ mod tests {
     fn a_constant_has_no_width() {
         let contexts = vec![vec![0.5, 0.5], vec![0.5]];
         let found = estimate(&contexts, 1).unwrap();
-        assert_eq!((found.value, found.lo, found.hi), (0.5, 0.5, 0.5));
+        assert_eq!((found.value, found.interval), (0.5, Some((0.5, 0.5))));
+        assert_eq!(estimate(&[vec![0.5]], 1).unwrap().interval, None);
     }
 
     #[test]
@@ -86,8 +88,10 @@ mod tests {
             estimate(&grouped, 1).unwrap(),
             estimate(&single, 1).unwrap(),
         );
-        assert!(grouped.lo < 0.5 && 0.5 < grouped.hi);
-        assert!(grouped.hi - grouped.lo > 2.0 * (single.hi - single.lo));
+        let (lo, hi) = grouped.interval.unwrap();
+        let width = single.interval.map(|(lo, hi)| hi - lo).unwrap();
+        assert!(lo < 0.5 && 0.5 < hi);
+        assert!(hi - lo > 2.0 * width);
         assert_eq!(estimate(&[vec![]], 1), None);
     }
 }

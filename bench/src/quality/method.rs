@@ -22,7 +22,7 @@ pub(crate) enum Method {
 pub(crate) struct Charge {
     /// Rows of the context run through a layer, as a share of tokens times layers.
     pub(crate) recomputed: f64,
-    /// KV bytes read from a cache in host memory.
+    /// KV bytes read from a cache in host memory, a token of the context.
     pub(crate) host_bytes: f64,
 }
 
@@ -143,11 +143,12 @@ impl Method {
         };
         let bytes = cached * reader.values_per_token() * size_of::<f32>();
         #[expect(clippy::cast_precision_loss, reason = "sizes of a benchmark")]
+        let per_token = |amount: usize| amount as f64 / tokens.len() as f64;
         Ok((
             pages,
             Charge {
-                recomputed: computed as f64 / tokens.len() as f64,
-                host_bytes: bytes as f64,
+                recomputed: per_token(computed),
+                host_bytes: per_token(bytes),
             },
         ))
     }
