@@ -221,7 +221,7 @@ fn many_methods_get_more_panels() {
 fn a_report_reads_as_it_is_written() {
     let mut report = crate::report::Report::new(QUALITY);
     report.set("chunks", 8);
-    report.push(crate::report::Row::new("full/hop1/em", 0.5, "share").within(0.4, 0.6));
+    report.push(crate::report::Row::new("full/hop1/em", 0.5, "share").within(Some((0.4, 0.6))));
     let written = serde_json::to_value(&report).unwrap();
     let read = read(&written, QUALITY).unwrap();
     let quality = Quality::new(&read);
