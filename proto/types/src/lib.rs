@@ -5,6 +5,7 @@
 //!   that changes a value and nothing that does not.
 //! * [`LayerRange`], [`TokenRange`], [`HeadRange`]: parts of a chunk.
 //! * [`Level`]: a rung of the codec's quality ladder.
+//! * [`Durability`] and [`Hints`]: what a put promises, and what a chunk is worth.
 //! * [`Checksum`]: guards every layer, stored or sent.
 //! * [`ByteSize`]: a number of bytes as people write it.
 //!
@@ -24,6 +25,7 @@ mod layout;
 mod level;
 mod range;
 mod size;
+mod worth;
 
 pub use checksum::Checksum;
 pub use key::{Adapter, ChunkKey, ModelIdentity, Namespace, ParseKeyError};
@@ -31,3 +33,4 @@ pub use layout::{DType, KvLayout, LayoutDigest, LayoutError, Plane, Planes};
 pub use level::{Level, UnknownLevel};
 pub use range::{HeadRange, LayerIdx, LayerRange, RangeError, TokenRange};
 pub use size::{ByteSize, ParseByteSizeError};
+pub use worth::{Class, Durability, Hints, NoSuchClass};
