@@ -39,6 +39,7 @@ pub(crate) async fn bandwidth(layout: &KvLayout, chunks: usize) -> anyhow::Resul
                 start: 0,
                 end: layout.layers().into(),
             }),
+            lease_id: None,
         };
         let mut stream = client.get(request).await?.into_inner();
         let mut received = 0usize;
@@ -97,6 +98,7 @@ impl cache_server::Cache for Constant {
     type GetStream = BoxStream<'static, Result<v1::GetResponse, Status>>;
     type ListStream = BoxStream<'static, Result<v1::ListResponse, Status>>;
     type WatchStream = BoxStream<'static, Result<v1::WatchResponse, Status>>;
+    type HoldStream = BoxStream<'static, Result<v1::HoldResponse, Status>>;
 
     async fn get(&self, request: Request<v1::GetRequest>) -> Answer<Self::GetStream> {
         let request = request.into_inner();
@@ -119,6 +121,13 @@ impl cache_server::Cache for Constant {
             })
         });
         Ok(Response::new(Box::pin(futures::stream::iter(pieces))))
+    }
+
+    async fn hold(
+        &self,
+        _: Request<tonic::Streaming<v1::HoldRequest>>,
+    ) -> Answer<Self::HoldStream> {
+        only_get()
     }
 
     async fn lookup(&self, _: Request<v1::LookupRequest>) -> Answer<v1::LookupResponse> {

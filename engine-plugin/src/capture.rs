@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
-use kvasir_client::{Chunk, Client};
-use kvasir_types::{ChunkKey, Level, Namespace};
+use kvasir_client::{Chunk, Client, PutOptions};
+use kvasir_types::{ChunkKey, Hints, Level, Namespace};
 use tokio::sync::mpsc;
 use tracing::warn;
 
@@ -21,6 +21,9 @@ pub struct ChunkCopy {
     pub key: ChunkKey,
     /// Its layers, in order, each in the canonical order of the namespace's layout.
     pub layers: Vec<Bytes>,
+    /// What it is worth. With the key of the chunk before it as its parent, the cache
+    /// drops prompts from their ends.
+    pub hints: Hints,
 }
 
 /// What became of a chunk handed to [`CachePlugin::capture`](crate::CachePlugin::capture).
@@ -74,18 +77,24 @@ impl CaptureQueue {
         let counters = Arc::new(Counters::default());
         metrics::gauge!(WAITING).set(0.0);
         let timeout = config.store_timeout;
+        let durability = config.durability;
         let shared = Arc::clone(&counters);
         runtime.spawn(async move {
             while let Some(chunk) = chunks.recv().await {
                 let bytes = chunk.bytes();
                 let key = chunk.key;
+                let options = PutOptions {
+                    durability,
+                    hints: chunk.hints,
+                };
                 let chunk = Chunk {
                     key,
                     layout: *namespace.layout(),
                     level: Level::RAW,
                     layers: chunk.layers,
                 };
-                let counter = match tokio::time::timeout(timeout, client.put(&chunk)).await {
+                let put = client.put_with(&chunk, options);
+                let counter = match tokio::time::timeout(timeout, put).await {
                     Ok(Ok(_)) => &shared.stored,
                     Ok(Err(error)) => {
                         warn!(%key, %error, "a chunk was not stored");

@@ -43,7 +43,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use kvasir_client::{Client, ClientConfig};
-use kvasir_types::{ByteSize, Namespace};
+use kvasir_types::{ByteSize, Durability, Namespace};
 
 pub use kvasir_client::ParseEndpointError;
 
@@ -83,6 +83,10 @@ pub struct PluginConfig {
     /// Bytes of captured chunks that may wait to be stored. When they are spent,
     /// new chunks are not captured, and counted. Default: 512 MiB.
     pub capture_buffer: ByteSize,
+    /// Whether stored chunks survive a crash of the daemon. Default: durable. In
+    /// memory, the daemon answers sooner, and writes to disk only what it expects to
+    /// be used again.
+    pub durability: Durability,
     /// Deadline of storing one chunk. Default: 10 s.
     pub store_timeout: Duration,
     /// How long the daemon is left alone after it failed; doubles with each failure
@@ -98,6 +102,7 @@ impl Default for PluginConfig {
             fetch_timeout: Duration::from_secs(10),
             fetch_buffer: ByteSize::mib(128),
             capture_buffer: ByteSize::mib(512),
+            durability: Durability::default(),
             store_timeout: Duration::from_secs(10),
             cooldown: Duration::from_secs(1),
         }

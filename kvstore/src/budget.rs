@@ -9,10 +9,10 @@
 //! Invariant: `used <= capacity`, always. There is no way to charge without a
 //! reservation and none to reserve beyond the capacity.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-
 use bytes::Bytes;
+
+use crate::sync::Arc;
+use crate::sync::atomic::{AtomicU64, Ordering};
 
 /// A limit on bytes, shared by everything that charges to it.
 #[derive(Clone, Debug)]
@@ -83,6 +83,14 @@ impl Budget {
         self.0.peak.load(Ordering::Relaxed)
     }
 
+    /// Takes bytes over that [`Reservation::into_bytes`] gave out.
+    pub(crate) fn adopt(&self, bytes: u64) -> Reservation {
+        Reservation {
+            budget: self.clone(),
+            bytes,
+        }
+    }
+
     pub(crate) fn throttled(&self, wanted: u64) -> Throttled {
         Throttled {
             wanted,
@@ -123,10 +131,12 @@ impl Reservation {
     /// alive and is charged for its own length only.
     pub fn charge(&mut self, bytes: Bytes) -> Option<ChargedBytes> {
         let reservation = self.split(bytes.len() as u64)?;
-        Some(ChargedBytes(Arc::new(Charged {
-            bytes,
-            _reservation: reservation,
-        })))
+        Some(ChargedBytes::new(bytes, Some(reservation)))
+    }
+
+    /// The bytes, which stay charged until [`Budget::adopt`] takes them over.
+    pub(crate) fn into_bytes(mut self) -> u64 {
+        std::mem::take(&mut self.bytes)
     }
 
     pub(crate) fn belongs_to(&self, budget: &Budget) -> bool {
@@ -154,10 +164,23 @@ pub struct ChargedBytes(Arc<Charged>);
 #[derive(Debug)]
 struct Charged {
     bytes: Bytes,
-    _reservation: Reservation,
+    /// `None` where the owner of `bytes` has it.
+    _reservation: Option<Reservation>,
 }
 
 impl ChargedBytes {
+    /// Bytes of a buffer that pays for itself, such as [`Buffer`](crate::buffers::Buffer).
+    pub(crate) fn prepaid(bytes: Bytes) -> Self {
+        Self::new(bytes, None)
+    }
+
+    fn new(bytes: Bytes, reservation: Option<Reservation>) -> Self {
+        Self(Arc::new(Charged {
+            bytes,
+            _reservation: reservation,
+        }))
+    }
+
     /// The bytes, to hand to a reader. The charge lasts until they are dropped.
     pub fn share(&self) -> Bytes {
         Bytes::from_owner(self.clone())

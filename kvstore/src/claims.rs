@@ -1,19 +1,23 @@
 //! One writer per key: later writers wait and then look again.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::PoisonError;
 
 use kvasir_types::ChunkKey;
 use tokio::sync::watch;
 
+use crate::sync::{Arc, Mutex, MutexGuard};
+
 /// The keys that are being written.
-#[derive(Debug, Default)]
-pub(crate) struct Claims(Mutex<HashMap<ChunkKey, watch::Receiver<()>>>);
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Claims(Arc<Mutex<Keys>>);
+
+type Keys = HashMap<ChunkKey, watch::Receiver<()>>;
 
 /// The right to write a key; ends on drop.
 #[derive(Debug)]
-pub(crate) struct Claim<'a> {
-    claims: &'a Claims,
+pub(crate) struct Claim {
+    claims: Claims,
     key: ChunkKey,
     /// Dropped after the key was freed, which wakes those who wait.
     _ended: watch::Sender<()>,
@@ -21,7 +25,7 @@ pub(crate) struct Claim<'a> {
 
 impl Claims {
     /// Waits until nobody else writes `key`.
-    pub(crate) async fn claim(&self, key: ChunkKey) -> Claim<'_> {
+    pub(crate) async fn claim(&self, key: ChunkKey) -> Claim {
         loop {
             let mut other = match self.try_claim(key) {
                 Ok(claim) => return claim,
@@ -32,7 +36,7 @@ impl Claims {
         }
     }
 
-    fn try_claim(&self, key: ChunkKey) -> Result<Claim<'_>, watch::Receiver<()>> {
+    fn try_claim(&self, key: ChunkKey) -> Result<Claim, watch::Receiver<()>> {
         let mut keys = self.lock();
         if let Some(other) = keys.get(&key) {
             return Err(other.clone());
@@ -40,18 +44,18 @@ impl Claims {
         let (ended, receiver) = watch::channel(());
         keys.insert(key, receiver);
         Ok(Claim {
-            claims: self,
+            claims: self.clone(),
             key,
             _ended: ended,
         })
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<ChunkKey, watch::Receiver<()>>> {
+    fn lock(&self) -> MutexGuard<'_, Keys> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Drop for Claim<'_> {
+impl Drop for Claim {
     fn drop(&mut self) {
         self.claims.lock().remove(&self.key);
     }

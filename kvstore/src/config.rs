@@ -1,12 +1,15 @@
 //! `[store]` in `kvasird.toml`.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
-use kvasir_types::ByteSize;
+use kvasir_types::{ByteSize, Class};
 use serde::{Deserialize, Serialize};
 
+use crate::policy::{Admission, ClassLimits, PolicyKind};
+
 /// The store's tiers.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub struct StoreConfig {
     /// Host memory. Default: 1 GiB.
@@ -14,6 +17,33 @@ pub struct StoreConfig {
     /// A directory that makes chunks survive restarts. Default: none; chunks live
     /// in memory only.
     pub disk: Option<DiskConfig>,
+    /// What classes of traffic may keep. Default: no limits.
+    pub class: Vec<ClassConfig>,
+}
+
+/// `[[store.class]]`: limits of one class of traffic, in every tier.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct ClassConfig {
+    /// The class, 0 to 15. Chunks are of class 0 unless their writer says otherwise.
+    pub number: Class,
+    /// Seconds since the last use after which the class's chunks go first when room is
+    /// needed. Default: none.
+    #[serde(default)]
+    pub time_to_live_s: Option<u64>,
+    /// Bytes of a tier above which the class's chunks go before those of others.
+    /// Default: none.
+    #[serde(default)]
+    pub quota: Option<ByteSize>,
+}
+
+impl ClassConfig {
+    pub(crate) fn limits(&self) -> ClassLimits {
+        ClassLimits {
+            time_to_live: self.time_to_live_s.map(Duration::from_secs),
+            quota_bytes: self.quota.map(ByteSize::as_u64),
+        }
+    }
 }
 
 /// `[store.memory]`: chunks in host memory.
@@ -25,6 +55,8 @@ pub struct MemoryConfig {
     pub capacity: ByteSize,
     /// Most bytes that pins may exempt from eviction. Default: half of `capacity`.
     pub pin_limit: Option<ByteSize>,
+    /// Which chunks go first. Default: `reuse`.
+    pub policy: PolicyKind,
 }
 
 impl MemoryConfig {
@@ -36,6 +68,7 @@ impl MemoryConfig {
         Self {
             capacity,
             pin_limit: None,
+            policy: PolicyKind::default(),
         }
     }
 
@@ -52,25 +85,28 @@ impl Default for MemoryConfig {
 }
 
 /// `[store.disk]`: chunks in a directory of a local file system.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub struct DiskConfig {
     /// The directory; created where missing, used by one daemon at a time.
     /// Default: [`Self::PATH`], in the working directory.
     pub path: PathBuf,
-    /// Bytes of chunk files, rounded up to file-system blocks, files that readers
-    /// still hold open included. Never exceeded by chunks; the catalog adds a few
-    /// hundred bytes per chunk. Where the file system fills up before, chunks are
+    /// Bytes of chunks, rounded up to blocks, those that readers still hold included.
+    /// Never exceeded by chunks; the catalog adds a few hundred bytes per chunk, and
+    /// every segment file 4 KiB. Where the file system fills up before, chunks are
     /// evicted as if this were less. Default: [`Self::CAPACITY`].
     pub capacity: ByteSize,
     /// Most bytes that pins may exempt from eviction. Default: half of `capacity`.
     pub pin_limit: Option<ByteSize>,
+    /// Which chunks go first. Default: `reuse`.
+    pub policy: PolicyKind,
+    /// Which chunks that were put into memory alone are written to disk before memory
+    /// evicts them: `"all"`, `"second-use"`, or `{ min-reuse = 0.05 }`, those that are
+    /// used again with at least this probability. Default: the latter.
+    pub admission: Admission,
     /// Reads and writes in progress at once; each occupies a thread. More wait.
     /// Default: [`Self::IO_DEPTH`]. Minimum: 1.
     pub io_depth: u16,
-    /// Drops chunk files from the page cache after every write and read, so that a
-    /// benchmark measures the device. Default: false.
-    pub drop_page_cache: bool,
 }
 
 impl DiskConfig {
@@ -101,8 +137,9 @@ impl Default for DiskConfig {
             path: Self::PATH.into(),
             capacity: Self::CAPACITY,
             pin_limit: None,
+            policy: PolicyKind::default(),
+            admission: Admission::default(),
             io_depth: Self::IO_DEPTH,
-            drop_page_cache: false,
         }
     }
 }
@@ -118,13 +155,22 @@ mod tests {
         assert_eq!(empty.memory.capacity, ByteSize::gib(1));
 
         let text = r#"{"memory": {"capacity": "64MiB", "pin-limit": "8MiB"},
-            "disk": {"path": "/tmp/x", "io-depth": 4, "drop-page-cache": true}}"#;
+            "disk": {"path": "/tmp/x", "io-depth": 4, "policy": "s3-fifo",
+                "admission": {"min-reuse": 0.25}},
+            "class": [{"number": 3, "time-to-live-s": 60}]}"#;
         let config: StoreConfig = serde_json::from_str(text).unwrap();
         assert_eq!(config.memory.pin_limit_bytes(), 8 << 20);
         let disk = config.disk.unwrap();
         assert_eq!(disk.capacity, DiskConfig::CAPACITY);
+        assert_eq!(disk.policy, PolicyKind::S3Fifo);
         assert_eq!(disk.pin_limit_bytes(), 8 << 30);
+        assert_eq!(disk.admission, Admission::MinReuse(0.25));
+        let limits = config.class[0].limits();
+        assert_eq!(limits.time_to_live, Some(Duration::from_secs(60)));
+        assert_eq!(limits.quota_bytes, None);
 
-        assert!(serde_json::from_str::<StoreConfig>(r#"{"memroy": {}}"#).is_err());
+        for wrong in [r#"{"memroy": {}}"#, r#"{"class": [{"number": 16}]}"#] {
+            assert!(serde_json::from_str::<StoreConfig>(wrong).is_err());
+        }
     }
 }

@@ -8,6 +8,7 @@ use kvasir_types::{ChunkKey, KvLayout, LayerRange, Level};
 
 use crate::budget::ChargedBytes;
 use crate::disk::DiskReader;
+use crate::index::Worth;
 use crate::memory::{Chunk, MemoryReader};
 use crate::promotion::Promotion;
 use crate::store::Inner;
@@ -43,6 +44,7 @@ impl Lease {
 
     pub(crate) fn disk(reader: DiskReader, store: Arc<Inner>) -> Self {
         let header = reader.header();
+        store.demote_others(header);
         let promotions = store.memory.promotions();
         let promotion = promotions.begin(header.layout().layers(), header.payload_bytes());
         Self::new(Source::Disk(reader, promotion), store)
@@ -123,10 +125,14 @@ impl Inner {
         let Ok(overhead) = self.memory.reserve(overhead) else {
             return;
         };
-        let chunk = Arc::new(Chunk::new(Arc::clone(header), layers, overhead));
+        let worth = self.disk.as_ref().and_then(|disk| disk.worth(header.key()));
+        let Some(Worth { hints, uses }) = worth else {
+            return;
+        };
+        let chunk = Arc::new(Chunk::new(Arc::clone(header), layers, hints, overhead));
         // A chunk deleted on disk meanwhile must not come back through memory.
         // Deletion goes disk first, so one of the two sees the other.
-        if self.memory.publish(chunk) && !reader.is_current() {
+        if self.memory.publish(chunk, uses) && !reader.is_current() {
             self.memory.discard(header.key());
         }
     }

@@ -4,22 +4,28 @@
 //! this tier and of the tiers below: [`MemoryTier::reserve`] is the only way to get
 //! memory for payload, and it evicts to make room.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::fs;
+use std::sync::{Arc, PoisonError, Weak};
 use std::time::Instant;
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use kvasir_codec::{LayerError, Object, ObjectHeader};
-use kvasir_types::{ChunkKey, LayerIdx, LayerRange};
+use kvasir_mem::ALIGNMENT;
+use kvasir_types::{ChunkKey, Class, Hints, KvLayout, LayerIdx, LayerRange};
 
 use crate::blocking::blocking;
 use crate::budget::{Budget, ChargedBytes, Reservation, Throttled};
+use crate::buffers::{Buffer, BufferError, Buffers};
 use crate::clock::Clock;
 use crate::config::MemoryConfig;
 use crate::events::EventLog;
-use crate::index::{Counters, Entry, Index, count};
+use crate::index::{Counters, Entry, Index, Worth, count};
+use crate::payload::{Payload, Received};
 use crate::pins::{PinId, PinRefused};
+use crate::policy::{ClassLimits, Prospect};
 use crate::promotion::Promotions;
+use crate::sync::{Mutex, MutexGuard};
 use crate::tier::{
     ChunkReader, DeviceError, Facts, ReadError, Tier, TierKind, Usage, WriteError, Written,
 };
@@ -33,6 +39,7 @@ struct Shared {
     budget: Budget,
     index: Mutex<Index<Arc<Chunk>>>,
     promotions: Promotions,
+    buffers: Buffers,
     counters: Counters,
     clock: Clock,
 }
@@ -41,6 +48,7 @@ struct Shared {
 #[derive(Debug)]
 pub(crate) struct Chunk {
     facts: Facts,
+    hints: Hints,
     header: Arc<ObjectHeader>,
     layers: Vec<ChargedBytes>,
     _overhead: Reservation,
@@ -58,25 +66,34 @@ impl Chunk {
         header.payload_bytes() + Self::overhead_bytes(header.layout().layers())
     }
 
+    /// A chunk whose layers lie in buffers of this tier, which pay for themselves.
+    fn prepaid(received: Received, hints: Hints) -> Self {
+        let (header, layers) = received.object.into_parts();
+        let layers = layers.into_iter().map(ChargedBytes::prepaid).collect();
+        Self::new(header, layers, hints, received.overhead)
+    }
+
     /// `None` where the reservation is too small for the header's chunk.
-    fn charge(object: Object, mut reservation: Reservation) -> Option<Self> {
+    fn charge(object: Object, hints: Hints, mut reservation: Reservation) -> Option<Self> {
         let (header, layers) = object.into_parts();
         let overhead = reservation.split(Self::overhead_bytes(header.layout().layers()))?;
         let layers = layers
             .into_iter()
             .map(|layer| reservation.charge(layer))
             .collect::<Option<_>>()?;
-        Some(Self::new(header, layers, overhead))
+        Some(Self::new(header, layers, hints, overhead))
     }
 
     /// `layers` passed the header's checks.
     pub(crate) fn new(
         header: Arc<ObjectHeader>,
         layers: Vec<ChargedBytes>,
+        hints: Hints,
         overhead: Reservation,
     ) -> Self {
         Self {
             facts: Facts::of(&header),
+            hints,
             header,
             layers,
             _overhead: overhead,
@@ -85,6 +102,14 @@ impl Chunk {
 
     pub(crate) fn header(&self) -> &Arc<ObjectHeader> {
         &self.header
+    }
+
+    pub(crate) fn key(&self) -> &ChunkKey {
+        &self.facts.key
+    }
+
+    pub(crate) fn hints(&self) -> Hints {
+        self.hints
     }
 
     pub(crate) fn share(&self) -> Vec<Bytes> {
@@ -109,9 +134,31 @@ impl Chunk {
     }
 }
 
+/// A chunk that may move to disk. It does not count as held.
+#[derive(Debug)]
+pub(crate) struct Candidate {
+    pub(crate) key: ChunkKey,
+    pub(crate) chunk: Weak<Chunk>,
+    pub(crate) prospect: Prospect,
+}
+
+impl Candidate {
+    fn new((chunk, prospect): (&Arc<Chunk>, Prospect)) -> Self {
+        Self {
+            key: *chunk.key(),
+            chunk: Arc::downgrade(chunk),
+            prospect,
+        }
+    }
+}
+
 impl Entry for Arc<Chunk> {
-    fn facts(&self) -> &Facts {
-        &self.facts
+    fn key(&self) -> &ChunkKey {
+        &self.facts.key
+    }
+
+    fn facts(&self) -> Facts {
+        self.facts
     }
 
     fn charged_bytes(&self) -> u64 {
@@ -119,6 +166,7 @@ impl Entry for Arc<Chunk> {
     }
 
     fn is_held(&self) -> bool {
+        // In this order: a reader takes its layers before it lets go of the chunk.
         Arc::strong_count(self) > 1 || self.layers.iter().any(ChargedBytes::is_held)
     }
 }
@@ -126,14 +174,19 @@ impl Entry for Arc<Chunk> {
 impl MemoryTier {
     /// An empty tier.
     pub fn new(config: &MemoryConfig, clock: Clock, events: EventLog) -> Self {
+        warn_of_few_mappings(config.capacity.as_u64());
         Self(Arc::new(Shared {
             budget: Budget::new(config.capacity.as_u64()),
             index: Mutex::new(Index::new(
                 TierKind::Memory,
+                config.policy,
+                config.capacity.as_u64(),
                 config.pin_limit_bytes(),
                 events,
+                clock.now(),
             )),
             promotions: Promotions::new(config.capacity.as_u64()),
+            buffers: Buffers::new(config.capacity.as_u64() / IDLE_SHARE),
             counters: Counters::default(),
             clock,
         }))
@@ -150,6 +203,10 @@ impl MemoryTier {
                 return Ok(reservation);
             }
             let throttled = shared.budget.throttled(bytes);
+            if bytes > throttled.capacity {
+                count(&shared.counters.throttled);
+                return Err(throttled);
+            }
             let excess = throttled
                 .used
                 .saturating_add(bytes)
@@ -157,7 +214,7 @@ impl MemoryTier {
             // Zero: somebody let go in between.
             let victims = shared.lock().evict(excess, shared.clock.now());
             if excess > 0 && victims.is_empty() {
-                if shared.promotions.abandon() {
+                if shared.buffers.trim() || shared.promotions.abandon() {
                     continue;
                 }
                 count(&shared.counters.throttled);
@@ -169,14 +226,45 @@ impl MemoryTier {
         }
     }
 
+    /// A buffer of `bytes`, a multiple of a block, for a device to read into or write
+    /// from; paid for. Evicts what it must.
+    pub(crate) fn buffer(&self, bytes: u64) -> Result<Buffer, BufferError> {
+        let buffers = &self.0.buffers;
+        let len = usize::try_from(bytes).unwrap_or(usize::MAX);
+        if let Some(buffer) = buffers.reuse(len) {
+            return Ok(buffer);
+        }
+        let reservation = self.reserve(bytes).map_err(BufferError::Throttled)?;
+        buffers.create(reservation).map_err(BufferError::Io)
+    }
+
     pub(crate) fn promotions(&self) -> &Promotions {
         &self.0.promotions
+    }
+
+    /// Memory to receive a raw chunk of a layout into.
+    pub(crate) fn payload(&self, layout: KvLayout) -> Result<Payload, BufferError> {
+        let overhead = self
+            .reserve(Chunk::overhead_bytes(layout.layers()))
+            .map_err(BufferError::Throttled)?;
+        let bytes = layout.chunk_bytes().next_multiple_of(ALIGNMENT as u64);
+        Ok(Payload::new(self.buffer(bytes)?, layout, overhead))
+    }
+
+    /// A chunk of what was received.
+    pub(crate) fn take(&self, received: Received, hints: Hints) -> Result<Arc<Chunk>, Throttled> {
+        if received.overhead.belongs_to(&self.0.budget) {
+            return Ok(Arc::new(Chunk::prepaid(received, hints)));
+        }
+        // Another store's memory.
+        self.charge(received.object, hints, None)
     }
 
     /// Charges an object, to a reservation of this tier if there is one.
     pub(crate) fn charge(
         &self,
         object: Object,
+        hints: Hints,
         reservation: Option<Reservation>,
     ) -> Result<Arc<Chunk>, Throttled> {
         let wanted = Chunk::charged_bytes(object.header());
@@ -187,26 +275,29 @@ impl MemoryTier {
         if let Some(missing) = wanted.checked_sub(reservation.bytes()) {
             reservation.merge(self.reserve(missing)?);
         }
-        let chunk = Chunk::charge(object, reservation);
+        let chunk = Chunk::charge(object, hints, reservation);
         Ok(Arc::new(chunk.expect(
             "the reservation covers what the header states, and an object is what its header states",
         )))
     }
 
-    /// Makes a chunk visible. Says whether it was absent.
-    pub(crate) fn publish(&self, chunk: Arc<Chunk>) -> bool {
+    /// Makes a chunk visible that was used `uses` times. Says whether it was absent.
+    pub(crate) fn publish(&self, chunk: Arc<Chunk>, uses: u8) -> bool {
+        let now = self.0.clock.now();
         let mut index = self.0.lock();
-        if index.touch(&chunk.facts.key).is_some() {
+        if index.touch(&chunk.facts.key, now).is_some() {
             return false;
         }
-        index.insert(chunk);
+        let hints = chunk.hints;
+        index.insert(chunk, &Worth { hints, uses }, now);
         count(&self.0.counters.writes);
         true
     }
 
     /// Opens a chunk without waiting.
     pub(crate) fn reader(&self, key: &ChunkKey) -> Option<MemoryReader> {
-        let chunk = self.0.lock().touch(key).cloned();
+        let now = self.0.clock.now();
+        let chunk = self.0.lock().touch(key, now).map(|chunk| Arc::clone(chunk));
         count(if chunk.is_some() {
             &self.0.counters.hits
         } else {
@@ -220,13 +311,46 @@ impl MemoryTier {
 
     /// Marks a chunk as used. Says whether it is there.
     pub(crate) fn touch(&self, key: &ChunkKey) -> bool {
-        self.0.lock().touch(key).is_some()
+        let now = self.0.clock.now();
+        self.0.lock().touch(key, now).is_some()
     }
 
     pub(crate) fn discard(&self, key: &ChunkKey) -> bool {
         // The chunk's memory is freed after the lock is.
         let removed = self.0.lock().remove(key);
         removed.is_some()
+    }
+
+    /// Whether it is this very chunk that is stored under its key.
+    pub(crate) fn has(&self, chunk: &Arc<Chunk>) -> bool {
+        let index = self.0.lock();
+        let stored = index.peek(chunk.key());
+        stored.is_some_and(|stored| Arc::ptr_eq(stored, chunk))
+    }
+
+    /// The chunks that would be evicted for `bytes`, first to last.
+    pub(crate) fn soon_evicted(&self, bytes: u64) -> Vec<Candidate> {
+        let now = self.0.clock.now();
+        let mut index = self.0.lock();
+        let soon = index.soon_evicted(bytes, now);
+        soon.into_iter().map(Candidate::new).collect()
+    }
+
+    /// All chunks, in no particular order.
+    pub(crate) fn candidates(&self) -> Vec<Candidate> {
+        let now = self.0.clock.now();
+        let index = self.0.lock();
+        index.prospects(now).map(Candidate::new).collect()
+    }
+
+    /// Bytes that are left of the capacity.
+    pub(crate) fn room(&self) -> u64 {
+        let budget = &self.0.budget;
+        budget.capacity().saturating_sub(budget.used())
+    }
+
+    pub(crate) fn limit(&self, class: Class, limits: ClassLimits) {
+        self.0.lock().limit(class, limits);
     }
 
     /// Runs `view` on the locked index, and gives it its keys.
@@ -278,9 +402,9 @@ impl Tier for MemoryTier {
                     capacity,
                 });
             }
-            Ok(match self.charge(object, None) {
+            Ok(match self.charge(object, Hints::default(), None) {
                 Ok(chunk) => {
-                    if self.publish(chunk) {
+                    if self.publish(chunk, 1) {
                         Written::Stored
                     } else {
                         Written::AlreadyPresent
@@ -324,9 +448,12 @@ impl Tier for MemoryTier {
 
     fn usage(&self) -> Usage {
         let shared = &*self.0;
-        shared
-            .lock()
-            .usage(&shared.counters, &shared.budget, shared.clock.now())
+        let now = shared.clock.now();
+        let usage = shared.lock().usage(&shared.counters, &shared.budget, now);
+        Usage {
+            idle_bytes: shared.buffers.idle_bytes(),
+            ..usage
+        }
     }
 }
 
@@ -372,9 +499,32 @@ impl ChunkReader for MemoryReader {
     }
 }
 
+/// Every buffer is a mapping of its own, and a system that has no more of them gives no
+/// more memory.
+fn warn_of_few_mappings(capacity: u64) {
+    let limit = fs::read_to_string("/proc/sys/vm/max_map_count").ok();
+    let Some(limit) = limit.and_then(|limit| limit.trim().parse::<u64>().ok()) else {
+        return;
+    };
+    let wanted = capacity / USUAL_BUFFER_BYTES;
+    if wanted > limit {
+        tracing::warn!(
+            limit,
+            wanted,
+            "the memory tier may need more mappings than the system allows; raise vm.max_map_count",
+        );
+    }
+}
+
+/// About the least that a layer of a chunk takes in models of today.
+const USUAL_BUFFER_BYTES: u64 = 256 << 10;
+
 /// Verifying this much takes some 100 µs from DRAM: about what handing it to
 /// another thread and being woken again costs on a busy machine.
 const INLINE_VERIFY_BYTES: u64 = 1 << 20;
+
+/// Which part of the budget buffers may take that nobody uses.
+const IDLE_SHARE: u64 = 16;
 
 /// Chunk, header and index node, without layers.
 const ENTRY_BYTES: u64 = 512;
@@ -398,20 +548,29 @@ mod tests {
         Object::raw(ChunkKey::from_bytes([fill; 32]), &layout, layers).unwrap()
     }
 
+    fn charge(
+        tier: &MemoryTier,
+        object: Object,
+        reservation: Option<Reservation>,
+    ) -> Result<Arc<Chunk>, Throttled> {
+        tier.charge(object, Hints::default(), reservation)
+    }
+
     /// Memory that changed under the store: the header of one object over the
     /// bytes of another.
     #[tokio::test]
     async fn a_flipped_bit_in_memory_is_a_miss_and_then_gone() {
         let tier = tier();
         let good = object(1);
-        let bad = tier.charge(object(2), None).unwrap();
+        let bad = charge(&tier, object(2), None).unwrap();
         let chunk = Chunk::new(
             Arc::new(good.header().clone()),
             bad.layers.clone(),
+            Hints::default(),
             tier.reserve(1).unwrap(),
         );
         drop(bad);
-        assert!(tier.publish(Arc::new(chunk)));
+        assert!(tier.publish(Arc::new(chunk), 1));
 
         let key = *good.header().key();
         let all = LayerRange::new(0, 2).unwrap();
@@ -429,7 +588,7 @@ mod tests {
     #[test]
     fn a_request_that_cannot_succeed_evicts_nothing() {
         let tier = tier();
-        assert!(tier.publish(tier.charge(object(1), None).unwrap()));
+        assert!(tier.publish(charge(&tier, object(1), None).unwrap(), 1));
         let held = tier.reserve(40 << 10).unwrap();
         assert!(tier.reserve(30 << 10).is_err());
         assert!(tier.reserve(u64::MAX).is_err());
@@ -445,13 +604,13 @@ mod tests {
         let object = object(3);
         let exact = Chunk::charged_bytes(object.header());
         let larger = tier.reserve(exact + 1000).unwrap();
-        let chunk = tier.charge(object.clone(), Some(larger)).unwrap();
+        let chunk = charge(&tier, object.clone(), Some(larger)).unwrap();
         assert_eq!(tier.usage().bytes, exact);
         drop(chunk);
         let smaller = tier.reserve(10).unwrap();
         let foreign = Budget::new(1 << 20).try_reserve(1 << 20).unwrap();
-        let first = tier.charge(object.clone(), Some(smaller)).unwrap();
-        let second = tier.charge(object, Some(foreign)).unwrap();
+        let first = charge(&tier, object.clone(), Some(smaller)).unwrap();
+        let second = charge(&tier, object, Some(foreign)).unwrap();
         assert_eq!(tier.usage().bytes, 2 * exact);
         drop((first, second));
         assert_eq!(tier.usage().bytes, 0);

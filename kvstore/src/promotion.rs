@@ -10,11 +10,12 @@
 //! read side by side, layer by layer, would else drive out all that is stored, and
 //! then each other.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, PoisonError, Weak};
 
 use kvasir_types::LayerRange;
 
 use crate::budget::{Budget, ChargedBytes, Reservation};
+use crate::sync::{Mutex, MutexGuard};
 
 /// The promotions of one memory tier.
 #[derive(Debug)]

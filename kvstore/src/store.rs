@@ -6,37 +6,47 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use kvasir_codec::{Object, ObjectHeader};
-use kvasir_types::{ChunkKey, KvLayout, LayoutDigest, Level};
+use kvasir_types::{ChunkKey, Durability, Hints, KvLayout, LayoutDigest, Level};
 use tokio::sync::broadcast;
 
 use crate::blocking::joined;
 use crate::budget::{Reservation, Throttled};
+use crate::buffers::BufferError;
 use crate::claims::Claims;
 use crate::clock::Clock;
 use crate::config::StoreConfig;
+use crate::demotion::Demotions;
 use crate::disk::{DiskTier, OpenError};
+use crate::environment::Environment;
 use crate::events::{Event, EventLog, Snapshot};
+use crate::index::Worth;
 use crate::lease::Lease;
+use crate::leases::{LeaseId, LeaseSession, Leases};
 use crate::memory::{Chunk, MemoryTier};
+use crate::payload::{Payload, Received};
 use crate::pins::{PinId, PinRefused};
+use crate::policy::Admission;
 use crate::tier::{DeviceError, Facts, Tier, TierKind, Usage, WriteError, Written};
 
 /// Memory and, if configured, disk, as one store. Clones are handles to it.
 ///
-/// Writes go through to every tier, and are acknowledged by the lowest. Reads are
-/// served by the highest tier that has the chunk.
+/// A put goes to every tier and is acknowledged by the lowest, or, with
+/// [`Durability::Memory`], to memory, and on to disk when memory needs its room. Reads
+/// are served by the highest tier that has the chunk.
 #[derive(Clone, Debug)]
 pub struct Store(Arc<Inner>);
 
 #[derive(Debug)]
 pub(crate) struct Inner {
     pub(crate) memory: MemoryTier,
-    disk: Option<DiskTier>,
-    claims: Claims,
+    pub(crate) disk: Option<DiskTier>,
+    pub(crate) claims: Claims,
+    pub(crate) demotions: Demotions,
     events: EventLog,
     clock: Clock,
     next_pin: AtomicU64,
     leases: AtomicU64,
+    named: Leases,
 }
 
 /// What [`Store::lookup`] knows of one chunk.
@@ -61,10 +71,31 @@ pub struct LookupResult {
     pub prefix: usize,
 }
 
+/// How a put is to be done. The default is the strongest promise, and no hints.
+#[derive(Debug, Default)]
+pub struct PutOptions {
+    /// What the acknowledgement promises.
+    pub durability: Durability,
+    /// What the chunk is worth.
+    pub hints: Hints,
+    /// The memory that the payload was received into: taken over, enlarged or shrunk
+    /// as the object needs.
+    pub reservation: Option<Reservation>,
+}
+
 /// What became of a put.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Put {
+    /// Whether it changed anything.
+    pub outcome: PutOutcome,
+    /// Whether the chunk survives a crash from now on.
+    pub durable: bool,
+}
+
+/// Whether a put changed anything. Both are success.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PutOutcome {
-    /// The chunk is stored; durably, if the store has a disk tier.
+    /// The chunk is stored now.
     Stored,
     /// It already was.
     AlreadyPresent,
@@ -116,33 +147,54 @@ impl Store {
     /// # Errors
     /// The directory is in use, cannot be written, or cannot be read.
     pub async fn open(config: StoreConfig) -> Result<Self, OpenError> {
-        Self::open_with_clock(config, Clock::default()).await
+        Self::open_in(Environment::default(), config).await
     }
 
-    /// Opens a store that takes the time from `clock`.
+    /// Opens a store that takes time and files from `environment`.
     ///
     /// # Errors
     /// As for [`open`](Self::open).
-    pub async fn open_with_clock(config: StoreConfig, clock: Clock) -> Result<Self, OpenError> {
+    pub async fn open_in(environment: Environment, config: StoreConfig) -> Result<Self, OpenError> {
         let events = EventLog::new();
+        let clock = environment.clock.clone();
         let memory = MemoryTier::new(&config.memory, clock.clone(), events.clone());
+        let (admission, disk_bytes) = match &config.disk {
+            Some(disk) => (disk.admission, disk.capacity.as_u64()),
+            None => (Admission::All, 0),
+        };
         let disk = match config.disk {
             Some(disk) => {
-                let open = DiskTier::open(disk, memory.clone(), clock.clone(), events.clone());
+                let open = DiskTier::open(environment, disk, memory.clone(), events.clone());
                 Some(open.await?)
             }
             None => None,
         };
-        Ok(Self(Arc::new(Inner {
+        for class in &config.class {
+            memory.limit(class.number, class.limits());
+            if let Some(disk) = &disk {
+                disk.limit(class.number, class.limits());
+            }
+        }
+        let inner = Arc::new(Inner {
+            demotions: Demotions::new(admission, memory.capacity()),
             memory,
             disk,
             claims: Claims::default(),
-            // Another run's pin ids should not name this run's pins.
+            // Another run's ids should not name this run's pins and leases.
             next_pin: AtomicU64::new(events.epoch()),
+            named: Leases::new(
+                events.epoch(),
+                config.memory.capacity.as_u64() / 2,
+                disk_bytes / 2,
+            ),
             events,
             clock,
             leases: AtomicU64::new(0),
-        })))
+        });
+        if inner.disk.is_some() {
+            Demotions::start(&inner);
+        }
+        Ok(Self(inner))
     }
 
     /// Where each chunk is. Reads indices only: no I/O, and no chunk lives longer
@@ -166,13 +218,15 @@ impl Store {
         LookupResult { found, prefix }
     }
 
-    /// Memory for bytes that are about to arrive. Evicts what it must.
+    /// Memory for bytes that are about to arrive. Evicts what it must; where that is
+    /// on its way to disk, waits a moment.
     ///
-    /// Hand it to [`put_reserved`](Self::put_reserved) with the object, or drop it.
+    /// Hand it to [`put_with`](Self::put_with) with the object, or drop it.
     ///
     /// # Errors
     /// What fills the memory is pinned or held.
-    pub fn reserve(&self, bytes: u64) -> Result<Reservation, Throttled> {
+    pub async fn reserve(&self, bytes: u64) -> Result<Reservation, Throttled> {
+        self.0.demotions_catch_up(bytes).await;
         self.0.memory.reserve(bytes)
     }
 
@@ -186,38 +240,31 @@ impl Store {
         layout.chunk_bytes() + Chunk::overhead_bytes(layout.layers())
     }
 
-    /// Stores an object in every tier. See [`put_reserved`](Self::put_reserved).
+    /// Stores an object, durably if the store has a disk tier.
     ///
     /// # Errors
-    /// No room, too large, or the device failed. Then nothing is stored.
+    /// As for [`put_with`](Self::put_with).
     pub async fn put(&self, object: Object) -> Result<PutOutcome, PutError> {
-        self.put_inner(object, None).await
+        let put = self.put_with(object, PutOptions::default()).await?;
+        Ok(put.outcome)
     }
 
-    /// Stores an object whose payload was received under `reservation`, which is
-    /// taken over, enlarged or shrunk as the object needs.
+    /// Stores an object.
     ///
-    /// The outcome is durable if the store has a disk tier. Of concurrent writers of
-    /// one key, one stores and the others find it present. Dropping the future leaves
-    /// a whole chunk or none.
+    /// Of concurrent writers of one key, one stores and the others find it present. A
+    /// chunk that is in memory alone is written to disk by a writer who asks for
+    /// [`Durability::Durable`]. Dropping the future leaves a whole chunk or none.
     ///
     /// # Errors
-    /// No room, too large, or the device failed. Then nothing is stored.
-    pub async fn put_reserved(
-        &self,
-        object: Object,
-        reservation: Reservation,
-    ) -> Result<PutOutcome, PutError> {
-        self.put_inner(object, Some(reservation)).await
-    }
-
-    async fn put_inner(
-        &self,
-        object: Object,
-        reservation: Option<Reservation>,
-    ) -> Result<PutOutcome, PutError> {
+    /// No room, too large, or the device failed. Then nothing is stored that was not
+    /// before.
+    pub async fn put_with(&self, object: Object, options: PutOptions) -> Result<Put, PutError> {
         let inner = &*self.0;
-        let key = *object.header().key();
+        let PutOptions {
+            durability,
+            hints,
+            reservation,
+        } = options;
         let bytes = Chunk::charged_bytes(object.header());
         let capacity = inner.memory.capacity();
         if bytes > capacity {
@@ -227,25 +274,83 @@ impl Store {
                 capacity,
             }));
         }
-        let _claim = inner.claims.claim(key).await;
-        if inner.acknowledged(&key) {
-            return Ok(PutOutcome::AlreadyPresent);
+        if reservation.is_none() {
+            inner.demotions_catch_up(bytes).await;
         }
-        let chunk = inner.memory.charge(object, reservation)?;
-        if let Some(disk) = &inner.disk {
+        let key = *object.header().key();
+        let charge = || inner.memory.charge(object, hints, reservation);
+        self.store(key, durability, hints, charge).await
+    }
+
+    /// Memory to receive a chunk into; evicts what it must. The fastest way to put a
+    /// chunk that comes from elsewhere: its memory was used before, and nothing is
+    /// copied again.
+    ///
+    /// # Errors
+    /// No room, or more than there will ever be: see [`Throttled::wanted`].
+    pub async fn payload(&self, layout: KvLayout) -> Result<Payload, PutError> {
+        let inner = &*self.0;
+        let bytes = Self::charged_bytes_of_raw(&layout);
+        inner.demotions_catch_up(bytes).await;
+        inner.memory.payload(layout).map_err(|error| match error {
+            BufferError::Throttled(throttled) => throttled.into(),
+            BufferError::Io(error) => WriteError::from(DeviceError::from(error)).into(),
+        })
+    }
+
+    /// Stores what was received into a [`payload`](Self::payload) of this store.
+    ///
+    /// # Errors
+    /// As for [`put_with`](Self::put_with).
+    pub async fn put_received(
+        &self,
+        received: Received,
+        durability: Durability,
+        hints: Hints,
+    ) -> Result<Put, PutError> {
+        let key = *received.object().header().key();
+        let charge = || self.0.memory.take(received, hints);
+        self.store(key, durability, hints, charge).await
+    }
+
+    /// Stores the chunk that `charge` gives, unless it is there already.
+    async fn store(
+        &self,
+        key: ChunkKey,
+        durability: Durability,
+        hints: Hints,
+        charge: impl FnOnce() -> Result<Arc<Chunk>, Throttled>,
+    ) -> Result<Put, PutError> {
+        let inner = &*self.0;
+        let _claim = inner.claims.claim(key).await;
+        let (above, below) = inner.touch(&key);
+        let disk = match durability {
+            Durability::Durable => inner.disk.as_ref(),
+            Durability::Memory => None,
+        };
+        if below || (above && disk.is_none()) {
+            return Ok(Put {
+                outcome: PutOutcome::AlreadyPresent,
+                durable: below,
+            });
+        }
+        let chunk = charge()?;
+        if let Some(disk) = disk {
             let header = Arc::clone(chunk.header());
-            match disk.store(header, chunk.share()).await? {
-                Written::Stored => (),
-                Written::AlreadyPresent => return Ok(PutOutcome::AlreadyPresent),
+            let worth = Worth::new(hints);
+            match disk.store(header, chunk.share(), worth).await? {
+                Written::Stored | Written::AlreadyPresent => (),
                 Written::Throttled(throttled) => return Err(throttled.into()),
             }
         }
-        inner.memory.publish(chunk);
-        // Deleted meanwhile: the disk copy went first, so this one must go too.
-        if inner.disk.as_ref().is_some_and(|disk| !disk.contains(&key)) {
-            inner.memory.discard(&key);
+        inner.memory.publish(Arc::clone(&chunk), 1);
+        if disk.is_none() {
+            inner.demote_others(chunk.header());
         }
-        Ok(PutOutcome::Stored)
+        Ok(Put {
+            outcome: PutOutcome::Stored,
+            durable: disk.is_some(),
+        })
     }
 
     /// Opens a chunk for reading; `None` is a miss. A device that fails is a miss
@@ -266,6 +371,21 @@ impl Store {
                 None
             }
         }
+    }
+
+    /// A holder of leases that have names: see [`leased`](Self::leased).
+    pub fn lease_session(&self) -> LeaseSession {
+        self.0.named.session()
+    }
+
+    /// A chunk by the name of its lease; `None` where the name does not cover it.
+    pub fn leased(&self, id: LeaseId, key: &ChunkKey) -> Option<Arc<Lease>> {
+        self.0.named.get(id, key)
+    }
+
+    /// Whether leases of this name last.
+    pub fn lease_lasts(&self, id: LeaseId) -> bool {
+        self.0.named.lasts(id)
     }
 
     /// Keeps chunks from being evicted for `ttl`: each in the lowest tier that has
@@ -311,7 +431,8 @@ impl Store {
     }
 
     /// Drops a chunk from every tier. Says whether there was one. What readers hold
-    /// stays readable. Once polled it runs to its end, even if the future is dropped.
+    /// stays readable. Waits for a put of the chunk to end. Once polled it runs to its
+    /// end, even if the future is dropped.
     ///
     /// # Errors
     /// The device failed. The chunk is no longer served, but may come back after a
@@ -399,14 +520,17 @@ impl Store {
         })
     }
 
-    /// Waits for disk work in progress, refuses more, and makes the catalog durable.
-    /// The directory stays locked until every handle and lease is dropped.
+    /// Moves what is in memory alone to disk, if it is worth it; waits for disk work in
+    /// progress, refuses more, and makes the catalog durable. The directory stays locked until every handle and lease is dropped.
     ///
     /// # Errors
     /// The catalog failed.
     pub async fn close(&self) -> Result<(), DeviceError> {
         match &self.0.disk {
-            Some(disk) => disk.close().await,
+            Some(disk) => {
+                self.0.demote_all().await;
+                disk.close().await
+            }
             None => Ok(()),
         }
     }
@@ -421,6 +545,7 @@ impl Store {
 
 impl Inner {
     async fn delete(&self, key: ChunkKey) -> Result<bool, DeviceError> {
+        let _claim = self.claims.claim(key).await;
         // Lowest tier first: whoever copies a chunk upwards checks afterwards
         // whether it is still below.
         let below = match &self.disk {
@@ -431,15 +556,11 @@ impl Inner {
         Ok(below? | above)
     }
 
-    /// Whether the lowest tier has the chunk. Counts as a use.
-    fn acknowledged(&self, key: &ChunkKey) -> bool {
-        match &self.disk {
-            Some(disk) => {
-                self.memory.touch(key);
-                disk.touch(key)
-            }
-            None => self.memory.touch(key),
-        }
+    /// Whether memory has the chunk, and whether the disk has. Counts as a use.
+    fn touch(&self, key: &ChunkKey) -> (bool, bool) {
+        let above = self.memory.touch(key);
+        let below = self.disk.as_ref().is_some_and(|disk| disk.touch(key));
+        (above, below)
     }
 
     pub(crate) fn lease_begins(&self) {

@@ -26,8 +26,9 @@ use crate::pins::{PinId, PinRefused};
 /// - Bytes and [`ChunkReader`]s that were handed out stay valid and unchanged until
 ///   dropped, through eviction, removal and rewriting of their key.
 /// - The tier's budget is never exceeded, not even for a moment; bytes held by
-///   readers count. What does not fit evicts the least recently used chunk that is
-///   neither pinned nor held; where there is none, the answer is [`Throttled`].
+///   readers count. What does not fit evicts chunks that are neither pinned nor held,
+///   in the order of the tier's [`PolicyKind`](crate::policy::PolicyKind); where there
+///   are none, the answer is [`Throttled`].
 /// - `open` and a `write` of a present key are uses of a chunk; `find`, `entries`,
 ///   `list` and `usage` are not, never extend a life, and never wait for a device.
 /// - Misses and throttling are values; an error is a device that failed.
@@ -62,7 +63,7 @@ pub trait Tier: Send + Sync + fmt::Debug {
     /// Ends a pin. Says whether there was one.
     fn unpin(&self, id: PinId) -> bool;
 
-    /// Everything stored, in the order in which it would be evicted.
+    /// Everything stored, in no particular order.
     fn entries(&self) -> Vec<Facts>;
 
     /// What is stored with keys after `after`, in the order of keys: at most `limit`.
@@ -243,6 +244,8 @@ pub struct Usage {
     pub chunks: u64,
     /// Bytes charged: chunks, their index entries, and what readers and writers hold.
     pub bytes: u64,
+    /// Of these, in buffers that wait for their next use.
+    pub idle_bytes: u64,
     /// Most that `bytes` ever was.
     pub peak_bytes: u64,
     /// Limit of `bytes`.

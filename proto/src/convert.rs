@@ -1,7 +1,11 @@
 //! Conversions between wire messages and `kvasir-types`, parsed once at the border.
 
+use std::num::NonZeroU32;
+
 use bytes::Bytes;
-use kvasir_types::{Checksum, ChunkKey, DType, KvLayout, LayerRange, Level, Planes};
+use kvasir_types::{
+    Checksum, ChunkKey, Class, DType, Durability, Hints, KvLayout, LayerRange, Level, Planes,
+};
 
 use crate::{MAX_KEYS, MAX_PIECE_BYTES, v1};
 
@@ -160,6 +164,17 @@ pub fn layout(field: &str, wire: Option<&v1::Layout>) -> Result<KvLayout, Invali
     KvLayout::try_from(wire).map_err(|error| error.within(field))
 }
 
+fn durability(field: &str, code: i32) -> Result<Durability, InvalidField> {
+    match v1::Durability::try_from(code) {
+        Ok(v1::Durability::Memory) => Ok(Durability::Memory),
+        Ok(v1::Durability::Durable | v1::Durability::Unspecified) => Ok(Durability::Durable),
+        Err(_) => {
+            let problem = format!("{code} is no durability that this version knows");
+            Err(InvalidField::new(field, problem))
+        }
+    }
+}
+
 /// The parsed first message of a put.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PutHeader {
@@ -169,6 +184,29 @@ pub struct PutHeader {
     pub layout: KvLayout,
     /// Level of its payload.
     pub level: Level,
+    /// What its writer is promised.
+    pub durability: Durability,
+    /// What it is worth.
+    pub hints: Hints,
+}
+
+impl From<&PutHeader> for v1::PutHeader {
+    fn from(header: &PutHeader) -> Self {
+        let hints = &header.hints;
+        Self {
+            key: key_to_wire(&header.key),
+            layout: Some(v1::Layout::from(&header.layout)),
+            level: header.level.code().into(),
+            durability: match header.durability {
+                Durability::Memory => v1::Durability::Memory,
+                Durability::Durable => v1::Durability::Durable,
+            }
+            .into(),
+            parent: hints.parent.as_ref().map(key_to_wire).unwrap_or_default(),
+            class: hints.class.number().into(),
+            recompute: hints.recompute.map_or(0, NonZeroU32::get),
+        }
+    }
 }
 
 impl TryFrom<&v1::PutHeader> for PutHeader {
@@ -179,6 +217,16 @@ impl TryFrom<&v1::PutHeader> for PutHeader {
             key: key("header.key", &wire.key)?,
             layout: layout("header.layout", wire.layout.as_ref())?,
             level: level("header.level", wire.level)?,
+            durability: durability("header.durability", wire.durability)?,
+            hints: Hints {
+                parent: match wire.parent.as_ref() {
+                    [] => None,
+                    bytes => Some(key("header.parent", bytes)?),
+                },
+                class: Class::try_from(wire.class)
+                    .map_err(|error| InvalidField::new("header.class", error))?,
+                recompute: NonZeroU32::new(wire.recompute),
+            },
         })
     }
 }
@@ -346,6 +394,7 @@ mod tests {
                 dtype: 1,
             }),
             level: 0,
+            ..v1::PutHeader::default()
         };
         let error = PutHeader::try_from(&wire).unwrap_err();
         assert_eq!(error.field, "header.layout.kv_heads");

@@ -1,9 +1,14 @@
 //! Conformance suites, fault injection and end-to-end tests.
 //!
 //! Suites in [`conformance`] state a trait's contract and run against every
-//! implementation; [`harness`] starts real processes and sits between them.
+//! implementation; [`faulty`] is a device that fails; [`crash`] ends stores and daemons at
+//! any moment and checks what is left; [`soak`] keeps a daemon busy and watches its memory;
+//! [`harness`] starts real processes and sits between them.
 
 #![forbid(unsafe_code)]
 
 pub mod conformance;
+pub mod crash;
+pub mod faulty;
 pub mod harness;
+pub mod soak;

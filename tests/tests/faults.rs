@@ -5,15 +5,17 @@
     reason = "a test states its expectations by unwrapping"
 )]
 
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bytes::Bytes;
 use kvasir_client::{Chunk, Client, Tier};
+use kvasir_codec::ObjectHeader;
 use kvasir_plugin::{LoadPolicy, PluginConfig};
 use kvasir_server::child::ListeningChild;
 use kvasir_tests::harness::{self, Answer, CHUNK_TOKENS, Proxy, Rig, Use, signal, start_daemon};
-use kvasir_types::{DType, KvLayout, Level, Planes};
+use kvasir_types::{ChunkKey, DType, KvLayout, Level, Planes};
 use rustix::process::Signal;
 
 const DAEMON: &str = env!("CARGO_BIN_EXE_daemon");
@@ -216,11 +218,11 @@ async fn a_corrupt_object_on_disk_is_a_miss() {
     daemon.stop().unwrap();
     let keys = faulty.rig.plugin.namespace().prefix_keys(&faulty.prompt);
     let broken = 5;
-    let path = object_file(faulty.data.path(), &keys[broken].to_string());
-    let mut bytes = std::fs::read(&path).unwrap();
+    let frame = Frame::of(faulty.data.path(), &keys[broken]);
+    let mut bytes = frame.read();
     let middle = bytes.len() / 2;
     bytes[middle] ^= 0x10;
-    std::fs::write(&path, bytes).unwrap();
+    frame.write(&bytes);
 
     let daemon = start_daemon(DAEMON, faulty.data.path(), &endpoint);
     let answer = faulty.ask().await;
@@ -234,18 +236,18 @@ async fn a_corrupt_object_on_disk_is_a_miss() {
     assert_eq!(answer.usage.cached_tokens, broken * CHUNK_TOKENS as usize);
 }
 
-/// A whole, valid object of another chunk under this chunk's name on the disk.
+/// A whole, valid object of another chunk where this chunk should be on the disk.
 #[tokio::test(flavor = "multi_thread")]
-async fn another_object_under_the_right_name_is_a_miss() {
+async fn another_object_in_the_right_place_is_a_miss() {
     let data = tempfile::tempdir().unwrap();
     let daemon = start_daemon(DAEMON, data.path(), "127.0.0.1:0");
     let endpoint = daemon.address().to_owned();
     let faulty = stored(&daemon, data, &endpoint, eager()).await;
     daemon.stop().unwrap();
     let keys = faulty.rig.plugin.namespace().prefix_keys(&faulty.prompt);
-    let wrong = object_file(faulty.data.path(), &keys[3].to_string());
-    let other = object_file(faulty.data.path(), &keys[4].to_string());
-    std::fs::copy(other, wrong).unwrap();
+    let wrong = Frame::of(faulty.data.path(), &keys[3]);
+    let other = Frame::of(faulty.data.path(), &keys[4]);
+    wrong.write(&other.read());
 
     let daemon = start_daemon(DAEMON, faulty.data.path(), &endpoint);
     let answer = faulty.ask().await;
@@ -293,20 +295,48 @@ async fn a_wrong_layout_under_the_right_name_is_a_miss() {
     assert_eq!(answer.usage.cached_tokens, 2 * CHUNK_TOKENS as usize);
 }
 
-/// The one file under `dir` whose name holds `key`.
-fn object_file(dir: &Path, key: &str) -> PathBuf {
-    fn walk(dir: &Path, key: &str, found: &mut Vec<PathBuf>) {
-        for entry in std::fs::read_dir(dir).unwrap() {
-            let path = entry.unwrap().path();
-            if path.is_dir() {
-                walk(&path, key, found);
-            } else if path.to_string_lossy().contains(key) {
-                found.push(path);
+/// Where a chunk lies in the segments of a stopped daemon.
+struct Frame {
+    file: PathBuf,
+    start: usize,
+    len: usize,
+}
+
+impl Frame {
+    fn of(data: &Path, key: &ChunkKey) -> Self {
+        let mut found = Vec::new();
+        for entry in std::fs::read_dir(data.join("segments")).unwrap() {
+            let file = entry.unwrap().path();
+            let bytes = std::fs::read(&file).unwrap();
+            for start in (0..bytes.len()).step_by(BLOCK) {
+                let Ok((header, _)) = ObjectHeader::parse(&bytes[start..]) else {
+                    continue;
+                };
+                if header.key() == key {
+                    let payload = header.payload_bytes();
+                    let header = header.object_bytes() - payload;
+                    let len = header.next_multiple_of(BLOCK as u64) + payload;
+                    let len = usize::try_from(len).unwrap();
+                    let file = file.clone();
+                    found.push(Self { file, start, len });
+                }
             }
         }
+        assert_eq!(found.len(), 1, "frames of {key}");
+        found.remove(0)
     }
-    let mut found = Vec::new();
-    walk(dir, key, &mut found);
-    assert_eq!(found.len(), 1, "files named after {key}");
-    found.remove(0)
+
+    fn read(&self) -> Vec<u8> {
+        let bytes = std::fs::read(&self.file).unwrap();
+        bytes[self.start..][..self.len].to_vec()
+    }
+
+    fn write(&self, bytes: &[u8]) {
+        let file = std::fs::File::options().write(true).open(&self.file);
+        file.unwrap()
+            .write_all_at(bytes, self.start as u64)
+            .unwrap();
+    }
 }
+
+const BLOCK: usize = 4096;

@@ -13,7 +13,11 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("kvasir-types", &[]),
     ("kvasir-proto", &["kvasir-types"]),
     ("kvasir-codec", &["kvasir-types"]),
-    ("kvasir-store", &["kvasir-types", "kvasir-codec"]),
+    ("kvasir-mem", &[]),
+    (
+        "kvasir-store",
+        &["kvasir-types", "kvasir-codec", "kvasir-mem"],
+    ),
     ("kvasir-client", &["kvasir-types", "kvasir-proto"]),
     (
         "kvasir-server",
@@ -52,7 +56,10 @@ const CONFINED: &[(&str, &[&str])] = &[
 ];
 
 /// External crates that must never appear in some of our packages.
-const BANNED: &[(&str, &[&str])] = &[("tokio", &["kvasir-types", "kvasir-codec", "kvasir-proto"])];
+const BANNED: &[(&str, &[&str])] = &[(
+    "tokio",
+    &["kvasir-types", "kvasir-codec", "kvasir-mem", "kvasir-proto"],
+)];
 
 #[test]
 fn packages_import_only_what_the_design_allows() {

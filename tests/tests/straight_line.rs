@@ -18,7 +18,7 @@ use kvasir_plugin::{
     PluginConfig, Prompt,
 };
 use kvasir_tests::harness::{self, CHUNK_TOKENS, Rig, Use, model_dir, start_daemon};
-use kvasir_types::LayerIdx;
+use kvasir_types::{Hints, LayerIdx};
 use std::ops::ControlFlow;
 
 const DAEMON: &str = env!("CARGO_BIN_EXE_daemon");
@@ -104,7 +104,11 @@ async fn fetched_pages_are_byte_equal() {
         let layers = (0..layout.layers())
             .map(|layer| computed.layer(&layout, chunk, layer).into())
             .collect();
-        let copy = ChunkCopy { key: *key, layers };
+        let copy = ChunkCopy {
+            key: *key,
+            layers,
+            hints: Hints::default(),
+        };
         assert_eq!(plugin.capture(copy), CaptureOutcome::Queued);
     }
     while plugin.capture_stats().waiting > 0 {

@@ -12,7 +12,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures::stream::{self, BoxStream, FuturesOrdered, StreamExt as _};
 use kvasir_proto::{InvalidField, convert, v1};
-use kvasir_store::{Lease, ReadError};
+use kvasir_store::{Lease, LeaseId, ReadError};
 use kvasir_types::{Checksum, ChunkKey, LayerIdx, LayerRange};
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 use tokio::time::timeout;
@@ -38,11 +38,13 @@ pub(crate) async fn serve(
         None => None,
     };
     let permit = shared.admission.transfer()?;
-    let leases = tokio::select! {
-        () = shared.admission.aborting.cancelled() => return Err(shutting_down()),
-        leases = timeout(shared.limits.read_timeout(), lease_prefix(&shared, &keys)) => leases,
+    let leases = match request.lease_id.map(LeaseId::from_u64) {
+        Some(id) => held(&shared, id, &keys)?,
+        None => {
+            let leases = lease_in_time(&shared, &keys).await?;
+            leases.into_iter().map(Arc::new).collect()
+        }
     };
-    let leases = leases.map_err(|_| Status::deadline_exceeded("the device does not answer"))?;
     let range = layers_of(&leases, asked)?;
 
     let (sender, receiver) = mpsc::channel(SEND_QUEUE);
@@ -63,7 +65,28 @@ pub(crate) async fn serve(
     Ok(ReceiverStream::new(receiver).map(Ok).chain(last).boxed())
 }
 
+/// The leading chunks that a named lease has. All of them are of one layout.
+fn held(shared: &Shared, id: LeaseId, keys: &[ChunkKey]) -> Result<Vec<Arc<Lease>>, Status> {
+    let store = &shared.store;
+    let leases: Vec<_> = keys.iter().map_while(|key| store.leased(id, key)).collect();
+    if leases.is_empty() && !store.lease_lasts(id) {
+        return Err(Status::not_found("the lease has ended; acquire another"));
+    }
+    Ok(leases)
+}
+
 /// The leading chunks that are present and of one layout.
+pub(crate) async fn lease_in_time(
+    shared: &Shared,
+    keys: &[ChunkKey],
+) -> Result<Vec<Lease>, Status> {
+    let leases = tokio::select! {
+        () = shared.admission.aborting.cancelled() => return Err(shutting_down()),
+        leases = timeout(shared.limits.read_timeout(), lease_prefix(shared, keys)) => leases,
+    };
+    leases.map_err(|_| Status::deadline_exceeded("the device does not answer"))
+}
+
 async fn lease_prefix(shared: &Shared, keys: &[ChunkKey]) -> Vec<Lease> {
     let found = shared.store.lookup(keys).found;
     let digest = found
@@ -97,7 +120,7 @@ async fn lease_prefix(shared: &Shared, keys: &[ChunkKey]) -> Vec<Lease> {
 
 /// `None` where there is nothing to send.
 fn layers_of(
-    leases: &[Lease],
+    leases: &[Arc<Lease>],
     asked: Option<LayerRange>,
 ) -> Result<Option<LayerRange>, InvalidField> {
     let Some(first) = leases.first() else {
@@ -125,14 +148,14 @@ enum Stop {
 
 struct Transfer {
     shared: Arc<Shared>,
-    leases: Vec<Lease>,
+    leases: Vec<Arc<Lease>>,
     sender: mpsc::Sender<v1::GetResponse>,
     _permit: OwnedSemaphorePermit,
 }
 
 impl Transfer {
     async fn run(&self, range: Option<LayerRange>) -> Result<(), Stop> {
-        let chunks = self.leases.iter().map(info).collect();
+        let chunks = self.leases.iter().map(|lease| info(lease)).collect();
         self.send(Message::Header(v1::GetHeader { chunks })).await?;
         let (Some(range), Some(first)) = (range, self.leases.first()) else {
             return Ok(());
@@ -336,7 +359,7 @@ async fn read_layer(lease: &Lease, layer: u16) -> Result<(Bytes, Checksum), Read
     Ok((data.ok_or_else(out_of_range)?, checksum))
 }
 
-fn info(lease: &Lease) -> v1::ChunkInfo {
+pub(crate) fn info(lease: &Lease) -> v1::ChunkInfo {
     v1::ChunkInfo {
         layout: Some(v1::Layout::from(lease.layout())),
         level: lease.level().code().into(),

@@ -49,6 +49,7 @@ mod connections;
 mod counters;
 pub mod daemon;
 mod get;
+mod hold;
 mod list;
 mod outgoing;
 mod process;

@@ -1,10 +1,8 @@
 //! Receives one chunk.
 
-use bytes::Bytes;
-use kvasir_codec::Object;
 use kvasir_proto::convert::{self, LayerAssembly, PutHeader};
 use kvasir_proto::{InvalidField, v1};
-use kvasir_store::{PutOutcome, Store};
+use kvasir_store::{Payload, PutOutcome, Received};
 use kvasir_types::{Checksum, KvLayout};
 use tonic::{Status, Streaming};
 use v1::put_request::Message;
@@ -13,7 +11,7 @@ use crate::admission::shutting_down;
 use crate::refusal;
 use crate::service::Shared;
 
-/// Header, reservation, layers, store: whatever fails on the way leaves nothing.
+/// Header, memory, layers, store: whatever fails on the way leaves nothing.
 pub(crate) async fn receive(
     shared: &Shared,
     messages: Streaming<v1::PutRequest>,
@@ -24,41 +22,44 @@ pub(crate) async fn receive(
         return Err(InvalidField::new("header", "the first message must be the header").into());
     };
     let header = PutHeader::try_from(&header)?;
-    let reservation = shared
+    let mut payload = shared
         .store
-        .reserve(Store::charged_bytes_of_raw(&header.layout))
-        .map_err(|error| refusal::throttled(&error))?;
-    let (layers, checksums) = sender.layers(&header.layout).await?;
-    let object = tokio::task::spawn_blocking(move || assemble(&header, layers, &checksums))
+        .payload(header.layout)
+        .await
+        .map_err(|error| refusal::put(&error))?;
+    let checksums = sender.layers(&header.layout, &mut payload).await?;
+    let received = tokio::task::spawn_blocking(move || assemble(&header, payload, &checksums))
         .await
         .map_err(|_| Status::internal("the chunk could not be assembled"))??;
-    let outcome = shared
+    let put = shared
         .store
-        .put_reserved(object, reservation)
+        .put_received(received, header.durability, header.hints)
         .await
         .map_err(|error| refusal::put(&error))?;
     Ok(v1::PutResponse {
-        outcome: match outcome {
+        outcome: match put.outcome {
             PutOutcome::Stored => v1::put_response::Outcome::Stored,
             PutOutcome::AlreadyPresent => v1::put_response::Outcome::AlreadyPresent,
         }
         .into(),
-        durable: shared.store.stats().disk.is_some(),
+        durable: put.durable,
     })
 }
 
 /// Hashes what is going to be stored, once, and compares with what its sender states.
 fn assemble(
     header: &PutHeader,
-    layers: Vec<Bytes>,
+    payload: Payload,
     checksums: &[Checksum],
-) -> Result<Object, InvalidField> {
-    let object = Object::raw(header.key, &header.layout, layers)
+) -> Result<Received, InvalidField> {
+    let received = payload
+        .into_object(header.key)
         .map_err(|error| InvalidField::new("piece", error))?;
-    for (index, (entry, stated)) in (0..).zip(object.header().layers().iter().zip(checksums)) {
+    let layers = received.object().header().layers().iter();
+    for (index, (entry, stated)) in (0..).zip(layers.zip(checksums)) {
         convert::check(index, *stated, entry.checksum)?;
     }
-    Ok(object)
+    Ok(received)
 }
 
 struct Sender<'a> {
@@ -67,10 +68,13 @@ struct Sender<'a> {
 }
 
 impl Sender<'_> {
-    /// The layers, and the checksums that the sender states for them.
-    async fn layers(&mut self, layout: &KvLayout) -> Result<(Vec<Bytes>, Vec<Checksum>), Status> {
+    /// Receives the layers; gives the checksums that the sender states for them.
+    async fn layers(
+        &mut self,
+        layout: &KvLayout,
+        payload: &mut Payload,
+    ) -> Result<Vec<Checksum>, Status> {
         let expected = layout.layer_bytes();
-        let mut layers = Vec::with_capacity(layout.layers().into());
         let mut checksums = Vec::with_capacity(layout.layers().into());
         for layer in 0..layout.layers() {
             let mut assembly = LayerAssembly::default();
@@ -85,23 +89,19 @@ impl Sender<'_> {
                         return Err(InvalidField::new("piece", problem).into());
                     }
                 };
-                let one_piece = piece.data.len() == expected;
                 if let Some(whole) = assembly.push(piece, layer, expected)? {
-                    // A single piece is a slice of a receive buffer of unknown size,
-                    // which would stay alive with it and be charged to nobody.
-                    checksums.push(whole.checksum);
-                    break if one_piece {
-                        Bytes::copy_from_slice(&whole.data)
-                    } else {
-                        whole.data
-                    };
+                    break whole;
                 }
             };
-            layers.push(whole);
+            let place = payload.layer_mut(layer);
+            place
+                .ok_or_else(|| Status::internal("the chunk has more layers than its layout"))?
+                .copy_from_slice(&whole.data);
+            checksums.push(whole.checksum);
             self.shared.counters.received_bytes.add(expected);
         }
         match self.next().await? {
-            None => Ok((layers, checksums)),
+            None => Ok(checksums),
             Some(_) => {
                 Err(InvalidField::new("piece", "a message came after the last layer").into())
             }

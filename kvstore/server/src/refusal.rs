@@ -4,7 +4,7 @@ use std::error::Error;
 use std::time::Duration;
 
 use kvasir_proto::{InvalidField, status};
-use kvasir_store::{DeviceError, PinRefused, PutError, Throttled, WriteError};
+use kvasir_store::{DeviceError, HoldRefused, PinRefused, PutError, Throttled, WriteError};
 use tonic::Status;
 
 pub(crate) fn throttled(error: &Throttled) -> Status {
@@ -43,6 +43,14 @@ pub(crate) fn pin(error: &PinRefused) -> Option<Status> {
     }
 }
 
+pub(crate) fn hold(refused: &HoldRefused) -> Status {
+    // No waiting will make them fit.
+    if refused.wanted > refused.limit {
+        return InvalidField::new("acquire.keys", refused).into();
+    }
+    status::come_back(refused.to_string(), LEASES_END)
+}
+
 pub(crate) fn delete(error: &DeviceError) -> Status {
     device(error)
 }
@@ -60,5 +68,7 @@ fn device(error: &dyn Error) -> Status {
 
 /// Readers hold memory for as long as a transfer takes.
 const READERS_LET_GO: Duration = Duration::from_millis(50);
+/// As long as it takes to use what was leased.
+const LEASES_END: Duration = Duration::from_millis(200);
 /// Pins last longer.
 const PINS_END: Duration = Duration::from_secs(1);

@@ -7,7 +7,7 @@ use std::time::Duration;
 use kvasir_proto::v1::FILE_DESCRIPTOR_SET;
 use kvasir_proto::v1::cache_server::CacheServer;
 use kvasir_proto::{MAX_FRAME_BYTES, MAX_MESSAGE_BYTES};
-use kvasir_store::{OpenError, Store};
+use kvasir_store::{Environment, OpenError, Store};
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
@@ -64,6 +64,18 @@ impl Server {
     /// # Errors
     /// See [`StartError`].
     pub async fn start(config: ServerConfig) -> Result<Running, StartError> {
+        Self::start_in(Environment::default(), config).await
+    }
+
+    /// As [`start`](Self::start), with a store that takes time and files from
+    /// `environment`.
+    ///
+    /// # Errors
+    /// See [`StartError`].
+    pub async fn start_in(
+        environment: Environment,
+        config: ServerConfig,
+    ) -> Result<Running, StartError> {
         let listen_error = |source| StartError::Listen {
             addr: config.listen,
             source,
@@ -79,7 +91,7 @@ impl Server {
             .as_ref()
             .map(|disk| disk.path.display().to_string())
             .unwrap_or_default();
-        let store = Store::open(config.store).await?;
+        let store = Store::open_in(environment, config.store).await?;
         let service = Service::new(store, config.limits.clone(), data_dir);
 
         let (health, router) = router(&config.limits, service.clone()).await?;

@@ -13,7 +13,7 @@ use tonic::{Request, Response, Status, Streaming};
 use crate::admission::Admission;
 use crate::config::Limits;
 use crate::counters::Counters;
-use crate::{get, list, process, put, refusal, watch, wire};
+use crate::{get, hold, list, process, put, refusal, watch, wire};
 
 /// Serves one store. Clones are handles to the same service.
 #[derive(Clone, Debug)]
@@ -55,6 +55,7 @@ impl Cache for Service {
     type GetStream = Messages<v1::GetResponse>;
     type ListStream = Messages<v1::ListResponse>;
     type WatchStream = Messages<v1::WatchResponse>;
+    type HoldStream = Messages<v1::HoldResponse>;
 
     async fn lookup(&self, request: Request<v1::LookupRequest>) -> Answer<v1::LookupResponse> {
         let keys = convert::keys("keys", &request.get_ref().keys)?;
@@ -84,6 +85,11 @@ impl Cache for Service {
 
     async fn get(&self, request: Request<v1::GetRequest>) -> Answer<Self::GetStream> {
         let stream = get::serve(Arc::clone(&self.0), request.get_ref()).await?;
+        Ok(Response::new(stream))
+    }
+
+    async fn hold(&self, request: Request<Streaming<v1::HoldRequest>>) -> Answer<Self::HoldStream> {
+        let stream = hold::serve(Arc::clone(&self.0), request.into_inner())?;
         Ok(Response::new(stream))
     }
 

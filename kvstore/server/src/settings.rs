@@ -6,7 +6,8 @@ use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
-use kvasir_store::{DiskConfig, MemoryConfig, StoreConfig};
+use kvasir_store::policy::{Admission, PolicyKind};
+use kvasir_store::{ClassConfig, DiskConfig, MemoryConfig, StoreConfig};
 use kvasir_types::ByteSize;
 use serde::{Deserialize, Serialize};
 
@@ -35,7 +36,7 @@ use crate::config::{Limits, ServerConfig};
 /// assert_eq!(config.limits.data_streams, 128);
 /// # Ok::<(), kvasir_server::SettingsError>(())
 /// ```
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub struct DaemonConfig {
     /// Address and port to listen on; port 0 takes a free one. There is no
@@ -49,26 +50,31 @@ pub struct DaemonConfig {
     pub memory: MemoryConfig,
     /// Chunks on disk.
     pub disk: DiskSettings,
+    /// What classes of traffic may keep. Default: no limits.
+    pub class: Vec<ClassConfig>,
     /// What bounds the load.
     pub limits: Limits,
 }
 
 /// `[disk]` in `kvasird.toml`: chunks in the data directory.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub struct DiskSettings {
     /// Whether to store on disk at all. Without it no chunk survives a restart.
     /// Default: true.
     pub enabled: bool,
-    /// Bytes of chunk files. Default: [`DiskConfig::CAPACITY`], 16 GiB.
+    /// Bytes of chunks. Default: [`DiskConfig::CAPACITY`], 16 GiB.
     pub capacity: ByteSize,
     /// Most bytes that pins may exempt from eviction. Default: half of `capacity`.
     pub pin_limit: Option<ByteSize>,
+    /// Which chunks go first. Default: `reuse`.
+    pub policy: PolicyKind,
+    /// Which chunks that were put into memory alone are written to disk before memory
+    /// evicts them: `"all"`, `"second-use"`, or `{ min-reuse = 0.05 }`, those that are
+    /// used again with at least this probability. Default: the latter.
+    pub admission: Admission,
     /// Reads and writes in progress at once. Default: [`DiskConfig::IO_DEPTH`], 32.
     pub io_depth: u16,
-    /// Drops chunk files from the page cache after every write and read. Default:
-    /// false.
-    pub drop_page_cache: bool,
 }
 
 impl Default for DiskSettings {
@@ -77,8 +83,9 @@ impl Default for DiskSettings {
             enabled: true,
             capacity: DiskConfig::CAPACITY,
             pin_limit: None,
+            policy: PolicyKind::default(),
+            admission: Admission::default(),
             io_depth: DiskConfig::IO_DEPTH,
-            drop_page_cache: false,
         }
     }
 }
@@ -90,6 +97,7 @@ impl Default for DaemonConfig {
             data_dir: None,
             memory: MemoryConfig::default(),
             disk: DiskSettings::default(),
+            class: Vec::new(),
             limits: Limits::default(),
         }
     }
@@ -178,8 +186,9 @@ impl DaemonConfig {
                 path: self.data_dir()?,
                 capacity: self.disk.capacity,
                 pin_limit: self.disk.pin_limit,
+                policy: self.disk.policy,
+                admission: self.disk.admission,
                 io_depth: self.disk.io_depth,
-                drop_page_cache: self.disk.drop_page_cache,
             })
         } else {
             None
@@ -189,6 +198,7 @@ impl DaemonConfig {
             store: StoreConfig {
                 memory: self.memory.clone(),
                 disk,
+                class: self.class.clone(),
             },
             limits: self.limits.clone(),
         })

@@ -1,86 +1,133 @@
-//! Which chunk files are valid: a small RocksDB.
+//! Which frames are valid: a small RocksDB.
 //!
-//! The catalog is the commit point of the disk tier. A chunk exists once its
-//! record is synced, and a file without a record is garbage. It holds no payload,
-//! and is read once, at startup.
+//! The catalog is the commit point of the disk tier. A chunk exists once its record
+//! is synced, and a frame without a record is garbage. It holds no payload, and is
+//! read once, at startup.
 //!
-//! Key: the chunk key. Value, little-endian: version `u8` = 1, level code `u8`,
-//! layout (16), generation `u64`, object bytes `u64`, seconds since 1970 when
-//! written `u64`.
+//! A record's key is the chunk key, then segment and block, big-endian, `u32` each: the
+//! place is part of it, so that deleting an old copy of a chunk cannot touch the record
+//! of a new one, whoever comes first. Its value, little-endian: version `u8` = 2, level
+//! code `u8`, layout (16), object bytes `u64`, when written `u64`: nanoseconds since 1970,
+//! or one more than the record before it where the clock stands still or goes back;
+//! then what the writer told: class `u8`, recompute `u32` (0: nothing), and the key of
+//! the parent, which is absent where there is none.
+//!
+//! Version 1 kept every chunk in a file of its own. Its records have the chunk key
+//! alone as their key, and a value of version `u8` = 1, level code, layout, generation
+//! `u64`, object bytes `u64`, seconds `u64`; see `legacy`.
+//!
+//! The key `store-id` holds the random id of the directory.
 
 #![deny(clippy::indexing_slicing)]
 
+use std::hash::{BuildHasher as _, RandomState};
+use std::num::NonZeroU32;
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::SystemTime;
 
-use kvasir_types::{ChunkKey, KvLayout, Level};
-use rocksdb::{DB, DBCompressionType, IteratorMode, LogLevel, Options, WriteOptions};
+use kvasir_types::{ChunkKey, Class, Hints, KvLayout, Level};
+#[cfg(not(all(test, kvasir_loom)))]
+use rocksdb::DB;
+use rocksdb::{DBCompressionType, LogLevel, Options, ReadOptions, WriteOptions};
 
-use crate::tier::Facts;
+#[cfg(all(test, kvasir_loom))]
+use super::models::NoDatabase as DB;
+use super::segment::{Location, SegmentId, StoreId};
 
 /// What the catalog keeps of a chunk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Record {
-    pub(super) facts: Facts,
-    /// Tells this file from earlier and later ones of the same key.
-    pub(super) generation: u64,
-    /// Seconds since 1970.
+    pub(super) key: ChunkKey,
+    pub(super) location: Location,
+    pub(super) layout: KvLayout,
+    pub(super) level: Level,
+    pub(super) object_bytes: u64,
+    /// Nanoseconds since 1970, and greater than that of every record before it.
     pub(super) created: u64,
+    pub(super) hints: Hints,
 }
 
 impl Record {
-    /// A record written now.
-    pub(super) fn new(facts: Facts, generation: u64) -> Self {
-        let created = SystemTime::now()
-            .duration_since(SystemTime::UNIX_EPOCH)
-            .map_or(0, |since| since.as_secs());
-        Self {
-            facts,
-            generation,
-            created,
-        }
-    }
-
-    fn encode(&self) -> [u8; RECORD_BYTES] {
-        let mut out = [0; RECORD_BYTES];
-        let fields: [&[u8]; 6] = [
-            &[RECORD_VERSION],
-            &[self.facts.level.code()],
-            &self.facts.layout.encode(),
-            &self.generation.to_le_bytes(),
-            &self.facts.bytes.to_le_bytes(),
-            &self.created.to_le_bytes(),
-        ];
-        for (slot, byte) in out.iter_mut().zip(fields.into_iter().flatten()) {
+    /// The key that the record of a frame has in the catalog.
+    pub(super) fn key_of(key: &ChunkKey, location: Location) -> [u8; KEY_BYTES] {
+        let mut out = [0; KEY_BYTES];
+        let place = [location.segment.0, location.block].map(u32::to_be_bytes);
+        let bytes = key.as_bytes().iter().chain(place.iter().flatten());
+        for (slot, byte) in out.iter_mut().zip(bytes) {
             *slot = *byte;
         }
         out
     }
 
+    fn encode(&self) -> Vec<u8> {
+        let hints = &self.hints;
+        let recompute = hints.recompute.map_or(0, NonZeroU32::get);
+        let fields: [&[u8]; 8] = [
+            &[VERSION],
+            &[self.level.code()],
+            &self.layout.encode(),
+            &self.object_bytes.to_le_bytes(),
+            &self.created.to_le_bytes(),
+            &[hints.class.number()],
+            &recompute.to_le_bytes(),
+            hints.parent.as_ref().map_or(&[], |key| key.as_bytes()),
+        ];
+        fields.concat()
+    }
+
     /// `None` for what this version did not write.
-    fn decode(key: &[u8], value: &[u8]) -> Option<Self> {
-        let key = ChunkKey::from_bytes(key.try_into().ok()?);
-        let mut rest = (value.len() == RECORD_BYTES).then_some(value)?;
-        let [version] = take(&mut rest)?;
-        let [level] = take(&mut rest)?;
-        if version != RECORD_VERSION {
+    fn decode(mut key: &[u8], mut value: &[u8]) -> Option<Self> {
+        if key.len() != KEY_BYTES {
             return None;
         }
-        let layout = KvLayout::decode(&take(&mut rest)?).ok()?;
-        let generation = u64::from_le_bytes(take(&mut rest)?);
-        let bytes = u64::from_le_bytes(take(&mut rest)?);
-        let created = u64::from_le_bytes(take(&mut rest)?);
+        let chunk = ChunkKey::from_bytes(take(&mut key)?);
+        let segment = SegmentId(u32::from_be_bytes(take(&mut key)?));
+        let block = u32::from_be_bytes(take(&mut key)?);
+        let [version, level] = take(&mut value)?;
+        if version != VERSION {
+            return None;
+        }
+        let layout = KvLayout::decode(&take(&mut value)?).ok()?;
+        let object_bytes = u64::from_le_bytes(take(&mut value)?);
+        let created = u64::from_le_bytes(take(&mut value)?);
+        let [class] = take(&mut value)?;
+        let recompute = u32::from_le_bytes(take(&mut value)?);
+        let parent = match value {
+            [] => None,
+            key => Some(ChunkKey::from_bytes(key.try_into().ok()?)),
+        };
         Some(Self {
-            facts: Facts {
-                key,
-                layout,
-                layout_digest: layout.digest(),
-                level: Level::from_code(level).ok()?,
-                bytes,
-            },
-            generation,
+            key: chunk,
+            location: Location { segment, block },
+            layout,
+            level: Level::from_code(level).ok()?,
+            object_bytes,
             created,
+            hints: Hints {
+                parent,
+                class: Class::new(class)?,
+                recompute: NonZeroU32::new(recompute),
+            },
         })
+    }
+}
+
+/// What version 1 kept of a chunk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct LegacyRecord {
+    pub(super) key: ChunkKey,
+    pub(super) generation: u64,
+}
+
+impl LegacyRecord {
+    fn decode(key: &[u8], mut value: &[u8]) -> Option<Self> {
+        let key = ChunkKey::from_bytes(key.try_into().ok()?);
+        let [version, _level] = take(&mut value)?;
+        let _layout: [u8; KvLayout::ENCODED_BYTES] = take(&mut value)?;
+        let generation = u64::from_le_bytes(take(&mut value)?);
+        (version == 1 && value.len() == 16).then_some(Self { key, generation })
     }
 }
 
@@ -88,6 +135,7 @@ impl Record {
 #[derive(Debug, Default)]
 pub(super) struct Contents {
     pub(super) records: Vec<Record>,
+    pub(super) legacy: Vec<LegacyRecord>,
     /// Raw keys of entries that are no records.
     pub(super) unreadable: Vec<Box<[u8]>>,
 }
@@ -96,6 +144,11 @@ pub(super) struct Contents {
 #[derive(Debug)]
 pub(super) struct Catalog {
     db: DB,
+    /// The last time that a record got.
+    latest: AtomicU64,
+    /// Removals that were not synced, and how many of them were since.
+    removed: AtomicU64,
+    settled: Mutex<u64>,
 }
 
 impl Catalog {
@@ -113,33 +166,96 @@ impl Catalog {
         options.set_log_level(LogLevel::Warn);
         Ok(Self {
             db: DB::open(&options, path)?,
+            latest: AtomicU64::new(0),
+            removed: AtomicU64::new(0),
+            settled: Mutex::new(0),
         })
+    }
+
+    /// The directory's id; chosen now where there is none.
+    pub(super) fn store_id(&self) -> Result<StoreId, rocksdb::Error> {
+        let stored = self.db.get(STORE_ID)?;
+        if let Some(id) = stored.and_then(|id| StoreId::try_from(id).ok()) {
+            return Ok(id);
+        }
+        // Hashing nothing under fresh random keys is a random number.
+        let random = || u128::from(RandomState::new().hash_one(()));
+        let id = (random() << 64 | random()).to_le_bytes();
+        self.db.put_opt(STORE_ID, id, &durable(true))?;
+        Ok(id)
     }
 
     /// Everything in the catalog.
     pub(super) fn contents(&self) -> Result<Contents, rocksdb::Error> {
         let mut contents = Contents::default();
-        for item in self.db.iterator(IteratorMode::Start) {
-            let (key, value) = item?;
-            match Record::decode(&key, &value) {
-                Some(record) => contents.records.push(record),
-                None => contents.unreadable.push(key),
+        let mut options = ReadOptions::default();
+        // All of it is read, once.
+        options.set_readahead_size(READ_AHEAD_BYTES);
+        options.fill_cache(false);
+        let mut items = self.db.raw_iterator_opt(options);
+        items.seek_to_first();
+        while let Some((key, value)) = items.item() {
+            if let Some(record) = Record::decode(key, value) {
+                self.latest.fetch_max(record.created, Ordering::Relaxed);
+                contents.records.push(record);
+            } else if let Some(legacy) = LegacyRecord::decode(key, value) {
+                contents.legacy.push(legacy);
+            } else if key != STORE_ID {
+                contents.unreadable.push(key.into());
             }
+            items.next();
         }
+        items.status()?;
         Ok(contents)
+    }
+
+    /// A time for a new record. Later than every other one's, so that the newest of
+    /// several copies of a chunk is known.
+    pub(super) fn now(&self) -> u64 {
+        let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+        let clock = since.map_or(0, |since| {
+            u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
+        });
+        let later = |latest: u64| Some(clock.max(latest.saturating_add(1)));
+        let latest = self
+            .latest
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, later);
+        latest.ok().and_then(later).unwrap_or(clock)
     }
 
     /// Commits a record; survives a power cut once this returns.
     pub(super) fn put(&self, record: &Record) -> Result<(), rocksdb::Error> {
-        let key = record.facts.key;
-        self.db
-            .put_opt(key.as_bytes(), record.encode(), &durable(true))
+        let key = Record::key_of(&record.key, record.location);
+        self.db.put_opt(key, record.encode(), &durable(true))
     }
 
-    /// Removes a record. Without `sync` it may come back after a power cut, and
-    /// then is dropped at startup because its file is gone.
+    /// Removes a record. Without `sync` it may come back after a power cut, together
+    /// with its frame or not, until [`settle`](Self::settle).
     pub(super) fn delete(&self, key: &[u8], sync: bool) -> Result<(), rocksdb::Error> {
-        self.db.delete_opt(key, &durable(sync))
+        let deleted = self.db.delete_opt(key, &durable(sync));
+        if !sync {
+            self.removed.fetch_add(1, Ordering::SeqCst);
+        }
+        deleted
+    }
+
+    /// Whether every removal is durable. Waits for nobody.
+    pub(super) fn is_settled(&self) -> bool {
+        let removed = self.removed.load(Ordering::SeqCst);
+        self.settled
+            .try_lock()
+            .is_ok_and(|settled| *settled >= removed)
+    }
+
+    /// Makes every removal durable.
+    pub(super) fn settle(&self) -> Result<(), rocksdb::Error> {
+        let removed = self.removed.load(Ordering::SeqCst);
+        let mut settled = self.settled.lock().unwrap_or_else(PoisonError::into_inner);
+        if *settled < removed {
+            self.db.flush_wal(true)?;
+            *settled = removed;
+        }
+        Ok(())
     }
 
     /// Makes everything durable.
@@ -160,8 +276,10 @@ fn take<const N: usize>(rest: &mut &[u8]) -> Option<[u8; N]> {
     Some(*bytes)
 }
 
-const RECORD_VERSION: u8 = 1;
-const RECORD_BYTES: usize = 2 + KvLayout::ENCODED_BYTES + 3 * 8;
+const STORE_ID: &[u8] = b"store-id";
+const READ_AHEAD_BYTES: usize = 2 << 20;
+const VERSION: u8 = 2;
+const KEY_BYTES: usize = 32 + 2 * 4;
 
 #[cfg(test)]
 mod tests {
@@ -170,37 +288,118 @@ mod tests {
     use super::*;
 
     fn record() -> Record {
-        let layout = KvLayout::new(3, 2, Planes::Single { dim: 5 }, 7, DType::F16).unwrap();
-        Record::new(
-            Facts {
-                key: ChunkKey::from_bytes([4; 32]),
-                layout,
-                layout_digest: layout.digest(),
-                level: Level::RAW,
-                bytes: 12345,
+        Record {
+            key: ChunkKey::from_bytes([4; 32]),
+            location: Location {
+                segment: SegmentId(u32::MAX - 1),
+                block: 77,
             },
-            u64::MAX - 1,
-        )
+            layout: KvLayout::new(3, 2, Planes::Single { dim: 5 }, 7, DType::F16).unwrap(),
+            level: Level::RAW,
+            object_bytes: 12345,
+            created: 99,
+            hints: Hints {
+                parent: Some(ChunkKey::from_bytes([9; 32])),
+                class: Class::new(3).unwrap(),
+                recompute: NonZeroU32::new(1 << 20),
+            },
+        }
     }
 
     #[test]
     fn records_round_trip() {
         let record = record();
-        let decoded = Record::decode(record.facts.key.as_bytes(), &record.encode());
-        assert_eq!(decoded, Some(record));
+        let key = Record::key_of(&record.key, record.location);
+        assert_eq!(Record::decode(&key, &record.encode()), Some(record));
+        let plain = Record {
+            hints: Hints::default(),
+            ..record
+        };
+        assert_eq!(Record::decode(&key, &plain.encode()), Some(plain));
     }
 
     #[test]
     fn what_another_version_wrote_is_not_a_record() {
         let record = record();
-        let (key, value) = (record.facts.key, record.encode());
+        let (key, value) = (
+            Record::key_of(&record.key, record.location),
+            record.encode(),
+        );
         for cut in 0..value.len() {
             let truncated = value.get(..cut).unwrap();
-            assert_eq!(Record::decode(key.as_bytes(), truncated), None);
+            // All but the parent, and no more than that, is a record without one.
+            let whole = cut == value.len() - 32;
+            assert_eq!(Record::decode(&key, truncated).is_some(), whole);
+            assert_eq!(LegacyRecord::decode(&key, truncated), None);
         }
-        let mut newer = value;
-        newer[0] = 2;
-        assert_eq!(Record::decode(key.as_bytes(), &newer), None);
+        let mut newer = value.clone();
+        *newer.first_mut().unwrap() = 3;
+        assert_eq!(Record::decode(&key, &newer), None);
         assert_eq!(Record::decode(b"short key", &value), None);
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn no_bytes_are_too_strange_to_be_refused(
+            key in proptest::collection::vec(proptest::num::u8::ANY, 0..80),
+            mut value in proptest::collection::vec(proptest::num::u8::ANY, 0..90),
+        ) {
+            for version in 0..4 {
+                if let Some(first) = value.first_mut() {
+                    *first = version;
+                }
+                let _ = LegacyRecord::decode(&key, &value);
+                if let Some(record) = Record::decode(&key, &value) {
+                    assert_eq!(record.encode(), value);
+                }
+                let whole = key.iter().chain(&[0; KEY_BYTES]).take(KEY_BYTES);
+                let whole: Vec<u8> = whole.copied().collect();
+                if let Some(record) = Record::decode(&whole, &value) {
+                    assert_eq!(record.encode(), value);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn records_of_version_1_are_read() {
+        let key = ChunkKey::from_bytes([4; 32]);
+        let mut value = vec![1, Level::RAW.code()];
+        value.extend(record().layout.encode());
+        value.extend(5u64.to_le_bytes());
+        value.extend([0; 16]);
+        let expected = LegacyRecord { key, generation: 5 };
+        assert_eq!(LegacyRecord::decode(key.as_bytes(), &value), Some(expected));
+        value.push(0);
+        assert_eq!(LegacyRecord::decode(key.as_bytes(), &value), None);
+    }
+
+    #[test]
+    fn a_new_record_is_later_than_every_other() {
+        let directory = tempfile::tempdir().unwrap();
+        let catalog = Catalog::open(directory.path()).unwrap();
+        let first = catalog.now();
+        assert!(catalog.now() > first);
+        let created = u64::MAX - 7;
+        let ahead = Record {
+            created,
+            ..record()
+        };
+        catalog.put(&ahead).unwrap();
+        catalog.contents().unwrap();
+        assert_eq!([catalog.now(), catalog.now()], [created + 1, created + 2]);
+    }
+
+    #[test]
+    fn removals_settle_once() {
+        let directory = tempfile::tempdir().unwrap();
+        let catalog = Catalog::open(directory.path()).unwrap();
+        assert!(catalog.is_settled());
+        catalog.delete(b"key", true).unwrap();
+        assert!(catalog.is_settled());
+        catalog.delete(b"key", false).unwrap();
+        assert!(!catalog.is_settled());
+        catalog.settle().unwrap();
+        assert!(catalog.is_settled());
     }
 }

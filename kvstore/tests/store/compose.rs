@@ -4,11 +4,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use kvasir_store::policy::PolicyKind;
 use kvasir_store::{
-    Clock, DiskConfig, EventKind, MemoryConfig, PinRefused, PutError, PutOutcome, ReadError, Store,
-    StoreConfig, TierKind, WriteError,
+    Clock, DiskConfig, Environment, EventKind, MemoryConfig, PinRefused, PutError, PutOptions,
+    PutOutcome, ReadError, Store, StoreConfig, TierKind, WriteError,
 };
-use kvasir_types::{ByteSize, DType, KvLayout, LayerRange, Planes};
+use kvasir_types::{ByteSize, DType, Durability, Hints, KvLayout, LayerRange, Planes};
 
 use crate::{all, get, key, layout, memory_only, object, object_of, on_disk};
 
@@ -35,9 +36,10 @@ async fn writes_go_through_and_reads_promote() {
     let directory = tempfile::tempdir().unwrap();
     let chunk = Store::charged_bytes(object(0).header());
     let config = StoreConfig {
-        // Two chunks, and not a third.
-        memory: MemoryConfig::with_capacity(ByteSize::bytes(chunk * 2)),
+        // Two chunks and a block to write them from, and not a third.
+        memory: lru(ByteSize::bytes(chunk * 2 + 4096)),
         disk: Some(DiskConfig::at(directory.path())),
+        ..StoreConfig::default()
     };
     let store = Store::open(config).await.unwrap();
     for number in 0..3 {
@@ -83,8 +85,12 @@ async fn a_put_is_repeatable_and_concurrent_puts_converge() {
         let store = store.clone();
         tokio::spawn(async move {
             let object = object(1);
-            let reservation = store.reserve(object.header().object_bytes()).unwrap();
-            store.put_reserved(object, reservation).await.unwrap()
+            let reservation = store.reserve(object.header().object_bytes()).await;
+            let options = PutOptions {
+                reservation: Some(reservation.unwrap()),
+                ..PutOptions::default()
+            };
+            store.put_with(object, options).await.unwrap().outcome
         })
     });
     let outcomes: Vec<PutOutcome> = futures::future::join_all(puts)
@@ -96,7 +102,8 @@ async fn a_put_is_repeatable_and_concurrent_puts_converge() {
     assert_eq!(stored.count(), 1);
     let stats = store.stats();
     assert_eq!(stats.disk.unwrap().writes, 1, "the others did not write");
-    assert_eq!(stats.memory.bytes, Store::charged_bytes(object(1).header()));
+    let chunk = Store::charged_bytes(object(1).header());
+    assert_eq!(stats.memory.bytes - stats.memory.idle_bytes, chunk);
 }
 
 #[tokio::test]
@@ -110,8 +117,42 @@ async fn deleting_removes_every_copy_but_not_what_is_held() {
     assert!(store.lease(key(1)).await.is_none());
     assert_eq!(lease.read_layers(all()).await.unwrap(), object(1).layers());
     drop(lease);
-    assert_eq!(store.stats().memory.bytes, 0);
-    assert_eq!(store.stats().disk.unwrap().bytes, 0);
+    let stats = store.stats();
+    assert_eq!(stats.memory.bytes, stats.memory.idle_bytes);
+    assert_eq!(stats.disk.unwrap().bytes, 0);
+}
+
+/// What is received lies in memory of the store, and its memory serves the next one.
+#[tokio::test]
+async fn payload_is_received_in_place() {
+    let store = Store::open(memory_only(ByteSize::mib(1))).await.unwrap();
+    let mut places = Vec::new();
+    for number in 0..2 {
+        let mut payload = store.payload(layout()).await.unwrap();
+        for (layer, bytes) in (0..).zip(object(number).layers()) {
+            payload.layer_mut(layer).unwrap().copy_from_slice(bytes);
+        }
+        assert!(payload.layer_mut(layout().layers()).is_none());
+        places.push(payload.layer_mut(0).unwrap().as_ptr().addr());
+        let received = payload.into_object(key(number)).unwrap();
+        let put = store.put_received(received, Durability::Memory, Hints::default());
+        assert_eq!(put.await.unwrap().outcome, PutOutcome::Stored);
+        let layers = get(&store, number).await.unwrap();
+        assert_eq!(layers, object(number).layers());
+        assert_eq!(layers[0].as_ptr().addr(), places[number as usize]);
+        drop(layers);
+        assert!(store.delete(key(number)).await.unwrap());
+    }
+    assert_eq!(places[0], places[1]);
+    let too_large = KvLayout::new(4, 2, Planes::symmetric(512), 512, DType::Bf16).unwrap();
+    let refused = store.payload(too_large).await.unwrap_err();
+    let PutError::Throttled(throttled) = refused else {
+        panic!("{refused}");
+    };
+    assert!(throttled.wanted > throttled.capacity);
+    let memory = store.stats().memory;
+    assert_eq!(memory.bytes, memory.idle_bytes);
+    assert_eq!(memory.idle_bytes, layout().chunk_bytes());
 }
 
 /// A delete that nobody waits for leaves no copy behind.
@@ -139,6 +180,7 @@ async fn the_most_read_chunk_is_not_the_first_to_leave_the_disk() {
             capacity: ByteSize::kib(60),
             ..DiskConfig::at(directory.path())
         }),
+        ..StoreConfig::default()
     };
     let store = Store::open(config).await.unwrap();
     for number in 0..3 {
@@ -151,7 +193,7 @@ async fn the_most_read_chunk_is_not_the_first_to_leave_the_disk() {
         let mut here = listed.iter().filter(|item| item.key == key(number));
         here.any(|item| item.tiers.contains(&TierKind::Disk))
     };
-    assert!(on_disk(0) && !on_disk(1));
+    assert!(on_disk(0) && !(on_disk(1) && on_disk(2)));
 }
 
 /// A lease from before a deletion must not bring the chunk back by promotion.
@@ -183,7 +225,7 @@ async fn what_cannot_be_evicted_throttles() {
 
     let error = store.put(object(2)).await.unwrap_err();
     assert!(matches!(error, PutError::Throttled(_)), "{error}");
-    assert!(store.reserve(chunk).is_err());
+    assert!(store.reserve(chunk).await.is_err());
     assert_eq!(store.stats().memory.evictions, 0);
     assert_eq!(store.lookup(&[key(0), key(1)]).prefix, 2);
 
@@ -208,7 +250,7 @@ async fn a_read_without_memory_is_throttled_and_works_later() {
     crate::close(store).await;
     let store = Store::open(on_disk(directory.path())).await.unwrap();
     let lease = store.lease(key(1)).await.unwrap();
-    let everything = store.reserve(ByteSize::mib(16).as_u64()).unwrap();
+    let everything = store.reserve(ByteSize::mib(16).as_u64()).await.unwrap();
     assert!(matches!(
         lease.read_layers(all()).await,
         Err(ReadError::Throttled(_))
@@ -228,13 +270,19 @@ async fn pins_live_in_the_lowest_tier_and_expire_in_virtual_time() {
     let disk = DiskConfig {
         capacity: ByteSize::kib(60),
         pin_limit: Some(ByteSize::kib(20)),
+        policy: PolicyKind::Lru,
         ..DiskConfig::at(directory.path())
     };
     let config = StoreConfig {
         memory: MemoryConfig::default(),
         disk: Some(disk),
+        ..StoreConfig::default()
     };
-    let store = Store::open_with_clock(config, clock).await.unwrap();
+    let environment = Environment {
+        clock,
+        ..Environment::default()
+    };
+    let store = Store::open_in(environment, config).await.unwrap();
     for number in 0..3 {
         let _ = store.put(object(number)).await.unwrap();
     }
@@ -281,8 +329,9 @@ async fn a_cold_scan_leaves_half_of_what_is_hot() {
     let directory = tempfile::tempdir().unwrap();
     let chunk = Store::charged_bytes(object(0).header());
     let config = StoreConfig {
-        memory: MemoryConfig::with_capacity(ByteSize::bytes(chunk * 8)),
+        memory: lru(ByteSize::bytes(chunk * 8 + 4096)),
         disk: Some(DiskConfig::at(directory.path())),
+        ..StoreConfig::default()
     };
     let store = Store::open(config).await.unwrap();
     for number in 0..32 {
@@ -319,6 +368,7 @@ async fn events_and_snapshots_agree() {
     let config = StoreConfig {
         memory: MemoryConfig::with_capacity(ByteSize::kib(64)),
         disk: Some(DiskConfig::at(directory.path())),
+        ..StoreConfig::default()
     };
     let store = Store::open(config).await.unwrap();
     let mut events = store.events();
@@ -346,4 +396,12 @@ async fn events_and_snapshots_agree() {
 
     let other = Store::open(memory_only(ByteSize::mib(1))).await.unwrap();
     assert_ne!(other.snapshot().epoch, after.epoch);
+}
+
+/// Memory of which it is known what goes first.
+fn lru(capacity: ByteSize) -> MemoryConfig {
+    MemoryConfig {
+        policy: PolicyKind::Lru,
+        ..MemoryConfig::with_capacity(capacity)
+    }
 }

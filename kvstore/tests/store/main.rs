@@ -4,12 +4,15 @@
 
 mod compose;
 mod damage;
+mod demotion;
+mod leases;
 mod recovery;
 
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
-use kvasir_codec::Object;
+use kvasir_codec::{Object, ObjectHeader};
 use kvasir_store::{DiskConfig, MemoryConfig, Store, StoreConfig};
 use kvasir_types::{ByteSize, ChunkKey, DType, KvLayout, LayerRange, Planes};
 
@@ -44,6 +47,7 @@ fn memory_only(capacity: ByteSize) -> StoreConfig {
     StoreConfig {
         memory: MemoryConfig::with_capacity(capacity),
         disk: None,
+        ..StoreConfig::default()
     }
 }
 
@@ -51,6 +55,7 @@ fn on_disk(path: &Path) -> StoreConfig {
     StoreConfig {
         memory: MemoryConfig::with_capacity(ByteSize::mib(16)),
         disk: Some(DiskConfig::at(path)),
+        ..StoreConfig::default()
     }
 }
 
@@ -60,15 +65,80 @@ async fn get(store: &Store, number: u8) -> Option<Vec<Bytes>> {
     lease.read_layers(all()).await.ok()
 }
 
-/// The one file of a chunk.
-fn file_of(directory: &Path, number: u8) -> PathBuf {
-    let fan_out = directory.join(format!("chunks/{number:02x}"));
-    let files: Vec<PathBuf> = std::fs::read_dir(fan_out)
+/// Where a chunk's frame lies: found by looking for its header.
+struct Frame {
+    file: PathBuf,
+    offset: usize,
+}
+
+impl Frame {
+    fn of(directory: &Path, number: u8) -> Self {
+        let mut frames = Self::all(directory);
+        frames.retain(|(_, found)| *found == key(number));
+        assert_eq!(frames.len(), 1, "chunk {number}");
+        frames.remove(0).0
+    }
+
+    /// Every frame in a directory, and whose it is.
+    fn all(directory: &Path) -> Vec<(Self, ChunkKey)> {
+        let mut frames = Vec::new();
+        for file in segments(directory) {
+            let bytes = std::fs::read(&file).unwrap_or_default();
+            for (block, rest) in bytes.chunks(4096).enumerate() {
+                if let Ok((header, _)) = ObjectHeader::parse(rest) {
+                    let offset = block * 4096;
+                    let file = file.clone();
+                    frames.push((Self { file, offset }, *header.key()));
+                }
+            }
+        }
+        frames
+    }
+
+    /// Puts `bytes` into the file, counted from the start of the frame.
+    fn overwrite(&self, at: usize, bytes: &[u8]) {
+        let file = std::fs::File::options().write(true).open(&self.file);
+        let at = (self.offset + at) as u64;
+        file.unwrap().write_all_at(bytes, at).unwrap();
+    }
+
+    fn flip(&self, at: usize) {
+        let bytes = std::fs::read(&self.file).unwrap();
+        self.overwrite(at, &[bytes[self.offset + at] ^ 0x10]);
+    }
+
+    /// The object's header padded to a block, then the payload, as it lies there.
+    fn put(&self, object: &Object) {
+        self.overwrite(0, &object.header().encode());
+        self.overwrite(PAYLOAD, &object.layers().concat());
+    }
+
+    /// Cuts the file `at` bytes after the start of the frame.
+    fn truncate(&self, at: usize) {
+        let file = std::fs::File::options().write(true).open(&self.file);
+        file.unwrap().set_len((self.offset + at) as u64).unwrap();
+    }
+
+    fn is_hole(&self) -> bool {
+        let bytes = std::fs::read(&self.file).unwrap_or_default();
+        let rest = bytes.get(self.offset..).unwrap_or_default();
+        rest.iter().take(FRAME).all(|&byte| byte == 0)
+    }
+}
+
+/// Where the payload starts in a frame of [`layout`].
+const PAYLOAD: usize = 4096;
+/// Bytes of such a frame.
+const FRAME: usize = 5 * 4096;
+
+/// The segment files of a store.
+fn segments(directory: &Path) -> Vec<PathBuf> {
+    let mut files: Vec<PathBuf> = std::fs::read_dir(directory.join("segments"))
         .unwrap()
         .map(|entry| entry.unwrap().path())
         .collect();
-    assert_eq!(files.len(), 1, "{files:?}");
-    files[0].clone()
+    files.sort();
+    files
 }
 
 /// Closes a store and gives its directory back.

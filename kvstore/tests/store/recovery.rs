@@ -2,10 +2,13 @@
 
 use std::fs;
 
-use kvasir_store::{DiskConfig, OpenError, PutError, PutOutcome, Store, StoreConfig, TierKind};
+use kvasir_store::{
+    DirectIo, DiskConfig, Medium as _, OpenError, PutError, PutOutcome, Store, StoreConfig,
+    TierKind,
+};
 use kvasir_types::ByteSize;
 
-use crate::{close, file_of, get, key, object, on_disk};
+use crate::{FRAME, Frame, close, get, key, object, on_disk};
 
 #[tokio::test]
 async fn a_restarted_store_is_warm() {
@@ -67,41 +70,121 @@ async fn a_directory_has_one_user() {
 #[tokio::test]
 async fn leftovers_are_swept_and_foreign_files_are_not() {
     let directory = tempfile::tempdir().unwrap();
-    let store = Store::open(on_disk(directory.path())).await.unwrap();
-    for number in 1..=4 {
-        let _ = store.put(object(number)).await.unwrap();
+    let other = tempfile::tempdir().unwrap();
+    for path in [directory.path(), other.path()] {
+        let store = Store::open(on_disk(path)).await.unwrap();
+        for number in 1..=4 {
+            let _ = store.put(object(number)).await.unwrap();
+        }
+        close(store).await;
     }
-    close(store).await;
-
-    let first = file_of(directory.path(), 1);
-    let name = first.file_name().unwrap().to_str().unwrap().to_owned();
-    let beside = |name: String| first.with_file_name(name);
-    let generation = name.rsplit_once('-').unwrap().1;
-    let temporary = beside(name.replace(generation, "00000000000000aa.tmp"));
-    let orphan = beside(name.replace(generation, "00000000000000ab.chunk"));
-    let foreign = beside("notes.txt".to_owned());
-    for path in [&temporary, &orphan, &foreign] {
-        fs::copy(&first, path).unwrap();
-    }
-    let folder = beside(name.replace(generation, "00000000000000ac.chunk"));
-    fs::create_dir(&folder).unwrap();
-    fs::remove_file(file_of(directory.path(), 2)).unwrap();
-    fs::write(file_of(directory.path(), 3), "too short").unwrap();
+    let root = directory.path().join("segments");
+    let [first, lost, last] = [1, 2, 4].map(|number| Frame::of(directory.path(), number));
+    let stranger = Frame::of(other.path(), 1).file;
+    let first = first.file;
+    let beside = |name: &str| root.join(name);
+    // A segment whose creation never ended, one without records, one of another
+    // store, and files that are no segments at all.
+    fs::write(beside("000000a0.seg"), "").unwrap();
+    fs::write(beside("000000a1.seg"), [7; 9000]).unwrap();
+    fs::copy(stranger, beside("000000a2.seg")).unwrap();
+    fs::copy(&first, beside("0000000.seg")).unwrap();
+    fs::write(beside("notes.txt"), "mine").unwrap();
+    fs::create_dir(beside("000000a3.seg")).unwrap();
+    // A frame without a record, and a chunk whose frame is a hole.
+    last.overwrite(10 * FRAME, &[1; 8192]);
+    let file = fs::File::options().write(true).open(&first).unwrap();
+    let flags = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
+    rustix::fs::fallocate(&file, flags, lost.offset as u64, FRAME as u64).unwrap();
 
     let store = Store::open(on_disk(directory.path())).await.unwrap();
-    assert!(!temporary.exists() && !orphan.exists());
-    assert!(foreign.exists() && folder.exists());
+    let there: Vec<bool> = [
+        "000000a0.seg",
+        "000000a1.seg",
+        "000000a2.seg",
+        "0000000.seg",
+    ]
+    .into_iter()
+    .chain(["notes.txt", "000000a3.seg"])
+    .map(|name| beside(name).exists())
+    .collect();
+    assert_eq!(there, [false, false, true, true, true, true]);
     let found = store.lookup(&[1, 2, 3, 4].map(key)).found;
     let there: Vec<bool> = found.iter().map(Option::is_some).collect();
-    assert_eq!(there, [true, false, false, true], "one by one");
+    assert_eq!(there, [true, false, true, true], "one by one");
     assert_eq!(get(&store, 1).await.unwrap(), object(1).layers());
-    // Names are not used twice, even those of orphans.
+    assert_eq!(
+        allocated(&first),
+        4096 + 3 * FRAME as u64,
+        "no orphan bytes"
+    );
+    // Numbers are not used twice, even those of strangers.
     assert_eq!(store.put(object(2)).await.unwrap(), PutOutcome::Stored);
-    let fresh = file_of(directory.path(), 2);
-    assert!(fresh.to_str().unwrap().contains("-00000000000000ac."));
+    assert!(beside("000000a4.seg").exists());
     close(store).await;
     let store = Store::open(on_disk(directory.path())).await.unwrap();
-    assert_eq!(store.stats().disk.unwrap().chunks, 3);
+    assert_eq!(store.stats().disk.unwrap().chunks, 4);
+}
+
+/// Bytes of data in a file. Not the blocks of `stat`: those include a file system's
+/// own bookkeeping.
+fn allocated(file: &std::path::Path) -> u64 {
+    let file = DirectIo.open(file).unwrap();
+    let next = |from| file.data(from).unwrap();
+    std::iter::successors(next(0), |data| next(data.end))
+        .map(|data| data.end - data.start)
+        .sum()
+}
+
+/// A directory of version 1: a file for every chunk.
+#[tokio::test]
+async fn a_directory_of_the_previous_version_is_taken_over() {
+    let directory = tempfile::tempdir().unwrap();
+    let catalog = directory.path().join("catalog");
+    fs::create_dir_all(&catalog).unwrap();
+    {
+        let mut options = rocksdb::Options::default();
+        options.create_if_missing(true);
+        let db = rocksdb::DB::open(&options, &catalog).unwrap();
+        for number in 1..=4u8 {
+            let object = object(number);
+            let mut value = vec![1, object.header().level().code()];
+            value.extend(object.header().layout().encode());
+            value.extend(u64::from(number).to_le_bytes());
+            value.extend(object.header().object_bytes().to_le_bytes());
+            value.extend([0; 8]);
+            db.put(key(number).as_bytes(), value).unwrap();
+            let folder = directory.path().join(format!("chunks/{number:02x}"));
+            fs::create_dir_all(&folder).unwrap();
+            let mut bytes = object.encode();
+            if number == 3 {
+                bytes[5000] ^= 1;
+            }
+            let name = format!("{}-{number:016x}.chunk", key(number));
+            if number != 4 {
+                fs::write(folder.join(name), bytes).unwrap();
+            }
+        }
+    }
+    let unfinished = format!("chunks/01/{}-00000000000000aa.tmp", key(1));
+    fs::write(directory.path().join(unfinished), "half").unwrap();
+    fs::write(directory.path().join("chunks/02/notes.txt"), "mine").unwrap();
+
+    for _ in 0..2 {
+        let store = Store::open(on_disk(directory.path())).await.unwrap();
+        for (number, whole) in [(1, true), (2, true), (3, false), (4, false)] {
+            let expected = whole.then(|| object(number).layers().to_vec());
+            assert_eq!(get(&store, number).await, expected);
+        }
+        assert_eq!(store.stats().disk.unwrap().chunks, 2);
+        close(store).await;
+    }
+    let left: Vec<_> = fs::read_dir(directory.path().join("chunks"))
+        .unwrap()
+        .map(|item| item.unwrap().file_name())
+        .collect();
+    assert_eq!(left, ["02"], "it holds a file that is not ours");
+    assert!(directory.path().join("chunks/02/notes.txt").exists());
 }
 
 #[tokio::test]

@@ -2,8 +2,9 @@
 
 use bytes::Bytes;
 use futures::Stream;
-use kvasir_proto::{InvalidField, convert, v1};
-use kvasir_types::{Checksum, ChunkKey, KvLayout, Level};
+use kvasir_proto::convert::{self, PutHeader};
+use kvasir_proto::{InvalidField, v1};
+use kvasir_types::{Checksum, ChunkKey, Durability, Hints, KvLayout, Level};
 
 use crate::error::{CallError, ProtocolError, broken, invalid};
 
@@ -21,6 +22,15 @@ pub struct Chunk {
     /// One buffer per layer, in order; each of
     /// [`KvLayout::layer_bytes`] bytes when the level is raw.
     pub layers: Vec<Bytes>,
+}
+
+/// How a chunk is to be stored. The default is the strongest promise, and no hints.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PutOptions {
+    /// What the daemon promises.
+    pub durability: Durability,
+    /// What the chunk is worth.
+    pub hints: Hints,
 }
 
 /// What became of a stored chunk.
@@ -65,13 +75,18 @@ impl Chunk {
 
     /// The chunk as a stream of messages; a layer's checksum is computed when its
     /// turn comes.
-    pub(crate) fn messages(&self) -> impl Stream<Item = v1::PutRequest> + Send + use<> {
+    pub(crate) fn messages(
+        &self,
+        options: PutOptions,
+    ) -> impl Stream<Item = v1::PutRequest> + Send + use<> {
         use v1::put_request::Message;
-        let header = v1::PutHeader {
-            key: convert::key_to_wire(&self.key),
-            layout: Some(v1::Layout::from(&self.layout)),
-            level: self.level.code().into(),
-        };
+        let header = v1::PutHeader::from(&PutHeader {
+            key: self.key,
+            layout: self.layout,
+            level: self.level,
+            durability: options.durability,
+            hints: options.hints,
+        });
         let layers = self.layers.clone();
         let pieces = (0u16..).zip(layers).flat_map(|(layer, data)| {
             let checksum = Checksum::of(&data);

@@ -7,14 +7,17 @@ use std::time::Duration;
 use kvasir_proto::v1::cache_client::CacheClient;
 use kvasir_proto::{InvalidField, MAX_FRAME_BYTES, MAX_KEYS, MAX_MESSAGE_BYTES, convert, v1};
 use kvasir_types::ChunkKey;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
 use tonic::{Status, Streaming};
 
-use crate::chunk::{Chunk, Put, check_count};
+use crate::chunk::{Chunk, Put, PutOptions, check_count};
 use crate::config::ClientConfig;
 use crate::deadline::Deadline;
 use crate::error::{CallError, ConnectError, Origin, invalid};
 use crate::get::{GetOptions, LayerStream};
+use crate::hold::Hold;
 use crate::list::{ListOptions, Listing};
 use crate::retry::{Attempts, Repeat};
 use crate::stats::{Stats, Tier};
@@ -185,17 +188,25 @@ impl Client {
         })
     }
 
+    /// Stores a chunk, durably if the daemon has a disk tier.
+    ///
+    /// # Errors
+    /// As for [`put_with`](Self::put_with).
+    pub async fn put(&self, chunk: &Chunk) -> Result<Put, CallError> {
+        self.put_with(chunk, PutOptions::default()).await
+    }
+
     /// Stores a chunk. Storing one twice is harmless. The chunk is visible to
     /// readers when this returns, and not before all of it is readable.
     ///
     /// # Errors
     /// See [`CallError`]; [`CallError::Invalid`] without any call if the layers do
     /// not fit the layout.
-    pub async fn put(&self, chunk: &Chunk) -> Result<Put, CallError> {
+    pub async fn put_with(&self, chunk: &Chunk, options: PutOptions) -> Result<Put, CallError> {
         chunk.check()?;
         let deadline = Deadline::after(self.config.transfer_timeout);
         self.call(deadline, Repeat::Always, |mut grpc| {
-            let messages = chunk.messages();
+            let messages = chunk.messages(options);
             async move { grpc.put(messages).await }
         })
         .await?
@@ -228,6 +239,7 @@ impl Client {
                 start: range.start().into(),
                 end: range.end().into(),
             }),
+            lease_id: options.lease.map(|id| id.0),
         };
         let stream = self
             .call(deadline, Repeat::Always, |mut grpc| {
@@ -236,6 +248,25 @@ impl Client {
             })
             .await?;
         LayerStream::open(self.origin(), deadline, stream, keys.len(), options.layers).await
+    }
+
+    /// Begins a session that holds chunks by name, for gets that must find the same
+    /// chunks again: layer by layer, or page by page.
+    ///
+    /// # Errors
+    /// See [`CallError`].
+    pub async fn hold(&self) -> Result<Hold, CallError> {
+        let deadline = Deadline::after(self.config.call_timeout);
+        let (requests, responses) = self
+            .call(deadline, Repeat::Always, |mut grpc| async move {
+                // One request waits for its response before the next is sent.
+                let (sender, receiver) = mpsc::channel(1);
+                let response = grpc.hold(ReceiverStream::new(receiver)).await?;
+                Ok(response.map(|responses| (sender, responses)))
+            })
+            .await?;
+        let timeout = self.config.transfer_timeout;
+        Ok(Hold::new(self.origin(), timeout, requests, responses))
     }
 
     /// Keeps chunks from being evicted for `ttl`, at most 24 hours. Absent keys are
@@ -390,11 +421,11 @@ impl fmt::Debug for Client {
     }
 }
 
-fn wire_keys(keys: &[ChunkKey]) -> Vec<bytes::Bytes> {
+pub(crate) fn wire_keys(keys: &[ChunkKey]) -> Vec<bytes::Bytes> {
     keys.iter().map(convert::key_to_wire).collect()
 }
 
-fn check_keys(keys: &[ChunkKey]) -> Result<(), CallError> {
+pub(crate) fn check_keys(keys: &[ChunkKey]) -> Result<(), CallError> {
     let problem = match keys.len() {
         0 => "at least one key is needed".to_owned(),
         count if count > MAX_KEYS => {

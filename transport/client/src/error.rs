@@ -45,6 +45,9 @@ pub enum CallError {
         /// When the daemon expects room.
         retry_after: Duration,
     },
+    /// The lease has ended: released, or its session is over. Acquire another.
+    #[error("the lease has ended; acquire another")]
+    LeaseEnded,
     /// A field of the request is malformed, as found by the daemon or before
     /// anything was sent.
     #[error("{field}: {problem}")]
@@ -143,6 +146,7 @@ impl Origin {
         }
         match refusal.code() {
             Code::DeadlineExceeded => CallError::DeadlineExceeded,
+            Code::NotFound => CallError::LeaseEnded,
             Code::ResourceExhausted => match status::retry_delay(&refusal) {
                 Some(retry_after) => CallError::Throttled {
                     reason: refusal.message().to_owned(),

@@ -13,6 +13,7 @@ use v1::get_response::Message;
 
 use crate::deadline::Deadline;
 use crate::error::{CallError, Origin, ProtocolError, broken};
+use crate::hold::LeaseId;
 use crate::stats::Tier;
 
 /// What to get, and by when.
@@ -24,6 +25,8 @@ pub struct GetOptions {
     /// [`ClientConfig::transfer_timeout`](crate::ClientConfig::transfer_timeout)
     /// from the call.
     pub deadline: Option<Instant>,
+    /// Read by the name of a lease: what it holds, and nothing else. Default: none.
+    pub lease: Option<LeaseId>,
 }
 
 /// A chunk that the daemon holds for the stream.
@@ -347,7 +350,7 @@ async fn next_message(messages: &mut Messages) -> Result<Option<v1::GetResponse>
     messages.next().await.transpose()
 }
 
-fn chunk_info(wire: &v1::ChunkInfo) -> Result<ChunkInfo, InvalidField> {
+pub(crate) fn chunk_info(wire: &v1::ChunkInfo) -> Result<ChunkInfo, InvalidField> {
     Ok(ChunkInfo {
         layout: convert::layout("header.chunks.layout", wire.layout.as_ref())?,
         level: convert::level("header.chunks.level", wire.level)?,

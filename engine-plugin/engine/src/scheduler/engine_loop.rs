@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use kvasir_plugin::{CachePlugin, CaptureOutcome, ChunkCopy, EngineBackend as _, LayerWait};
-use kvasir_types::LayerIdx;
+use kvasir_types::{Hints, LayerIdx};
 use metrics::gauge;
 
 use crate::cache::PoolBackend;
@@ -470,8 +470,14 @@ impl EngineLoop {
             .collect();
         match layers {
             Ok(layers) => {
-                let key = prompt.keys()[chunk];
-                if plugin.capture(ChunkCopy { key, layers }) == CaptureOutcome::Dropped {
+                let keys = prompt.keys();
+                let key = keys[chunk];
+                let hints = Hints {
+                    parent: chunk.checked_sub(1).map(|before| keys[before]),
+                    ..Hints::default()
+                };
+                let copy = ChunkCopy { key, layers, hints };
+                if plugin.capture(copy) == CaptureOutcome::Dropped {
                     tracing::debug!(%key, "a chunk was not captured: too many wait");
                 }
             }

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use kvasir_client::{ListOptions, PutOutcome, Tier};
+use kvasir_store::policy::PolicyKind;
 use kvasir_types::ByteSize;
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_client::HealthClient;
@@ -73,8 +74,10 @@ async fn chunks_are_deleted_and_listed() {
 
 #[tokio::test]
 async fn pinned_chunks_stay() {
-    // Room for about three chunks.
-    let (server, client) = start(memory(ByteSize::kib(900))).await;
+    // Room for about three chunks; the oldest go first.
+    let mut config = memory(ByteSize::kib(900));
+    config.store.memory.policy = PolicyKind::Lru;
+    let (server, client) = start(config).await;
     client.put(&chunk(1)).await.unwrap();
     let ttl = Duration::from_secs(60);
     let pin = client.pin(&[key(1), key(9)], ttl).await.unwrap();

@@ -9,6 +9,7 @@
 mod calls;
 mod command;
 mod daemon;
+mod holding;
 mod lifecycle;
 mod refusals;
 mod support;

@@ -84,6 +84,7 @@ async fn a_put_cut_in_the_middle_leaves_nothing() {
         key: convert::key_to_wire(&key(1)),
         layout: Some(v1::Layout::from(&layout())),
         level: 0,
+        ..v1::PutHeader::default()
     });
     let data = layer(1, 0);
     let checksum = kvasir_types::Checksum::of(&data);
@@ -102,7 +103,8 @@ async fn a_put_cut_in_the_middle_leaves_nothing() {
     .await;
     put.abort();
     soon("its memory is given back", || {
-        server.store().stats().memory.bytes == 0
+        let memory = server.store().stats().memory;
+        memory.bytes == memory.idle_bytes
     })
     .await;
     drop(sender);
@@ -181,7 +183,7 @@ async fn of_concurrent_puts_of_one_key_one_stores() {
     assert_eq!(read_all(&client, &[1]).await, 1);
     soon("only the chunk is charged", || {
         let memory = server.store().stats().memory;
-        memory.chunks == 1 && memory.bytes < layout().chunk_bytes() * 2
+        memory.chunks == 1 && memory.bytes - memory.idle_bytes < layout().chunk_bytes() * 2
     })
     .await;
     server.shutdown().await;
@@ -305,31 +307,5 @@ async fn a_deadline_covers_the_whole_stream() {
     // Although the rest has arrived.
     let late = stream.next().await;
     assert!(matches!(late, Err(CallError::DeadlineExceeded)));
-    server.shutdown().await;
-}
-
-/// A device that hangs: opening a FIFO waits for a writer.
-#[tokio::test]
-async fn a_get_does_not_wait_for_a_stuck_device_for_ever() {
-    let directory = tempfile::tempdir().unwrap();
-    let (server, client) = start(on_disk(directory.path())).await;
-    client.put(&chunk(1)).await.unwrap();
-    server.shutdown().await;
-    let mut config = on_disk(directory.path());
-    config.limits.read_timeout_ms = 100;
-    let (server, client) = start(config).await;
-    let fan_out = directory.path().join("chunks/01");
-    let file = fs::read_dir(fan_out).unwrap().next().unwrap().unwrap();
-    let file = file.path();
-    fs::remove_file(&file).unwrap();
-    let (here, fifo) = (rustix::fs::CWD, rustix::fs::FileType::Fifo);
-    rustix::fs::mknodat(here, &file, fifo, rustix::fs::Mode::RWXU, 0).unwrap();
-
-    let begin = Instant::now();
-    let error = client.get(&[key(1)], GetOptions::default()).await;
-    assert!(matches!(error, Err(CallError::DeadlineExceeded)));
-    assert!(begin.elapsed() < Duration::from_secs(5));
-    // Lets the thread go.
-    drop(fs::File::options().write(true).open(&file).unwrap());
     server.shutdown().await;
 }

@@ -1,6 +1,7 @@
 //! Storing, reading and removing chunks in a tier with room to spare.
 
 use std::future::Future;
+use std::time::{Duration, Instant};
 
 use futures::FutureExt;
 use futures::future::join_all;
@@ -220,7 +221,12 @@ where
     assert_eq!(all, old.layers());
     assert_holds(&fixture, &new).await;
     drop((reader, first, all));
-    assert_eq!(fixture.tier.usage().bytes, suite.chunk_bytes);
+    // Space on a device is given back in the background.
+    let begin = Instant::now();
+    while fixture.tier.usage().bytes != suite.chunk_bytes {
+        assert!(begin.elapsed() < PATIENCE, "{:?}", fixture.tier.usage());
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
     assert_eq!(fixture.tier.usage().corrupt, 0);
 }
 
@@ -239,10 +245,21 @@ where
         .filter(|number| *number != 4)
         .map(|number| Facts::of(object(number).header()))
         .collect();
-    assert_eq!(fixture.tier.entries(), expected);
+    let mut entries = fixture.tier.entries();
+    entries.sort_by_key(|facts| {
+        facts.key.as_bytes()[..8]
+            .iter()
+            .rev()
+            .copied()
+            .collect::<Vec<u8>>()
+    });
+    assert_eq!(entries, expected);
     assert_eq!(fixture.tier.usage().chunks, 9);
 }
 
 fn far_future() -> std::time::Instant {
     std::time::Instant::now() + std::time::Duration::from_secs(3600)
 }
+
+/// More than any device takes.
+const PATIENCE: Duration = Duration::from_secs(10);

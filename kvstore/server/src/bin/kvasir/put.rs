@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 use anyhow::Context as _;
 use bytes::Bytes;
 use clap::Args;
-use kvasir_client::{Chunk, PutOutcome};
+use kvasir_client::{Chunk, PutOptions, PutOutcome};
 use kvasir_codec::Object;
+use kvasir_types::Durability;
 use serde::Serialize;
 
 use crate::context::Context;
@@ -18,6 +19,9 @@ pub(crate) struct Arguments {
     /// Files that `get` wrote.
     #[arg(required = true, value_name = "FILE")]
     files: Vec<PathBuf>,
+    /// Do not wait until the chunks would survive a crash of the daemon.
+    #[arg(long)]
+    in_memory: bool,
 }
 
 #[derive(Serialize)]
@@ -41,11 +45,19 @@ pub(crate) async fn run(context: &Context, arguments: &Arguments) -> anyhow::Res
         .iter()
         .filter_map(|path| fs::metadata(path).ok());
     let progress = context.progress(sizes.map(|metadata| metadata.len()).sum());
+    let options = PutOptions {
+        durability: if arguments.in_memory {
+            Durability::Memory
+        } else {
+            Durability::Durable
+        },
+        ..PutOptions::default()
+    };
     let mut stored = Vec::new();
     for path in &arguments.files {
         let chunk = read(path)?;
         let put = client
-            .put(&chunk)
+            .put_with(&chunk, options)
             .await
             .with_context(|| format!("cannot store {}", path.display()))?;
         let bytes = chunk.layout.chunk_bytes();
