@@ -4,28 +4,40 @@ CARGO   ?= cargo
 PROFILE := --release
 ARGS    ?=
 
+# How long `make soak` takes.
+MINUTES ?= 5
+
 # What `make train` and `make quality` work on.
 MODEL   ?= models/reader-9m
 RUN     ?= target/reader
 VENV    ?= .venv
 
-.PHONY: help deps build demo test check bench quality venv train
+.PHONY: help deps deps-bench build demo test crash soak check check-deep rocksdb loom asan bench quality venv train
 
 help:
 	@echo "make demo    build, then answer questions with a computed and a fetched prefill"
 	@echo "make test    build and run every test"
+	@echo "make crash   1,000 power cuts, 1,000 kill -9, 1,000,000 reads of flipped bits (half an hour)"
+	@echo "make soak    a daemon at the edge of its budgets for five minutes (MINUTES=60: an hour)"
 	@echo "make check   formatting, lints, documentation, dependency policy"
+	@echo "make check-deep  models of the store's concurrency; unsafe code under AddressSanitizer"
 	@echo "make bench   run the benchmarks (ARGS='ttft --quick --json' picks one)"
 	@echo "make quality ask the shipped model, write docs/quality.md (an hour; ARGS=--quick: minutes)"
 	@echo "make train   train the shipped model again, or go on training it (hours on a CPU)"
 	@echo "make deps    install missing system packages (Debian, apt)"
+	@echo "make deps-bench  install what ARGS=store is measured beside: fio and Redis"
 
 # RocksDB is compiled from source: a C++ compiler, and libclang for its bindings.
 # The tests hold the corpus against the Python that training uses.
 DEPS := g++ clang libclang-dev python3
+# What the suite `store` is measured beside; no other needs them.
+DEPS_BENCH := fio redis-server
 
-deps:
-	@missing=""; for package in $(DEPS); do \
+deps:       PACKAGES = $(DEPS)
+deps-bench: PACKAGES = $(DEPS_BENCH)
+
+deps deps-bench:
+	@missing=""; for package in $(PACKAGES); do \
 	  dpkg -s $$package >/dev/null 2>&1 || missing="$$missing $$package"; done; \
 	if [ -n "$$missing" ]; then \
 	  echo "Installing missing system packages:$$missing"; \
@@ -43,6 +55,15 @@ demo: build
 test: build
 	$(CARGO) test $(PROFILE) --locked --workspace
 
+# What `make test` does a hundred times, a thousand times. KVASIR_CRASH_SEED picks others.
+crash: build
+	KVASIR_CRASH_POINTS=1000 KVASIR_INTEGRITY_READS=1000000 $(CARGO) test $(PROFILE) --locked \
+	  -p kvasir-tests --test crash --test device_faults -- --nocapture --test-threads 1
+
+# Fails on a wrong byte, a leak, or memory beyond the budget.
+soak: deps
+	$(CARGO) run $(PROFILE) --locked -p kvasir-bench -- soak --minutes $(MINUTES) $(ARGS)
+
 # cargo-deny is installed on first use: it is a tool, not a dependency.
 check: deps
 	$(CARGO) fmt --all --check
@@ -50,6 +71,33 @@ check: deps
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc $(PROFILE) --locked --workspace --no-deps
 	@command -v cargo-deny >/dev/null || $(CARGO) install --locked cargo-deny@0.20.2
 	$(CARGO) deny --all-features check bans licenses sources
+
+check-deep: loom asan
+
+BUILDS = $(or $(CARGO_TARGET_DIR),target)
+HOST   = $(shell rustc -vV | sed -n 's/^host: //p')
+
+# Both need builds of their own, which take RocksDB as it was compiled for all others.
+ROCKSDB = ROCKSDB_STATIC=1 ROCKSDB_LIB_DIR=$(abspath $(dir $(firstword \
+  $(shell ls -t $(BUILDS)/release/build/librocksdb-sys-*/out/librocksdb.a))))
+
+rocksdb: deps
+	$(CARGO) build $(PROFILE) --locked -p kvasir-store
+
+# The models, in kvstore/src/models.rs, and nothing else: no other test knows loom's types.
+loom: rocksdb
+	$(ROCKSDB) RUSTFLAGS="--cfg kvasir_loom" \
+	  $(CARGO) test $(PROFILE) --locked --target-dir $(BUILDS)/loom \
+	  -p kvasir-store --lib models::
+
+# Every crate with unsafe code, and the store, whose buffers devices write into. Not
+# valgrind: under it no CPU has AVX-512, and the kernels for that would go untested. The
+# stable compiler has the sanitizer behind RUSTC_BOOTSTRAP; --target keeps it out of build
+# scripts. RocksDB and std run as they are, and leaks are not looked for: safe code may leak.
+asan: rocksdb
+	$(ROCKSDB) RUSTC_BOOTSTRAP=1 RUSTFLAGS="-Zsanitizer=address" ASAN_OPTIONS=detect_leaks=0 \
+	  $(CARGO) test $(PROFILE) --locked --target-dir $(BUILDS)/asan --target $(HOST) \
+	  -p kvasir-mem -p kvasir-engine -p kvasir-store --lib --test store
 
 bench: deps
 	$(CARGO) run $(PROFILE) --locked -p kvasir-bench -- $(if $(ARGS),$(ARGS),all)

@@ -16,7 +16,11 @@ mod prefill;
 mod quality;
 mod raw_stream;
 mod reference;
+mod replay;
 mod report;
+mod restart;
+mod soak;
+mod store;
 mod ttft;
 
 use std::ffi::OsString;
@@ -55,6 +59,8 @@ enum Suite {
         #[arg(long)]
         python: Option<PathBuf>,
     },
+    /// The storage engine in memory and on disk, beside memcpy, fio and Redis.
+    Store(store::Options),
     /// Contexts of the synthetic reading tasks, as JSON lines; see bench/quality/README.md.
     Corpus(corpus::Arguments),
     /// The engine beside what transformers computed: DIR/reference.json.
@@ -63,6 +69,12 @@ enum Suite {
         #[arg(long, value_name = "DIR")]
         model: PathBuf,
     },
+    /// A disk tier of a million chunks is opened again.
+    Restart(restart::Options),
+    /// A daemon at the edge of its budgets: wrong bytes, leaks, resident memory.
+    Soak(soak::Options),
+    /// Request traces against eviction and admission policies; see bench/src/replay.rs.
+    Replay(replay::Options),
     /// Quality of answers when the KV of a context is reused, beside full prefill.
     Quality(quality::Options),
     /// Statistics of the KV of a model: what a codec can gain, and where reuse deviates.
@@ -100,13 +112,29 @@ async fn run(suite: Suite, json: bool, quick: bool) -> anyhow::Result<()> {
             lookup::run(quick).await?.print(json)?;
             prefill::run(quick, None)?.print(json)?;
             faults::run(quick).await?.print(json)?;
+            match store::Tools::find() {
+                Ok(_) => store::run(&store::Options::default(), quick)
+                    .await?
+                    .print(json)?,
+                Err(error) => eprintln!("the store was not measured: {error}"),
+            }
             ttft::run(quick).await?.print(json)
         }
         Suite::Faults => faults::run(quick).await?.print(json),
         Suite::Ttft => ttft::run(quick).await?.print(json),
+        Suite::Replay(options) => match options.generate {
+            Some(requests) => replay::generate(requests, options.seed),
+            None => replay::run(&options, quick).await?.print(json),
+        },
+        Suite::Restart(options) => match restart::run(&options, quick).await? {
+            Some(report) => report.print(json),
+            None => Ok(()),
+        },
+        Suite::Soak(options) => soak::run(&options, quick, json).await,
         Suite::Quality(options) => quality::run(&options, quick)?.print(json),
         Suite::Kvstats(options) => kvstats::run(&options, quick)?.print(json),
         Suite::Lookup => lookup::run(quick).await?.print(json),
+        Suite::Store(options) => store::run(&options, quick).await?.print(json),
         Suite::Corpus(arguments) => corpus::run(&arguments),
         Suite::Reference { model } => reference::run(&model),
         Suite::Prefill { python } => prefill::run(quick, python.as_deref())?.print(json),
