@@ -10,7 +10,7 @@
 //!
 //! A chunk stays in memory, readable, while it is copied.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -32,6 +32,8 @@ pub(crate) struct Demotions {
     admission: Admission,
     /// Bytes ahead of eviction that are looked at.
     window: u64,
+    /// Whether any chunk was ever put into memory alone. Else there is nothing to do.
+    needed: AtomicBool,
     /// Bytes that came into memory since the last look.
     fresh: AtomicU64,
     look: Arc<Notify>,
@@ -52,6 +54,7 @@ impl Demotions {
         Self {
             admission,
             window: capacity / WINDOW,
+            needed: AtomicBool::new(false),
             fresh: AtomicU64::new(0),
             look: Arc::default(),
             asked: AtomicU64::new(0),
@@ -83,10 +86,17 @@ impl Demotions {
 
     /// `bytes` more come into memory, which has `room`.
     fn grown(&self, bytes: u64, room: u64) {
+        if !self.is_needed() {
+            return;
+        }
         let fresh = self.fresh.fetch_add(bytes, Ordering::Relaxed) + bytes;
         if room < 2 * self.window && fresh >= self.window / LOOKS_PER_WINDOW {
             self.ask();
         }
+    }
+
+    fn is_needed(&self) -> bool {
+        self.needed.load(Ordering::Relaxed)
     }
 
     fn ask(&self) {
@@ -108,6 +118,12 @@ impl Drop for Demotions {
 }
 
 impl Inner {
+    /// A chunk is in memory alone.
+    pub(crate) fn demote_later(&self, chunk: &Chunk) {
+        self.demotions.needed.store(true, Ordering::Relaxed);
+        self.demote_others(chunk.header());
+    }
+
     /// A chunk of this header is in memory from now on, or on its way there.
     pub(crate) fn demote_others(&self, header: &ObjectHeader) {
         let bytes = Chunk::charged_bytes(header);
@@ -117,10 +133,12 @@ impl Inner {
     /// Waits until room for `bytes` costs no chunk that is still to be copied, or that
     /// takes too long.
     pub(crate) async fn demotions_catch_up(&self, bytes: u64) {
-        let Some(disk) = &self.disk else { return };
         let demotions = &self.demotions;
+        let (Some(disk), true) = (&self.disk, demotions.is_needed()) else {
+            return;
+        };
         // Copying needs buffers too.
-        let wanted = bytes.saturating_add(demotions.window / 2);
+        let wanted = bytes.saturating_add((demotions.window / 2).min(BUFFERS_BYTES));
         let caught_up = async {
             loop {
                 let progress = demotions.progress.notified();
@@ -211,6 +229,8 @@ const WINDOW: u64 = 8;
 const LOOKS_PER_WINDOW: u64 = 4;
 /// Chunks on their way at once.
 const COPIES: usize = 4;
+/// More than the disk tier's writers need.
+const BUFFERS_BYTES: u64 = 8 << 20;
 /// How long a put waits for room that is being made. A device that stalls for longer
 /// costs chunks their place, not their writers more time.
 const PATIENCE: Duration = Duration::from_secs(1);

@@ -64,7 +64,7 @@ use crate::clock::Clock;
 use crate::config::DiskConfig;
 use crate::environment::Environment;
 use crate::events::EventLog;
-use crate::index::{Counters, Entry, Index, Worth, count};
+use crate::index::{self, Counters, Entry, Index, Worth, count};
 use crate::memory::MemoryTier;
 use crate::pins::{PinId, PinRefused};
 use crate::policy::ClassLimits;
@@ -805,7 +805,7 @@ impl Tier for DiskTier {
     }
 
     fn list(&self, after: Option<&ChunkKey>, limit: usize) -> Vec<Facts> {
-        self.0.lock().index.list(after, limit)
+        index::list(after, limit, |part| part(&self.0.lock().index))
     }
 
     fn usage(&self) -> Usage {

@@ -226,25 +226,6 @@ impl<E: Entry> Index<E> {
         self.entries.iter().flatten()
     }
 
-    /// At most `limit` chunks with keys after `after`, in the order of keys.
-    pub(crate) fn list(&self, after: Option<&ChunkKey>, limit: usize) -> Vec<Facts> {
-        let mut first: BTreeMap<&ChunkKey, &E> = BTreeMap::new();
-        for entry in self.iter() {
-            let key = entry.key();
-            if after.is_some_and(|after| key <= after) {
-                continue;
-            }
-            if first.len() >= limit {
-                match first.last_entry() {
-                    Some(last) if key < *last.key() => last.remove(),
-                    _ => continue,
-                };
-            }
-            first.insert(key, entry);
-        }
-        first.into_values().map(Entry::facts).collect()
-    }
-
     #[cfg(test)]
     pub(crate) fn allocated_bytes(&self) -> usize {
         self.entries.capacity() * size_of::<Option<E>>()
@@ -327,6 +308,43 @@ impl<E: Entry> Index<E> {
         }
     }
 }
+
+/// At most `limit` chunks with keys after `after`, in the order of keys. Looks at a part
+/// of the index at a time, each under a lock of its own that `locked` takes: nobody waits
+/// for all of it. What comes or goes meanwhile may be listed or not.
+pub(crate) fn list<E: Entry>(
+    after: Option<&ChunkKey>,
+    limit: usize,
+    locked: impl Fn(&mut dyn FnMut(&Index<E>)),
+) -> Vec<Facts> {
+    let mut first: BTreeMap<ChunkKey, Facts> = BTreeMap::new();
+    let (mut from, mut ended) = (0, limit == 0);
+    while !ended {
+        locked(&mut |index| {
+            let rest = index.entries.get(from..).unwrap_or(&[]);
+            let part = rest.get(..LIST_PART).unwrap_or(rest);
+            for entry in part.iter().flatten() {
+                let key = entry.key();
+                if after.is_some_and(|after| key <= after) {
+                    continue;
+                }
+                if first.len() >= limit {
+                    match first.last_entry() {
+                        Some(last) if key < last.key() => last.remove(),
+                        _ => continue,
+                    };
+                }
+                first.insert(*key, entry.facts());
+            }
+            from += part.len();
+            ended = part.is_empty();
+        });
+    }
+    first.into_values().collect()
+}
+
+/// Entries that are listed under one lock: well under a millisecond.
+const LIST_PART: usize = 4096;
 
 /// Whether a chunk may not be evicted now.
 fn is_exempt<E: Entry>(entries: &[Option<E>], pins: &Pins, slot: Slot) -> bool {

@@ -20,7 +20,7 @@ use crate::buffers::{Buffer, BufferError, Buffers};
 use crate::clock::Clock;
 use crate::config::MemoryConfig;
 use crate::events::EventLog;
-use crate::index::{Counters, Entry, Index, Worth, count};
+use crate::index::{self, Counters, Entry, Index, Worth, count};
 use crate::payload::{Payload, Received};
 use crate::pins::{PinId, PinRefused};
 use crate::policy::{ClassLimits, Prospect};
@@ -443,7 +443,7 @@ impl Tier for MemoryTier {
     }
 
     fn list(&self, after: Option<&ChunkKey>, limit: usize) -> Vec<Facts> {
-        self.0.lock().list(after, limit)
+        index::list(after, limit, |part| part(&self.0.lock()))
     }
 
     fn usage(&self) -> Usage {
@@ -583,6 +583,39 @@ mod tests {
         assert_eq!((tier.usage().corrupt, tier.usage().chunks), (1, 0));
         drop(reader);
         assert_eq!(tier.usage().bytes, 0);
+    }
+
+    #[test]
+    fn what_is_listed_in_parts_is_in_order_and_whole() {
+        const CHUNKS: u16 = 10_000;
+        let config = MemoryConfig::with_capacity(ByteSize::mib(16));
+        let tier = MemoryTier::new(&config, Clock::default(), EventLog::new());
+        let layout = KvLayout::new(1, 1, Planes::symmetric(1), 1, DType::F8E4m3).unwrap();
+        for number in 0..CHUNKS {
+            let mut key = [0; 32];
+            // Slots in another order than keys.
+            key[..2].copy_from_slice(&number.wrapping_mul(7919).to_be_bytes());
+            let layers = vec![Bytes::from_static(&[1, 2])];
+            let object = Object::raw(ChunkKey::from_bytes(key), &layout, layers).unwrap();
+            assert!(tier.publish(charge(&tier, object, None).unwrap(), 1));
+        }
+        let keys = |after: Option<ChunkKey>, limit| -> Vec<ChunkKey> {
+            let listed = tier.list(after.as_ref(), limit).into_iter();
+            listed.map(|facts| facts.key).collect()
+        };
+        let all = keys(None, usize::MAX);
+        assert_eq!(all.len(), usize::from(CHUNKS));
+        assert!(all.is_sorted());
+        let mut pages: Vec<ChunkKey> = Vec::new();
+        loop {
+            let page = keys(pages.last().copied(), 999);
+            if page.is_empty() {
+                break;
+            }
+            pages.extend(page);
+        }
+        assert_eq!(pages, all);
+        assert!(keys(None, 0).is_empty());
     }
 
     #[test]

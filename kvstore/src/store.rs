@@ -345,7 +345,7 @@ impl Store {
         }
         inner.memory.publish(Arc::clone(&chunk), 1);
         if disk.is_none() {
-            inner.demote_others(chunk.header());
+            inner.demote_later(&chunk);
         }
         Ok(Put {
             outcome: PutOutcome::Stored,

@@ -9,6 +9,7 @@ use anyhow::{Context as _, ensure};
 use bytes::Bytes;
 use futures::TryStreamExt as _;
 use kvasir_codec::Object;
+use kvasir_store::policy::PolicyKind;
 use kvasir_store::{DiskConfig, Lease, MemoryConfig, PutOutcome, Store, StoreConfig, TierKind};
 use kvasir_types::{ByteSize, LayerIdx, LayerRange};
 use rand::SeedableRng as _;
@@ -122,7 +123,11 @@ impl<'a> Bench<'a> {
     ) -> anyhow::Result<Self> {
         let memory = MEMORY_OBJECTS * Store::charged_bytes_of_raw(&size.layout);
         let config = StoreConfig {
-            memory: MemoryConfig::with_capacity(ByteSize::bytes(memory)),
+            memory: MemoryConfig {
+                // What is read in turn is never in memory when its turn comes.
+                policy: PolicyKind::Lru,
+                ..MemoryConfig::with_capacity(ByteSize::bytes(memory))
+            },
             disk: Some(DiskConfig {
                 // Nothing is evicted: a round of puts is trimmed by us, untimed.
                 capacity: DISK_CAPACITY,
@@ -243,9 +248,9 @@ fn device_read_bytes() -> anyhow::Result<u64> {
 
 /// A set that is read in a cycle has at least as many, so that none of them is still in
 /// memory when its turn comes.
-const SET_OBJECTS: u64 = 32;
+const SET_OBJECTS: u64 = 128;
 /// Of the memory tier: room for those in flight, and far fewer than the set has.
-const MEMORY_OBJECTS: u64 = 6;
+const MEMORY_OBJECTS: u64 = 64;
 const DISK_CAPACITY: ByteSize = ByteSize::gib(64);
 /// More make no difference: the device does not know what was written before.
 const PAYLOAD_OBJECTS: usize = 64;

@@ -10,6 +10,7 @@ mod recovery;
 
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use kvasir_codec::{Object, ObjectHeader};
@@ -63,6 +64,19 @@ fn on_disk(path: &Path) -> StoreConfig {
 async fn get(store: &Store, number: u8) -> Option<Vec<Bytes>> {
     let lease = store.lease(key(number)).await?;
     lease.read_layers(all()).await.ok()
+}
+
+/// Waits until chunks take so many bytes on disk: space is given back in the background.
+async fn disk_takes(store: &Store, bytes: u64) {
+    let begin = Instant::now();
+    while store.stats().disk.unwrap().bytes != bytes {
+        assert!(
+            begin.elapsed() < Duration::from_secs(10),
+            "{:?}",
+            store.stats()
+        );
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
 }
 
 /// Where a chunk's frame lies: found by looking for its header.
