@@ -17,7 +17,7 @@ VENV    ?= .venv
 help:
 	@echo "make demo    build, then answer questions with a computed and a fetched prefill"
 	@echo "make test    build and run every test"
-	@echo "make crash   1,000 power cuts, 1,000 kill -9, 1,000,000 reads of flipped bits (half an hour)"
+	@echo "make crash   1,000 power cuts, 1,000 kill -9, 1,000,000 reads of flipped bits (ten minutes)"
 	@echo "make soak    a daemon at the edge of its budgets for five minutes (MINUTES=60: an hour)"
 	@echo "make check   formatting, lints, documentation, dependency policy"
 	@echo "make check-deep  models of the store's concurrency; unsafe code under AddressSanitizer"
