@@ -128,17 +128,17 @@ async fn what_is_deleted_while_it_moves_stays_deleted() {
     let store = small(directory.path(), 16, Admission::All).await;
     for number in 0..200 {
         store.put_with(object(number), in_memory()).await.unwrap();
-        if let Some(victim) = number.checked_sub(13) {
+        if let Some(victim) = number.checked_sub(16) {
             assert!(store.delete(key(victim)).await.unwrap(), "{victim}");
             assert_eq!(tier_of(&store, victim), None);
         }
     }
-    for number in 0..187 {
+    for number in 0..184 {
         assert_eq!(tier_of(&store, number), None, "{number}");
     }
     close(store).await;
     let store = Store::open(on_disk(directory.path())).await.unwrap();
-    assert_eq!(store.stats().disk.unwrap().chunks, 13);
+    assert_eq!(store.stats().disk.unwrap().chunks, 16);
 }
 
 fn after(parent: Option<u8>) -> PutOptions {
