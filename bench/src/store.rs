@@ -65,8 +65,8 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context as _, bail};
-use clap::Args;
+use anyhow::{Context as _, bail, ensure};
+use clap::{Args, ValueEnum};
 use serde_json::json;
 use tokio::runtime::Handle;
 
@@ -82,6 +82,18 @@ pub(crate) struct Options {
     /// Default: `target` in the working directory, or that directory itself.
     #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
+    /// Only these sizes, such as `256KiB,1MiB`. Default: all.
+    #[arg(long, value_name = "SIZES", value_delimiter = ',')]
+    size: Vec<String>,
+    /// Only this tier. Default: both.
+    #[arg(long)]
+    tier: Option<Part>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Part {
+    Memory,
+    Disk,
 }
 
 /// How much is measured.
@@ -130,14 +142,22 @@ fn measure(options: &Options, quick: bool, tools: &Tools) -> anyhow::Result<Repo
     let workspace = Workspace::create(options.dir.as_deref())?;
     let mut report = Report::new("store");
     describe(&mut report, &effort, tools);
-    let sizes = payload::sizes()?;
-
-    let redis = RedisServer::start()?;
-    for size in &sizes {
-        memory::measure(&runtime, size, &redis, &effort, &mut report)?;
+    let mut sizes = Vec::from(payload::sizes()?);
+    for wanted in &options.size {
+        let known = sizes.iter().any(|size| size.name == wanted);
+        ensure!(known, "there are no objects of {wanted}");
     }
-    drop(redis);
+    sizes.retain(|size| options.size.is_empty() || options.size.iter().any(|it| it == size.name));
 
+    if options.tier != Some(Part::Disk) {
+        let redis = RedisServer::start()?;
+        for size in &sizes {
+            memory::measure(&runtime, size, &redis, &effort, &mut report)?;
+        }
+    }
+    if options.tier == Some(Part::Memory) {
+        return Ok(report);
+    }
     let sets = sizes
         .iter()
         .map(|size| disk::set_bytes(size, effort.disk_set_bytes));

@@ -54,7 +54,6 @@ use tokio::sync::Semaphore;
 use self::catalog::{Catalog, LegacyRecord, Record};
 pub use self::medium::{DirectIo, Medium, MediumFile};
 pub(crate) use self::reader::DiskReader;
-use self::reader::Hold;
 use self::segment::{Location, SegmentId, frame_bytes};
 use self::segments::{AppendError, Segments, Unsynced};
 use crate::blocking::blocking;
@@ -377,25 +376,6 @@ impl DiskTier {
             })
             .await??;
         Ok(written)
-    }
-
-    /// Opens a chunk; `None` is a miss.
-    pub(crate) async fn reader(&self, key: ChunkKey) -> Result<Option<DiskReader>, DeviceError> {
-        let entry = self.0.lock().hold(&key, self.0.clock.now());
-        let reader = match entry {
-            Some(entry) => {
-                let hold = Hold::new(self.clone(), &entry);
-                let tier = self.clone();
-                self.run(move |_| tier.open_held(hold)).await??
-            }
-            None => None,
-        };
-        count(if reader.is_some() {
-            &self.0.counters.hits
-        } else {
-            &self.0.counters.misses
-        });
-        Ok(reader)
     }
 
     pub(crate) fn contains(&self, key: &ChunkKey) -> bool {

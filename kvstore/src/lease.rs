@@ -24,7 +24,8 @@ use crate::tier::{ChunkReader, ReadError, TierKind};
 /// When all layers of a chunk on disk were read through one lease, the chunk is
 /// copied into memory, if there is room. The copy costs nothing: memory keeps the
 /// bytes that the reader got. Until then they take half of the memory at most, and
-/// go before anyone is refused memory.
+/// go before anyone is refused memory. So do the layers of a small chunk, which are read
+/// ahead, all at once.
 #[derive(Debug)]
 pub struct Lease {
     source: Source,
@@ -42,11 +43,8 @@ impl Lease {
         Self::new(Source::Memory(reader), store)
     }
 
-    pub(crate) fn disk(reader: DiskReader, store: Arc<Inner>) -> Self {
-        let header = reader.header();
-        store.demote_others(header);
-        let promotions = store.memory.promotions();
-        let promotion = promotions.begin(header.layout().layers(), header.payload_bytes());
+    pub(crate) fn disk(reader: DiskReader, promotion: Arc<Promotion>, store: Arc<Inner>) -> Self {
+        store.demote_others(reader.header());
         Self::new(Source::Disk(reader, promotion), store)
     }
 
@@ -66,7 +64,10 @@ impl Lease {
             Source::Memory(reader) => return reader.read_layers(range).await,
             Source::Disk(reader, promotion) => (reader, promotion),
         };
-        let layers = reader.read(range).await?;
+        let layers = match promotion.get(range) {
+            Some(layers) => reader.check(range, layers).await?,
+            None => reader.read(range).await?,
+        };
         let bytes = layers.iter().map(ChargedBytes::share).collect();
         if let Some(layers) = promotion.add(range, layers) {
             self.store.promote(reader, layers);

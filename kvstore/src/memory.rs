@@ -197,10 +197,19 @@ impl MemoryTier {
     /// # Errors
     /// Everything that could be evicted would not be enough; then nothing is.
     pub fn reserve(&self, bytes: u64) -> Result<Reservation, Throttled> {
+        self.evict_until(bytes, || self.0.budget.try_reserve(bytes))
+    }
+
+    /// Evicts until `attempt`, at something that takes `bytes`, succeeds.
+    fn evict_until<T>(
+        &self,
+        bytes: u64,
+        mut attempt: impl FnMut() -> Option<T>,
+    ) -> Result<T, Throttled> {
         let shared = &*self.0;
         loop {
-            if let Some(reservation) = shared.budget.try_reserve(bytes) {
-                return Ok(reservation);
+            if let Some(done) = attempt() {
+                return Ok(done);
             }
             let throttled = shared.budget.throttled(bytes);
             if bytes > throttled.capacity {
@@ -229,13 +238,19 @@ impl MemoryTier {
     /// A buffer of `bytes`, a multiple of a block, for a device to read into or write
     /// from; paid for. Evicts what it must.
     pub(crate) fn buffer(&self, bytes: u64) -> Result<Buffer, BufferError> {
-        let buffers = &self.0.buffers;
+        let Shared {
+            buffers, budget, ..
+        } = &*self.0;
         let len = usize::try_from(bytes).unwrap_or(usize::MAX);
-        if let Some(buffer) = buffers.reuse(len) {
-            return Ok(buffer);
+        let found = self.evict_until(bytes, || match buffers.reuse(len) {
+            Some(buffer) => Some(Ok(buffer)),
+            // What was just evicted left a buffer, as a rule.
+            None => budget.try_reserve(bytes).map(Err),
+        });
+        match found.map_err(BufferError::Throttled)? {
+            Ok(buffer) => Ok(buffer),
+            Err(reservation) => buffers.create(reservation).map_err(BufferError::Io),
         }
-        let reservation = self.reserve(bytes).map_err(BufferError::Throttled)?;
-        buffers.create(reservation).map_err(BufferError::Io)
     }
 
     pub(crate) fn promotions(&self) -> &Promotions {
@@ -472,7 +487,7 @@ impl MemoryReader {
             layers: header.layout().layers(),
         })?;
         let bytes: u64 = entries.iter().map(|entry| entry.len).sum();
-        let verified = if bytes <= INLINE_VERIFY_BYTES {
+        let verified = if bytes <= INLINE_VERIFY_BYTES as u64 {
             self.chunk.verified(range)
         } else {
             let chunk = Arc::clone(&self.chunk);
@@ -521,7 +536,7 @@ const USUAL_BUFFER_BYTES: u64 = 256 << 10;
 
 /// Verifying this much takes some 100 µs from DRAM: about what handing it to
 /// another thread and being woken again costs on a busy machine.
-const INLINE_VERIFY_BYTES: u64 = 1 << 20;
+pub(crate) const INLINE_VERIFY_BYTES: usize = 1 << 20;
 
 /// Which part of the budget buffers may take that nobody uses.
 const IDLE_SHARE: u64 = 16;

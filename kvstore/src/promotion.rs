@@ -58,26 +58,56 @@ impl Promotions {
     }
 }
 
-/// The layers that a lease has read so far.
+/// The layers that a lease has read so far, or read ahead.
 #[derive(Debug)]
 pub(crate) struct Promotion(Mutex<Gathered>);
 
 #[derive(Debug)]
 struct Gathered {
-    layers: Vec<Option<ChargedBytes>>,
+    layers: Vec<Slot>,
     /// `None` where nothing is gathered: done, or the memory was needed.
     promise: Option<Reservation>,
+}
+
+#[derive(Clone, Debug, Default)]
+struct Slot {
+    bytes: Option<ChargedBytes>,
+    /// Whether the holder of the lease asked for it, and it was verified.
+    read: bool,
 }
 
 impl Promotion {
     fn new(layers: u16, promise: Option<Reservation>) -> Self {
         Self(Mutex::new(Gathered {
-            layers: vec![None; usize::from(layers)],
+            layers: vec![Slot::default(); usize::from(layers)],
             promise,
         }))
     }
 
-    /// Keeps `layers`; gives all of them, once, when none is missing.
+    pub(crate) fn gathers(&self) -> bool {
+        self.lock().promise.is_some()
+    }
+
+    /// Keeps all layers, of which none was asked for yet.
+    pub(crate) fn read_ahead(&self, layers: Vec<ChargedBytes>) {
+        let mut gathered = self.lock();
+        if gathered.promise.is_none() {
+            return;
+        }
+        for (slot, bytes) in gathered.layers.iter_mut().zip(layers) {
+            slot.bytes = Some(bytes);
+        }
+    }
+
+    /// The layers of `range`, where all of them were read ahead or before. Unverified.
+    pub(crate) fn get(&self, range: LayerRange) -> Option<Vec<ChargedBytes>> {
+        let gathered = self.lock();
+        let range = usize::from(range.start())..usize::from(range.end());
+        let slots = gathered.layers.get(range)?.iter();
+        slots.map(|slot| slot.bytes.clone()).collect()
+    }
+
+    /// Keeps `layers`; gives all of them, once, when none is left to be read.
     pub(crate) fn add(
         &self,
         range: LayerRange,
@@ -86,14 +116,18 @@ impl Promotion {
         let mut gathered = self.lock();
         gathered.promise.as_ref()?;
         let slots = gathered.layers.iter_mut().skip(range.start().into());
-        for (slot, layer) in slots.zip(layers) {
-            *slot = Some(layer);
+        for (slot, bytes) in slots.zip(layers) {
+            *slot = Slot {
+                bytes: Some(bytes),
+                read: true,
+            };
         }
-        if gathered.layers.iter().any(Option::is_none) {
+        if !gathered.layers.iter().all(|slot| slot.read) {
             return None;
         }
         gathered.promise = None;
-        std::mem::take(&mut gathered.layers).into_iter().collect()
+        let layers = std::mem::take(&mut gathered.layers).into_iter();
+        layers.map(|slot| slot.bytes).collect()
     }
 
     fn abandon(&self) -> bool {
@@ -101,7 +135,7 @@ impl Promotion {
         gathered.promise = None;
         std::mem::take(&mut gathered.layers)
             .iter()
-            .any(Option::is_some)
+            .any(|slot| slot.bytes.is_some())
     }
 
     fn lock(&self) -> MutexGuard<'_, Gathered> {

@@ -364,8 +364,11 @@ impl Store {
             }
             return Some(Lease::memory(reader, Arc::clone(inner)));
         }
-        match inner.disk.as_ref()?.reader(key).await {
-            Ok(reader) => Some(Lease::disk(reader?, Arc::clone(inner))),
+        match inner.disk.as_ref()?.lease(key).await {
+            Ok(leased) => {
+                let (reader, promotion) = leased?;
+                Some(Lease::disk(reader, promotion, Arc::clone(inner)))
+            }
             Err(error) => {
                 tracing::warn!(%key, %error, "cannot open a chunk; treated as a miss");
                 None

@@ -11,11 +11,14 @@ use kvasir_types::{ChunkKey, LayerIdx, LayerRange};
 use rustix::io::Errno;
 
 use super::medium::{MediumFile, read_full};
-use super::segment::{BLOCK_BYTES, Location, framed_header_bytes};
+use super::segment::{BLOCK_BYTES, Location, frame_bytes, framed_header_bytes};
 use super::{DiskEntry, DiskTier, Shared};
+use crate::blocking::blocking;
 use crate::budget::ChargedBytes;
 use crate::buffers::Buffer;
 use crate::index::count;
+use crate::memory::INLINE_VERIFY_BYTES;
+use crate::promotion::Promotion;
 use crate::tier::{ChunkReader, DeviceError, Facts, ReadError, TierKind};
 
 /// A chunk whose frame stays where it is until this is dropped.
@@ -47,6 +50,22 @@ impl Hold {
     fn key(&self) -> &ChunkKey {
         &self.facts.key
     }
+
+    fn frame_bytes(&self) -> u64 {
+        frame_bytes(self.facts.layout.layers(), self.facts.bytes)
+    }
+
+    fn payload_bytes(&self) -> u64 {
+        let header = ObjectHeader::header_bytes(self.facts.layout.layers());
+        self.facts.bytes.saturating_sub(header as u64)
+    }
+}
+
+/// A frame that was opened.
+struct Opened {
+    reader: DiskReader,
+    /// All layers, unverified, where they were read too.
+    layers: Option<Vec<ChargedBytes>>,
 }
 
 impl Drop for Hold {
@@ -65,11 +84,75 @@ impl Drop for Hold {
 }
 
 impl DiskTier {
+    /// Opens a chunk; `None` is a miss. Where its promotion to memory may gather, a small
+    /// chunk is read whole: the device is asked once, not twice or once a layer.
+    pub(crate) async fn lease(
+        &self,
+        key: ChunkKey,
+    ) -> Result<Option<(DiskReader, Arc<Promotion>)>, DeviceError> {
+        let Some(hold) = self.hold(&key) else {
+            return Ok(None);
+        };
+        let memory = &self.0.memory;
+        let promotion = memory
+            .promotions()
+            .begin(hold.facts.layout.layers(), hold.payload_bytes());
+        let whole = match hold.frame_bytes() {
+            bytes if bytes <= READ_WHOLE_BYTES && promotion.gathers() => memory.buffer(bytes).ok(),
+            _ => None,
+        };
+        let Some(opened) = self.open_held(hold, whole).await? else {
+            return Ok(None);
+        };
+        if let Some(layers) = opened.layers {
+            promotion.read_ahead(layers);
+        }
+        Ok(Some((opened.reader, promotion)))
+    }
+
+    /// Opens a chunk without reading more than its header.
+    pub(super) async fn reader(&self, key: ChunkKey) -> Result<Option<DiskReader>, DeviceError> {
+        let Some(hold) = self.hold(&key) else {
+            return Ok(None);
+        };
+        let opened = self.open_held(hold, None).await?;
+        Ok(opened.map(|opened| opened.reader))
+    }
+
+    fn hold(&self, key: &ChunkKey) -> Option<Hold> {
+        let entry = self.0.lock().hold(key, self.0.clock.now());
+        if entry.is_none() {
+            count(&self.0.counters.misses);
+        }
+        Some(Hold::new(self.clone(), &entry?))
+    }
+
+    async fn open_held(
+        &self,
+        hold: Hold,
+        whole: Option<Buffer>,
+    ) -> Result<Option<Opened>, DeviceError> {
+        let tier = self.clone();
+        let opened = self
+            .run(move |_| tier.open_whole_or_head(hold, whole))
+            .await??;
+        count(if opened.is_some() {
+            &self.0.counters.hits
+        } else {
+            &self.0.counters.misses
+        });
+        Ok(opened)
+    }
+
     /// Opens and checks a held frame. One that is not what the index says is dropped
-    /// and a miss. Blocks.
-    pub(super) fn open_held(&self, hold: Hold) -> Result<Option<DiskReader>, DeviceError> {
+    /// and a miss. A buffer of the frame's size takes all of it at once.
+    fn open_whole_or_head(
+        &self,
+        hold: Hold,
+        whole: Option<Buffer>,
+    ) -> Result<Option<Opened>, DeviceError> {
         let shared = &*self.0;
-        let (file, header) = match shared.open_frame(&hold) {
+        let (file, head, payload) = match shared.open_frame(&hold, whole) {
             Ok(opened) => opened,
             Err(error) => {
                 count(&shared.counters.failures);
@@ -77,15 +160,20 @@ impl DiskTier {
                 return Err(error.into());
             }
         };
-        let Some(header) = header else {
+        let Some(header) = header_of(&hold.facts, &head) else {
             shared.discard_corrupt(hold.key(), hold.location);
             return Ok(None);
         };
-        Ok(Some(DiskReader {
+        let reader = DiskReader {
             file,
             header: Arc::new(header),
             hold: Arc::new(hold),
-        }))
+        };
+        let layers = match (payload, LayerRange::new(0, reader.header.layout().layers())) {
+            (Some(payload), Ok(all)) => Some(reader.cut(all, payload)),
+            _ => None,
+        };
+        Ok(Some(Opened { reader, layers }))
     }
 }
 
@@ -99,25 +187,39 @@ impl Shared {
         self.discard_corrupt(hold.key(), hold.location);
     }
 
-    fn open_frame(&self, hold: &Hold) -> io::Result<(Arc<dyn MediumFile>, Option<ObjectHeader>)> {
-        let facts = &hold.facts;
+    /// What a frame starts with and, where there is a buffer for it, the rest.
+    fn open_frame(
+        &self,
+        hold: &Hold,
+        whole: Option<Buffer>,
+    ) -> io::Result<(Arc<dyn MediumFile>, Bytes, Option<Bytes>)> {
         let file = self.segments.file(hold.location.segment)?;
-        let len = framed_header_bytes(facts.layout.layers());
-        let mut block = AlignedBuffer::zeroed(usize::try_from(len).unwrap_or(usize::MAX))?;
-        let read = read_full(&*file, &mut block, hold.location.offset())?;
-        let header = match ObjectHeader::parse(&block[..read]) {
-            Ok((header, _)) => header,
-            Err(error) => {
-                tracing::warn!(key = %facts.key, %error, "a stored header is corrupt");
-                return Ok((file, None));
-            }
+        let len = framed_header_bytes(hold.facts.layout.layers());
+        let len = usize::try_from(len).unwrap_or(usize::MAX);
+        let start = hold.location.offset();
+        let Some(mut buffer) = whole else {
+            let mut block = AlignedBuffer::zeroed(len)?;
+            let read = read_full(&*file, &mut block, start)?;
+            return Ok((file, Bytes::from_owner(block).slice(..read), None));
         };
-        if let Err(error) = header.verify(&facts.key, &facts.layout_digest) {
-            tracing::warn!(key = %facts.key, %error, "a frame holds something else");
-            return Ok((file, None));
-        }
-        Ok((file, Some(header)))
+        let read = read_full(&*file, buffer.as_mut(), start)?;
+        let mut head = Bytes::from_owner(buffer).slice(..read);
+        let payload = head.split_off(len.min(read));
+        Ok((file, head, Some(payload)))
     }
+}
+
+/// The header that `head` starts with, if it is that of a held chunk.
+fn header_of(facts: &Facts, head: &[u8]) -> Option<ObjectHeader> {
+    let key = &facts.key;
+    match ObjectHeader::parse(head) {
+        Err(error) => tracing::warn!(%key, %error, "a stored header is corrupt"),
+        Ok((header, _)) => match header.verify(key, &facts.layout_digest) {
+            Err(error) => tracing::warn!(%key, %error, "a frame holds something else"),
+            Ok(()) => return Some(header),
+        },
+    }
+    None
 }
 
 impl DiskReader {
@@ -145,9 +247,25 @@ impl DiskReader {
         let reader = self.clone();
         tier.run(move |shared| {
             let bytes = reader.read_blocks(shared, buffer, start)?;
-            reader.verified(shared, range, bytes.slice(skip.min(bytes.len())..))
+            let layers = reader.cut(range, bytes.slice(skip.min(bytes.len())..));
+            reader.verified(shared, range, layers)
         })
         .await?
+    }
+
+    /// `layers`, which were read when this was opened, once they are verified.
+    pub(crate) async fn check(
+        &self,
+        range: LayerRange,
+        layers: Vec<ChargedBytes>,
+    ) -> Result<Vec<ChargedBytes>, ReadError> {
+        let bytes: usize = layers.iter().map(|layer| layer.as_ref().len()).sum();
+        let shared = Arc::clone(&self.hold.tier.0);
+        if bytes <= INLINE_VERIFY_BYTES {
+            return self.verified(&shared, range, layers);
+        }
+        let reader = self.clone();
+        blocking(move || reader.verified(&shared, range, layers)).await?
     }
 
     /// As many bytes from `start` as fit into the buffer and as the file has.
@@ -168,22 +286,26 @@ impl DiskReader {
     }
 
     /// Cuts `bytes`, which start with the first layer of `range`, into layers.
+    fn cut(&self, range: LayerRange, mut bytes: Bytes) -> Vec<ChargedBytes> {
+        let layers = range.iter().map(|layer| {
+            let entry = self.header.layer(LayerIdx(layer));
+            // Where the file ends early, less than a layer: the check finds it.
+            let len = entry.map_or(0, |entry| usize::try_from(entry.len).unwrap_or(usize::MAX));
+            ChargedBytes::prepaid(bytes.split_to(len.min(bytes.len())))
+        });
+        layers.collect()
+    }
+
     fn verified(
         &self,
         shared: &Shared,
         range: LayerRange,
-        mut bytes: Bytes,
+        layers: Vec<ChargedBytes>,
     ) -> Result<Vec<ChargedBytes>, ReadError> {
-        let mut layers = Vec::with_capacity(usize::from(range.len()));
-        for layer in range.iter().map(LayerIdx) {
-            let len = self.header.layer(layer).map_or(0, |entry| entry.len);
-            // Where the file ends early, less than a layer: the check finds it.
-            let len = usize::try_from(len).unwrap_or(usize::MAX).min(bytes.len());
-            let payload = bytes.split_to(len);
-            if let Err(cause) = self.header.verify_layer(layer, &payload) {
+        for (layer, bytes) in range.iter().zip(&layers) {
+            if let Err(cause) = self.header.verify_layer(LayerIdx(layer), bytes.as_ref()) {
                 return Err(self.corrupt(shared, cause));
             }
-            layers.push(ChargedBytes::prepaid(payload));
         }
         Ok(layers)
     }
@@ -228,3 +350,7 @@ fn is_shortage(error: &io::Error) -> bool {
         .map(Some)
         .contains(&error.raw_os_error())
 }
+
+/// Frames up to this size are read whole when they are leased: up to here, waiting for the
+/// device once more takes a tenth of the time that the payload does, or more.
+const READ_WHOLE_BYTES: u64 = 2 << 20;

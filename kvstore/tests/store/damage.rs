@@ -1,10 +1,11 @@
 //! Frames that are not what they should be: always a miss, counted, and then gone.
 
 use std::fs;
+use std::path::Path;
 
 use kvasir_codec::{Object, ObjectHeader};
-use kvasir_store::{PutOutcome, ReadError, Store};
-use kvasir_types::{DType, KvLayout, LayerRange, Planes};
+use kvasir_store::{PutOutcome, ReadError, Store, StoreConfig};
+use kvasir_types::{ByteSize, DType, KvLayout, LayerRange, Planes};
 
 use crate::{
     FRAME, Frame, PAYLOAD, all, close, disk_takes, get, key, layout, object, object_of, on_disk,
@@ -113,6 +114,13 @@ async fn a_segment_that_vanished() {
     disk_takes(&store, FRAME as u64).await;
 }
 
+/// With room for a chunk in memory, and no more.
+fn reading_nothing_ahead(path: &Path) -> StoreConfig {
+    let mut config = on_disk(path);
+    config.memory.capacity = ByteSize::bytes(FRAME as u64 * 3 / 2);
+    config
+}
+
 /// Damage after the chunk was opened: the layer that is bad fails, and only then
 /// is the chunk gone.
 #[tokio::test]
@@ -121,7 +129,9 @@ async fn damage_behind_an_open_lease() {
     let store = Store::open(on_disk(directory.path())).await.unwrap();
     let _ = store.put(object(1)).await.unwrap();
     close(store).await;
-    let store = Store::open(on_disk(directory.path())).await.unwrap();
+    let store = Store::open(reading_nothing_ahead(directory.path()))
+        .await
+        .unwrap();
     let lease = store.lease(key(1)).await.unwrap();
     Frame::of(directory.path(), 1).flip(FRAME - 1);
 
@@ -139,6 +149,28 @@ async fn damage_behind_an_open_lease() {
     assert_eq!(store.stats().disk.unwrap().corrupt, 1);
 }
 
+/// A small chunk is read when it is leased, and verified when it is asked for.
+#[tokio::test]
+async fn damage_behind_a_lease_that_read_ahead() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = Store::open(on_disk(directory.path())).await.unwrap();
+    let _ = store.put(object(1)).await.unwrap();
+    let _ = store.put(object(2)).await.unwrap();
+    close(store).await;
+    let store = Store::open(on_disk(directory.path())).await.unwrap();
+    let early = store.lease(key(1)).await.unwrap();
+    for number in [1, 2] {
+        Frame::of(directory.path(), number).flip(FRAME - 1);
+    }
+    let late = store.lease(key(2)).await.unwrap();
+    assert_eq!(early.read_layers(all()).await.unwrap(), object(1).layers());
+    let error = late.read_layers(all()).await.unwrap_err();
+    assert!(matches!(error, ReadError::Corrupt { .. }), "{error}");
+    assert_eq!(store.lookup(&[key(1)]).prefix, 1);
+    assert_eq!(store.lookup(&[key(2)]).prefix, 0);
+    assert_eq!(store.stats().disk.unwrap().corrupt, 1);
+}
+
 /// The old reader of a bad copy must not take down a good one that replaced it.
 #[tokio::test]
 async fn a_stale_lease_does_not_drop_a_newer_copy() {
@@ -146,7 +178,9 @@ async fn a_stale_lease_does_not_drop_a_newer_copy() {
     let store = Store::open(on_disk(directory.path())).await.unwrap();
     let _ = store.put(object(1)).await.unwrap();
     close(store).await;
-    let store = Store::open(on_disk(directory.path())).await.unwrap();
+    let store = Store::open(reading_nothing_ahead(directory.path()))
+        .await
+        .unwrap();
     let stale = store.lease(key(1)).await.unwrap();
     Frame::of(directory.path(), 1).flip(PAYLOAD);
     assert!(store.delete(key(1)).await.unwrap());
