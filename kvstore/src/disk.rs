@@ -3,7 +3,7 @@
 //! ```text
 //! LOCK            held while a daemon uses the directory
 //! catalog/        RocksDB: key and place → layout, level, size
-//! segments/       append-only files of many chunks each, written and read past
+//! segments/       files of many chunks each, written and read past
 //!                 the page cache
 //! ```
 //!
@@ -17,13 +17,17 @@
 //! Why payload is not in RocksDB: its blob files gave 0.2 to 0.6 GB/s of CPU time on a
 //! disk that reads and writes 1.2 to 1.9 GB/s past the page cache.
 //!
-//! Evicted chunks leave holes in their segments, so their space is free at once and
-//! nothing is copied to reclaim it. While a reader holds a frame, its hole waits.
+//! The frames of evicted chunks are written again, in place: nothing is copied to reclaim
+//! space, and a sync of what lay there before costs less than one of what is new. While a
+//! reader holds a frame, it waits. A place is free once the record of what lay there is
+//! deleted, in the order of the catalog's log, so no record outlives its frame and claims
+//! the next one. Should a power cut lose the deletion, it also loses the next record, and
+//! a frame that was half overwritten by then fails its check.
 //!
 //! All file and catalog work runs on blocking threads, at most `io-depth` at once,
 //! and each step runs to its end even when its caller goes away. A key has one writer
-//! at a time. Copies of a chunk never share a place or a record, so whoever deletes
-//! an old one cannot touch a new one.
+//! at a time. The record of a place is deleted before the place is used again, so whoever
+//! deletes an old copy cannot touch a new one.
 //!
 //! Not here: the payload format (`kvasir_codec`), read buffers ([`MemoryTier`]).
 
@@ -36,6 +40,7 @@ mod reader;
 mod recover;
 mod segment;
 mod segments;
+mod space;
 
 use std::collections::HashMap;
 use std::fs::{self, File, TryLockError};
@@ -530,7 +535,7 @@ impl Shared {
         worth: &Worth,
         bytes: u64,
     ) -> Result<Written, DeviceError> {
-        let mut evicted = false;
+        let mut failures = 0;
         loop {
             let space = match self.make_room(bytes)? {
                 Ok(space) => space,
@@ -544,12 +549,16 @@ impl Shared {
                 // than what is left.
                 Err(DeviceError::Io(error)) if is_full(&error) => {
                     tracing::warn!(%error, "the file system has less room than the capacity");
-                    if !evicted && self.evict(bytes)? {
-                        evicted = true;
-                        continue;
+                    failures += 1;
+                    match failures {
+                        // What goes leaves a place of the right size, as a rule.
+                        1 if self.evict(bytes)? => (),
+                        1 | 2 => self.segments.give_back_spares()?,
+                        _ => {
+                            count(&self.counters.throttled);
+                            return Ok(Written::Throttled(self.budget.throttled(bytes)));
+                        }
                     }
-                    count(&self.counters.throttled);
-                    return Ok(Written::Throttled(self.budget.throttled(bytes)));
                 }
                 written => return written,
             }
@@ -564,7 +573,7 @@ impl Shared {
         worth: &Worth,
         space: Reservation,
     ) -> Result<Written, DeviceError> {
-        let frame = match self.segments.append(&header.encode(), layers) {
+        let frame = match self.segments.write(&header.encode(), layers) {
             Ok(frame) => frame,
             Err(AppendError::Throttled(throttled)) => return Ok(Written::Throttled(throttled)),
             Err(AppendError::Io(error)) => return Err(error.into()),
@@ -582,7 +591,7 @@ impl Shared {
         let entry = self.lock().entry(&record);
         match (committed, entry) {
             (Ok(()), Some(entry)) => {
-                self.segments.keep(frame);
+                self.segments.keep(&frame);
                 space.into_bytes();
                 self.lock().index.insert(entry, worth, self.clock.now());
                 count(&self.counters.writes);
@@ -592,7 +601,7 @@ impl Shared {
                 // What cannot be removed now is swept at the next start.
                 let key = Record::key_of(&record.key, record.location);
                 let _ = self.catalog.delete(&key, true);
-                self.segments.abandon(frame);
+                self.segments.abandon(&frame);
                 committed.and(Err(io::Error::from(io::ErrorKind::FileTooLarge).into()))
             }
         }
@@ -655,6 +664,10 @@ impl Shared {
     /// gives its space back. Tries both.
     fn retire(&self, entry: &DiskEntry, sync: bool) -> Result<(), DeviceError> {
         let forgotten = self.catalog.delete(entry.record_key().as_ref(), sync);
+        if forgotten.is_err() {
+            // The record would claim whatever lay in its place at the next start.
+            self.segments.spoil(entry.location.segment);
+        }
         let freed = match entry.readers {
             0 => self.free(entry),
             _ => Ok(()),
@@ -715,6 +728,7 @@ impl Shared {
         };
         let Some(entry) = entry else { return };
         count(&self.counters.corrupt);
+        self.segments.spoil(entry.location.segment);
         if let Err(error) = self.retire(&entry, true) {
             self.warn_of_leftover(&entry, &error);
         }

@@ -6,7 +6,7 @@
 //!
 //! A record's key is the chunk key, then segment and block, big-endian, `u32` each: the
 //! place is part of it, so that deleting an old copy of a chunk cannot touch the record
-//! of a new one, whoever comes first. Its value, little-endian: version `u8` = 2, level
+//! of a new one elsewhere, whoever comes first. Its value, little-endian: version `u8` = 2, level
 //! code `u8`, layout (16), object bytes `u64`, when written `u64`: nanoseconds since 1970,
 //! or one more than the record before it where the clock stands still or goes back;
 //! then what the writer told: class `u8`, recompute `u32` (0: nothing), and the key of

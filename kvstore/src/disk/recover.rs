@@ -7,6 +7,7 @@
 //!
 //! No frame is read: a damaged one is found, and dropped, when it is asked for.
 
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
@@ -73,7 +74,8 @@ pub(super) fn recover(
         catalog.delete(&Record::key_of(&record.key, record.location), false)?;
         swept.records += 1;
     }
-    records.sort_unstable_by_key(|record| record.location);
+    // Of two that claim a place, the newest is right.
+    records.sort_unstable_by_key(|record| (record.location, Reverse(record.created)));
     // Where the records of each segment lie.
     let mut segments: BTreeMap<SegmentId, Range<usize>> = BTreeMap::new();
     for (at, record) in records.iter().enumerate() {

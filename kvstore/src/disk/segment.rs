@@ -15,8 +15,8 @@
 //! The rest of the block is zero. Frames follow, each at a multiple of a block: the
 //! header of a stored object ([`ObjectHeader`], which repeats magic, version, key,
 //! layout digest and a checksum for itself and for every layer), padded to a block,
-//! then the payload, padded to a block. A frame is written once and never moved; where
-//! it lies is in the catalog. Frames that were deleted are holes.
+//! then the payload, padded to a block. A frame never moves; where it lies is in the
+//! catalog. What lies between frames is a hole, or was a frame.
 
 #![deny(clippy::indexing_slicing)]
 
@@ -35,7 +35,7 @@ pub(super) struct SegmentId(pub(super) u32);
 /// Names a directory, so that files which were copied here from another are known.
 pub(super) type StoreId = [u8; 16];
 
-/// Where a frame lies. No place is used twice.
+/// Where a frame lies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) struct Location {
     pub(super) segment: SegmentId,

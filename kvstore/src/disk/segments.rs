@@ -1,12 +1,9 @@
-//! The segment files of one directory: who writes where, and what is free again.
+//! The segment files of one directory: frames are written, synced and freed here.
 //!
-//! Segments are append-only. Every writer has one to itself, so writers never wait
-//! for each other, and a failure spoils one file. A segment that is full, or in which
-//! a write failed, is never written again; after a start all are. The space of a
-//! frame is given back as a hole, at once and without moving any other; a file
-//! without live frames is deleted.
+//! Where they go is decided in [`Space`]: in the place of a freed frame of the same size,
+//! or at the end of a segment that nobody else writes. After a start nothing is free but
+//! what lies beyond the stored frames, and new segments are begun.
 
-use std::collections::HashMap;
 use std::io;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
@@ -18,6 +15,7 @@ use lru::LruCache;
 
 use super::medium::{Medium, MediumFile, write_full};
 use super::segment::{self, BLOCK, BLOCK_BYTES, Location, SegmentId, StoreId};
+use super::space::{Space, Surplus};
 use crate::budget::Throttled;
 use crate::buffers::{Buffer, BufferError};
 use crate::memory::MemoryTier;
@@ -28,6 +26,7 @@ pub(super) struct Segments {
     medium: Arc<dyn Medium>,
     root: PathBuf,
     store: StoreId,
+    capacity: u64,
     segment_bytes: u64,
     /// Pays for the buffers that frames are written from.
     memory: MemoryTier,
@@ -36,33 +35,15 @@ pub(super) struct Segments {
 
 #[derive(Debug)]
 struct State {
-    next: SegmentId,
-    segments: HashMap<SegmentId, Segment>,
-    /// Writers that nobody uses right now.
-    writers: Vec<Writer>,
+    space: Space,
     files: LruCache<SegmentId, Arc<dyn MediumFile>>,
 }
 
-#[derive(Clone, Copy, Debug, Default)]
-struct Segment {
-    /// Bytes of frames that are stored or being written.
-    live_bytes: u64,
-    /// Whether a writer may still add frames.
-    open: bool,
-}
-
-/// The right to append to one segment.
-#[derive(Debug)]
-pub(super) struct Writer {
-    id: SegmentId,
-    file: Arc<dyn MediumFile>,
-    next_block: u32,
-}
-
-/// A frame that was written and not yet synced.
+/// A frame that was not synced yet. Nobody else writes its segment until it is
+/// [kept](Segments::keep) or [abandoned](Segments::abandon).
 #[derive(Debug)]
 pub(super) struct Unsynced {
-    writer: Writer,
+    file: Arc<dyn MediumFile>,
     pub(super) location: Location,
     bytes: u64,
 }
@@ -76,8 +57,9 @@ pub(super) enum AppendError {
 }
 
 impl Segments {
-    /// Over `root`, which exists. `live` tells for each segment found there how many
-    /// bytes of its frames are stored; `next` is greater than any number in use.
+    /// Over `root`, which exists, with at most `capacity` bytes of frames. `live` tells
+    /// for each segment found there how many bytes of its frames are stored; `next` is
+    /// greater than any number in use.
     pub(super) fn new(
         medium: Arc<dyn Medium>,
         root: PathBuf,
@@ -87,80 +69,74 @@ impl Segments {
         live: impl IntoIterator<Item = (SegmentId, u64)>,
         next: SegmentId,
     ) -> Self {
-        let segments = live.into_iter().map(|(id, live_bytes)| {
-            let open = false;
-            (id, Segment { live_bytes, open })
-        });
         Self {
             medium,
             root,
             store,
+            capacity,
             segment_bytes: (capacity / SEGMENTS).clamp(SEGMENT_BYTES, MAX_SEGMENT_BYTES),
             memory,
             state: Mutex::new(State {
-                next,
-                segments: segments.collect(),
-                writers: Vec::new(),
+                space: Space::new(live, next),
                 files: LruCache::new(OPEN_FILES),
             }),
         }
     }
 
     /// Writes a frame. It is neither durable nor known to anyone yet. Blocks.
-    pub(super) fn append(&self, header: &[u8], layers: &[Bytes]) -> Result<Unsynced, AppendError> {
+    pub(super) fn write(&self, header: &[u8], layers: &[Bytes]) -> Result<Unsynced, AppendError> {
         let payload: u64 = layers.iter().map(|layer| layer.len() as u64).sum();
         let bytes = (header.len() as u64).next_multiple_of(BLOCK_BYTES)
             + payload.next_multiple_of(BLOCK_BYTES);
         let mut staging = self.staging()?;
-        let mut writer = self.writer(bytes).map_err(AppendError::Io)?;
-        let location = Location {
-            segment: writer.id,
-            block: writer.next_block,
-        };
-        if let Some(segment) = self.lock().segments.get_mut(&writer.id) {
-            segment.live_bytes += bytes;
-        }
-        let written = writer.write(header, layers, staging.as_mut());
-        let unsynced = Unsynced {
-            writer,
-            location,
-            bytes,
-        };
+        let location = self.place(bytes).map_err(AppendError::Io)?;
+        let written = self.file(location.segment).and_then(|file| {
+            write_frame(&*file, header, layers, staging.as_mut(), location.offset())?;
+            Ok(file)
+        });
         match written {
-            Ok(()) => Ok(unsynced),
+            Ok(file) => Ok(Unsynced {
+                file,
+                location,
+                bytes,
+            }),
             Err(error) => {
-                self.abandon(unsynced);
+                self.give_up(location, bytes);
                 Err(AppendError::Io(error))
             }
         }
     }
 
-    /// Keeps a frame that was synced; its segment can be written again.
-    pub(super) fn keep(&self, frame: Unsynced) {
-        self.lock().writers.push(frame.writer);
+    /// Keeps a frame that was synced.
+    pub(super) fn keep(&self, frame: &Unsynced) {
+        self.lock().space.written(frame.location.segment);
     }
 
     /// Gives up a frame and, since nothing is known of what a failed write or sync
     /// left, its segment.
-    pub(super) fn abandon(&self, frame: Unsynced) {
-        let id = frame.writer.id;
-        drop(frame.writer);
-        // What stays behind is swept at the next start.
-        let _ = self.seal(id);
-        let _ = self.free(frame.location, frame.bytes);
+    pub(super) fn abandon(&self, frame: &Unsynced) {
+        self.give_up(frame.location, frame.bytes);
     }
 
-    /// Gives the space of a frame back. Nobody may read it any more. Blocks.
+    /// Lets the next frame of its size have the place of this one, which nobody may read
+    /// any more, and whose record is gone. Blocks.
     pub(super) fn free(&self, location: Location, bytes: u64) -> io::Result<()> {
-        let id = location.segment;
-        if !self.is_last_of_closed(id, bytes) {
-            let file = self.file(id)?;
-            file.punch(location.offset()..location.offset() + bytes)?;
+        if !self.lock().space.free(location, bytes) {
+            self.punch(location, bytes)?;
+            self.lock().space.given_back(location.segment, bytes);
         }
-        if let Some(segment) = self.lock().segments.get_mut(&id) {
-            segment.live_bytes = segment.live_bytes.saturating_sub(bytes);
-        }
-        self.delete_if_dead(id)
+        self.trim(self.capacity)
+    }
+
+    /// Writes nothing to a segment any more: its medium cannot be trusted, or what the
+    /// catalog says of it.
+    pub(super) fn spoil(&self, id: SegmentId) {
+        self.lock().space.spoil(id);
+    }
+
+    /// Gives the space of frames that were freed back to the file system. Blocks.
+    pub(super) fn give_back_spares(&self) -> io::Result<()> {
+        self.trim(0)
     }
 
     /// An open file of a segment.
@@ -174,50 +150,65 @@ impl Segments {
         Ok(file)
     }
 
-    /// Ends all segments that could be written.
+    /// Ends all segments that could be added to.
     pub(super) fn close(&self) -> io::Result<()> {
-        let writers = std::mem::take(&mut self.lock().writers);
-        writers
-            .into_iter()
-            .map(|writer| self.seal(writer.id))
-            .fold(Ok(()), io::Result::and)
+        self.lock().space.seal();
+        self.trim(self.capacity)
     }
 
-    /// A writer with room for `bytes`.
-    fn writer(&self, bytes: u64) -> io::Result<Writer> {
+    /// A place for a frame, in a segment that nobody else writes.
+    fn place(&self, bytes: u64) -> io::Result<Location> {
         loop {
-            let Some(writer) = self.lock().writers.pop() else {
-                return self.create();
-            };
-            let used = u64::from(writer.next_block) * BLOCK_BYTES;
-            let fits = used.saturating_add(bytes) <= self.segment_bytes;
-            if fits || used == BLOCK_BYTES {
-                return Ok(writer);
+            if let Some(location) = self.lock().space.reuse(bytes) {
+                return Ok(location);
             }
-            self.seal(writer.id)?;
+            self.trim(self.capacity.saturating_sub(bytes))?;
+            if let Some(location) = self.lock().space.extend(bytes, self.segment_bytes) {
+                return Ok(location);
+            }
+            self.create()?;
         }
     }
 
-    fn create(&self) -> io::Result<Writer> {
-        let id = {
-            let mut state = self.lock();
-            let id = state.next;
-            state.next = SegmentId(id.0.saturating_add(1));
-            id
-        };
+    /// Allocates no more than `limit` bytes, unless that many are stored.
+    fn trim(&self, limit: u64) -> io::Result<()> {
+        loop {
+            let surplus = self.lock().space.surplus(limit);
+            match surplus {
+                None => return Ok(()),
+                Some(Surplus::Segment(id)) => {
+                    self.lock().files.pop(&id);
+                    // What stays behind is swept at the next start.
+                    self.medium.remove(&self.path(id))?;
+                }
+                Some(Surplus::Spare(location, bytes)) => {
+                    if let Err(error) = self.punch(location, bytes) {
+                        self.lock().space.keep_spare(location, bytes);
+                        return Err(error);
+                    }
+                }
+            }
+        }
+    }
+
+    fn punch(&self, location: Location, bytes: u64) -> io::Result<()> {
+        let file = self.file(location.segment)?;
+        file.punch(location.offset()..location.offset() + bytes)
+    }
+
+    fn give_up(&self, location: Location, bytes: u64) {
+        self.spoil(location.segment);
+        // What stays behind is swept at the next start.
+        let _ = self.free(location, bytes);
+    }
+
+    fn create(&self) -> io::Result<()> {
+        let id = self.lock().space.next_id();
         let file = self.create_file(id)?;
         let mut state = self.lock();
-        let segment = Segment {
-            live_bytes: 0,
-            open: true,
-        };
-        state.segments.insert(id, segment);
-        state.files.put(id, Arc::clone(&file));
-        Ok(Writer {
-            id,
-            file,
-            next_block: 1,
-        })
+        state.space.add(id);
+        state.files.put(id, file);
+        Ok(())
     }
 
     /// A buffer to write from, small beside the memory there is.
@@ -245,33 +236,6 @@ impl Segments {
         written.map(|()| file)
     }
 
-    /// No more frames will be added to a segment.
-    fn seal(&self, id: SegmentId) -> io::Result<()> {
-        if let Some(segment) = self.lock().segments.get_mut(&id) {
-            segment.open = false;
-        }
-        self.delete_if_dead(id)
-    }
-
-    fn is_last_of_closed(&self, id: SegmentId, bytes: u64) -> bool {
-        let state = self.lock();
-        let segment = state.segments.get(&id);
-        segment.is_some_and(|segment| !segment.open && segment.live_bytes <= bytes)
-    }
-
-    fn delete_if_dead(&self, id: SegmentId) -> io::Result<()> {
-        {
-            let mut state = self.lock();
-            match state.segments.get(&id) {
-                Some(segment) if !segment.open && segment.live_bytes == 0 => (),
-                _ => return Ok(()),
-            }
-            state.segments.remove(&id);
-            state.files.pop(&id);
-        }
-        self.medium.remove(&self.path(id))
-    }
-
     fn path(&self, id: SegmentId) -> PathBuf {
         self.root.join(name_of(id))
     }
@@ -284,29 +248,30 @@ impl Segments {
 impl Unsynced {
     /// Makes the frame durable. Blocks.
     pub(super) fn sync(&self) -> io::Result<()> {
-        self.writer.file.sync()
+        self.file.sync()
     }
 }
 
-impl Writer {
-    fn write(&mut self, header: &[u8], layers: &[Bytes], staging: &mut [u8]) -> io::Result<()> {
-        let mut stream = Stream {
-            file: &*self.file,
-            staging,
-            filled: 0,
-            offset: u64::from(self.next_block) * BLOCK_BYTES,
-        };
-        stream.push(header)?;
-        stream.pad();
-        for layer in layers {
-            stream.push(layer)?;
-        }
-        stream.pad();
-        stream.flush()?;
-        let end = stream.offset / BLOCK_BYTES;
-        self.next_block = u32::try_from(end).map_err(|_| io::ErrorKind::FileTooLarge)?;
-        Ok(())
+fn write_frame(
+    file: &dyn MediumFile,
+    header: &[u8],
+    layers: &[Bytes],
+    staging: &mut [u8],
+    offset: u64,
+) -> io::Result<()> {
+    let mut stream = Stream {
+        file,
+        staging,
+        filled: 0,
+        offset,
+    };
+    stream.push(header)?;
+    stream.pad();
+    for layer in layers {
+        stream.push(layer)?;
     }
+    stream.pad();
+    stream.flush()
 }
 
 /// Bytes of any length and address on their way into whole, aligned writes. `staging`

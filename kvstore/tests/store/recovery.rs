@@ -6,9 +6,9 @@ use kvasir_store::{
     DirectIo, DiskConfig, Medium as _, OpenError, PutError, PutOutcome, Store, StoreConfig,
     TierKind,
 };
-use kvasir_types::ByteSize;
+use kvasir_types::{ByteSize, DType, KvLayout, Planes};
 
-use crate::{FRAME, Frame, close, get, key, object, on_disk};
+use crate::{FRAME, Frame, close, get, key, layout, object, object_of, on_disk, segments};
 
 #[tokio::test]
 async fn a_restarted_store_is_warm() {
@@ -134,6 +134,34 @@ fn allocated(file: &std::path::Path) -> u64 {
     std::iter::successors(next(0), |data| next(data.end))
         .map(|data| data.end - data.start)
         .sum()
+}
+
+/// Places that were freed are used again where the size fits, and given back where it does
+/// not.
+#[tokio::test]
+async fn the_files_take_no_more_than_the_capacity() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut config = on_disk(directory.path());
+    let capacity = 8 * FRAME as u64;
+    config.disk.as_mut().unwrap().capacity = ByteSize::bytes(capacity);
+    let store = Store::open(config).await.unwrap();
+    let long = KvLayout::new(8, 2, Planes::symmetric(32), 16, DType::Bf16).unwrap();
+    for round in 0..6u8 {
+        for number in 0..20 {
+            let number = 20 * round + number;
+            let layout = if round % 2 == 0 { layout() } else { long };
+            let put = store.put(object_of(number, &layout)).await.unwrap();
+            assert_eq!(put, PutOutcome::Stored);
+            let files = segments(directory.path());
+            let taken: u64 = files.iter().map(|file| allocated(file)).sum();
+            let headers = 4096 * files.len() as u64;
+            assert!(
+                taken <= capacity + headers,
+                "{taken} of {capacity}, and {headers}"
+            );
+        }
+        assert!(segments(directory.path()).len() <= 2);
+    }
 }
 
 /// A directory of version 1: a file for every chunk.
