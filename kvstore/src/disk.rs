@@ -60,7 +60,7 @@ use self::catalog::{Catalog, LegacyRecord, Record};
 pub use self::medium::{DirectIo, Medium, MediumFile};
 pub(crate) use self::reader::DiskReader;
 use self::segment::{Location, SegmentId, frame_bytes};
-use self::segments::{AppendError, Segments, Unsynced};
+use self::segments::{BeginError, Segments};
 use crate::blocking::blocking;
 use crate::budget::{Budget, Reservation, Throttled};
 use crate::claims::Claims;
@@ -573,10 +573,10 @@ impl Shared {
         worth: &Worth,
         space: Reservation,
     ) -> Result<Written, DeviceError> {
-        let frame = match self.segments.write(&header.encode(), layers) {
+        let mut frame = match self.segments.begin(space.bytes()) {
             Ok(frame) => frame,
-            Err(AppendError::Throttled(throttled)) => return Ok(Written::Throttled(throttled)),
-            Err(AppendError::Io(error)) => return Err(error.into()),
+            Err(BeginError::Throttled(throttled)) => return Ok(Written::Throttled(throttled)),
+            Err(BeginError::Io(error)) => return Err(error.into()),
         };
         let record = Record {
             key: *header.key(),
@@ -587,7 +587,10 @@ impl Shared {
             created: self.catalog.now(),
             hints: worth.hints,
         };
-        let committed = self.commit(&frame, &record);
+        // Both at once: whichever is missing after a crash, the chunk is too.
+        let recorded = self.catalog.put(&record);
+        let written = frame.write(&header.encode(), layers);
+        let committed = recorded.wait().and(written.map_err(DeviceError::from));
         let entry = self.lock().entry(&record);
         match (committed, entry) {
             (Ok(()), Some(entry)) => {
@@ -605,25 +608,6 @@ impl Shared {
                 committed.and(Err(io::Error::from(io::ErrorKind::FileTooLarge).into()))
             }
         }
-    }
-
-    /// Makes a frame and its record durable, both at once: whichever is missing
-    /// after a crash, the chunk is too.
-    fn commit(&self, frame: &Unsynced, record: &Record) -> Result<(), DeviceError> {
-        std::thread::scope(|scope| {
-            let catalog = std::thread::Builder::new()
-                .name("kvasir-catalog".to_owned())
-                .spawn_scoped(scope, || self.catalog.put(record))?;
-            // After a failed sync the pages count as clean, and a second sync would
-            // succeed without writing them ("Can Applications Recover from fsync
-            // Failures?", USENIX ATC 2020). So a failure abandons the frame.
-            let synced = frame.sync();
-            let recorded = catalog
-                .join()
-                .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-            synced?;
-            Ok(recorded?)
-        })
     }
 
     /// Space for a frame; evicts what it must.

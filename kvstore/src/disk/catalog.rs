@@ -21,20 +21,25 @@
 #![deny(clippy::indexing_slicing)]
 
 use std::hash::{BuildHasher as _, RandomState};
+use std::io;
+use std::iter;
 use std::num::NonZeroU32;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::mpsc::{self, Receiver, Sender, SyncSender};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
 use std::time::SystemTime;
 
 use kvasir_types::{ChunkKey, Class, Hints, KvLayout, Level};
 #[cfg(not(all(test, kvasir_loom)))]
 use rocksdb::DB;
-use rocksdb::{DBCompressionType, LogLevel, Options, ReadOptions, WriteOptions};
+use rocksdb::{DBCompressionType, LogLevel, Options, ReadOptions, WriteBatch, WriteOptions};
 
 #[cfg(all(test, kvasir_loom))]
 use super::models::NoDatabase as DB;
 use super::segment::{Location, SegmentId, StoreId};
+use crate::tier::DeviceError;
 
 /// What the catalog keeps of a chunk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -143,7 +148,8 @@ pub(super) struct Contents {
 /// The records of one directory.
 #[derive(Debug)]
 pub(super) struct Catalog {
-    db: DB,
+    db: Arc<DB>,
+    committer: Committer,
     /// The last time that a record got.
     latest: AtomicU64,
     /// Removals that were not synced, and how many of them were since.
@@ -153,7 +159,7 @@ pub(super) struct Catalog {
 
 impl Catalog {
     /// Opens or creates the catalog in `path`.
-    pub(super) fn open(path: &Path) -> Result<Self, rocksdb::Error> {
+    pub(super) fn open(path: &Path) -> Result<Self, DeviceError> {
         let mut options = Options::default();
         options.create_if_missing(true);
         options.set_compression_type(DBCompressionType::None);
@@ -164,8 +170,10 @@ impl Catalog {
         options.set_max_open_files(64);
         options.set_keep_log_file_num(2);
         options.set_log_level(LogLevel::Warn);
+        let db = Arc::new(DB::open(&options, path)?);
         Ok(Self {
-            db: DB::open(&options, path)?,
+            committer: Committer::start(&db)?,
+            db,
             latest: AtomicU64::new(0),
             removed: AtomicU64::new(0),
             settled: Mutex::new(0),
@@ -223,10 +231,20 @@ impl Catalog {
         latest.ok().and_then(later).unwrap_or(clock)
     }
 
-    /// Commits a record; survives a power cut once this returns.
-    pub(super) fn put(&self, record: &Record) -> Result<(), rocksdb::Error> {
-        let key = Record::key_of(&record.key, record.location);
-        self.db.put_opt(key, record.encode(), &durable(true))
+    /// Begins to commit a record, which survives a power cut once the wait for it is
+    /// over. Records that are put at the same time share a sync.
+    pub(super) fn put(&self, record: &Record) -> Committing {
+        let (done, outcome) = mpsc::sync_channel(1);
+        let commit = Commit {
+            key: Record::key_of(&record.key, record.location),
+            value: record.encode(),
+            done,
+        };
+        if let Some(requests) = &self.committer.requests {
+            // A thread that is gone says so when it is waited for.
+            let _ = requests.send(commit);
+        }
+        Committing(outcome)
     }
 
     /// Removes a record. Without `sync` it may come back after a power cut, together
@@ -261,6 +279,77 @@ impl Catalog {
     /// Makes everything durable.
     pub(super) fn flush(&self) -> Result<(), rocksdb::Error> {
         self.db.flush_wal(true)
+    }
+}
+
+/// A record on its way into the catalog.
+#[derive(Debug)]
+struct Commit {
+    key: [u8; KEY_BYTES],
+    value: Vec<u8>,
+    done: SyncSender<Result<(), rocksdb::Error>>,
+}
+
+/// The outcome of a [`put`](Catalog::put), once there is one.
+#[derive(Debug)]
+#[must_use = "a record is not durable before"]
+pub(super) struct Committing(Receiver<Result<(), rocksdb::Error>>);
+
+impl Committing {
+    /// Blocks.
+    pub(super) fn wait(self) -> Result<(), DeviceError> {
+        let outcome = self.0.recv().map_err(|_| DeviceError::Closed)?;
+        Ok(outcome?)
+    }
+}
+
+/// The thread that writes records.
+#[derive(Debug)]
+struct Committer {
+    /// `None` only while being dropped.
+    requests: Option<Sender<Commit>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Committer {
+    fn start(db: &Arc<DB>) -> io::Result<Self> {
+        let (sender, requests) = mpsc::channel();
+        let db = Arc::clone(db);
+        let thread = thread::Builder::new()
+            .name("kvasir-catalog".to_owned())
+            .spawn(move || commit(&db, &requests))?;
+        Ok(Self {
+            requests: Some(sender),
+            thread: Some(thread),
+        })
+    }
+}
+
+impl Drop for Committer {
+    /// Waits for the thread, so that the database is closed when the catalog is gone.
+    fn drop(&mut self) {
+        self.requests = None;
+        if let Some(thread) = self.thread.take() {
+            // A panic was reported where it happened, and every waiter knows.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Writes what is asked for, with one sync for all that is there at the time.
+fn commit(db: &DB, requests: &Receiver<Commit>) {
+    while let Ok(first) = requests.recv() {
+        let mut batch = WriteBatch::default();
+        let mut waiting = Vec::new();
+        for commit in iter::once(first).chain(requests.try_iter()) {
+            batch.put(commit.key, commit.value);
+            waiting.push(commit.done);
+        }
+        let outcome = db.write_opt(batch, &durable(true));
+        for done in waiting {
+            // Who stopped waiting finds out at the next start.
+            let _ = done.send(outcome.clone());
+        }
     }
 }
 
@@ -385,7 +474,7 @@ mod tests {
             created,
             ..record()
         };
-        catalog.put(&ahead).unwrap();
+        catalog.put(&ahead).wait().unwrap();
         catalog.contents().unwrap();
         assert_eq!([catalog.now(), catalog.now()], [created + 1, created + 2]);
     }

@@ -19,7 +19,7 @@ use kvasir_codec::Object;
 use kvasir_types::{ByteSize, ChunkKey};
 use loom::sync::atomic::AtomicU64;
 use loom::thread;
-use rocksdb::{Options, ReadOptions, WriteOptions};
+use rocksdb::{Options, ReadOptions, WriteBatch, WriteOptions};
 use tempfile::TempDir;
 
 use super::segment::BLOCK;
@@ -160,6 +160,10 @@ impl NoDatabase {
 
     pub(super) fn get(&self, _: &[u8]) -> Result<Option<Vec<u8>>, rocksdb::Error> {
         Ok(None)
+    }
+
+    pub(super) fn write_opt(&self, _: WriteBatch, _: &WriteOptions) -> Result<(), rocksdb::Error> {
+        Ok(())
     }
 
     pub(super) fn put_opt(

@@ -216,6 +216,10 @@ fn header_of(facts: &Facts, head: &[u8]) -> Option<ObjectHeader> {
         Err(error) => tracing::warn!(%key, %error, "a stored header is corrupt"),
         Ok((header, _)) => match header.verify(key, &facts.layout_digest) {
             Err(error) => tracing::warn!(%key, %error, "a frame holds something else"),
+            // A frame of the same chunk at another level, which a crash left.
+            Ok(()) if Facts::of(&header) != *facts => {
+                tracing::warn!(%key, "a frame holds another form of the chunk");
+            }
             Ok(()) => return Some(header),
         },
     }

@@ -39,18 +39,19 @@ struct State {
     files: LruCache<SegmentId, Arc<dyn MediumFile>>,
 }
 
-/// A frame that was not synced yet. Nobody else writes its segment until it is
-/// [kept](Segments::keep) or [abandoned](Segments::abandon).
+/// A frame to be. Nobody else writes its segment until it is [kept](Segments::keep) or
+/// [abandoned](Segments::abandon).
 #[derive(Debug)]
-pub(super) struct Unsynced {
+pub(super) struct NewFrame {
     file: Arc<dyn MediumFile>,
+    staging: Buffer,
     pub(super) location: Location,
     bytes: u64,
 }
 
-/// Why a frame could not be written.
+/// Why no frame could be begun.
 #[derive(Debug)]
-pub(super) enum AppendError {
+pub(super) enum BeginError {
     /// No memory to write from.
     Throttled(Throttled),
     Io(io::Error),
@@ -83,38 +84,32 @@ impl Segments {
         }
     }
 
-    /// Writes a frame. It is neither durable nor known to anyone yet. Blocks.
-    pub(super) fn write(&self, header: &[u8], layers: &[Bytes]) -> Result<Unsynced, AppendError> {
-        let payload: u64 = layers.iter().map(|layer| layer.len() as u64).sum();
-        let bytes = (header.len() as u64).next_multiple_of(BLOCK_BYTES)
-            + payload.next_multiple_of(BLOCK_BYTES);
-        let mut staging = self.staging()?;
-        let location = self.place(bytes).map_err(AppendError::Io)?;
-        let written = self.file(location.segment).and_then(|file| {
-            write_frame(&*file, header, layers, staging.as_mut(), location.offset())?;
-            Ok(file)
-        });
-        match written {
-            Ok(file) => Ok(Unsynced {
+    /// A place for a frame of `bytes`, and what it takes to write it there. Blocks.
+    pub(super) fn begin(&self, bytes: u64) -> Result<NewFrame, BeginError> {
+        let staging = self.staging()?;
+        let location = self.place(bytes).map_err(BeginError::Io)?;
+        match self.file(location.segment) {
+            Ok(file) => Ok(NewFrame {
                 file,
+                staging,
                 location,
                 bytes,
             }),
             Err(error) => {
                 self.give_up(location, bytes);
-                Err(AppendError::Io(error))
+                Err(BeginError::Io(error))
             }
         }
     }
 
-    /// Keeps a frame that was synced.
-    pub(super) fn keep(&self, frame: &Unsynced) {
+    /// Keeps a frame that was written.
+    pub(super) fn keep(&self, frame: &NewFrame) {
         self.lock().space.written(frame.location.segment);
     }
 
     /// Gives up a frame and, since nothing is known of what a failed write or sync
     /// left, its segment.
-    pub(super) fn abandon(&self, frame: &Unsynced) {
+    pub(super) fn abandon(&self, frame: &NewFrame) {
         self.give_up(frame.location, frame.bytes);
     }
 
@@ -212,13 +207,13 @@ impl Segments {
     }
 
     /// A buffer to write from, small beside the memory there is.
-    fn staging(&self) -> Result<Buffer, AppendError> {
+    fn staging(&self) -> Result<Buffer, BeginError> {
         let bytes = (self.memory.capacity() / STAGING_SHARE)
             .clamp(BLOCK_BYTES, STAGING_BYTES)
             .next_multiple_of(BLOCK_BYTES);
         self.memory.buffer(bytes).map_err(|error| match error {
-            BufferError::Throttled(throttled) => AppendError::Throttled(throttled),
-            BufferError::Io(error) => AppendError::Io(error),
+            BufferError::Throttled(throttled) => BeginError::Throttled(throttled),
+            BufferError::Io(error) => BeginError::Io(error),
         })
     }
 
@@ -245,33 +240,26 @@ impl Segments {
     }
 }
 
-impl Unsynced {
-    /// Makes the frame durable. Blocks.
-    pub(super) fn sync(&self) -> io::Result<()> {
+impl NewFrame {
+    /// Writes the frame, durably. After an error it must be abandoned: a second sync
+    /// would succeed without writing what the first one failed to ("Can Applications
+    /// Recover from fsync Failures?", USENIX ATC 2020). Blocks.
+    pub(super) fn write(&mut self, header: &[u8], layers: &[Bytes]) -> io::Result<()> {
+        let mut stream = Stream {
+            file: &*self.file,
+            staging: self.staging.as_mut(),
+            filled: 0,
+            offset: self.location.offset(),
+        };
+        stream.push(header)?;
+        stream.pad();
+        for layer in layers {
+            stream.push(layer)?;
+        }
+        stream.pad();
+        stream.flush()?;
         self.file.sync()
     }
-}
-
-fn write_frame(
-    file: &dyn MediumFile,
-    header: &[u8],
-    layers: &[Bytes],
-    staging: &mut [u8],
-    offset: u64,
-) -> io::Result<()> {
-    let mut stream = Stream {
-        file,
-        staging,
-        filled: 0,
-        offset,
-    };
-    stream.push(header)?;
-    stream.pad();
-    for layer in layers {
-        stream.push(layer)?;
-    }
-    stream.pad();
-    stream.flush()
 }
 
 /// Bytes of any length and address on their way into whole, aligned writes. `staging`
@@ -331,7 +319,8 @@ const SEGMENT_BYTES: u64 = 256 << 20;
 const MAX_SEGMENT_BYTES: u64 = 16 << 30;
 /// How many segments a full tier has about, where they are larger than the least.
 const SEGMENTS: u64 = 1024;
-const STAGING_BYTES: u64 = 1 << 20;
+/// A chunk of 1 MiB in one piece, with its header.
+const STAGING_BYTES: u64 = (1 << 20) + (64 << 10);
 /// The part of the memory that a writer's buffer may take.
 const STAGING_SHARE: u64 = 64;
 const OPEN_FILES: NonZeroUsize = NonZeroUsize::new(512).expect("not zero");
