@@ -343,14 +343,19 @@ async fn check_space(observer: &Client, data: &Path) -> anyhow::Result<Option<Vi
     let patience = Instant::now() + SETTLE;
     loop {
         let stats = observer.stats().await?;
-        let charged = stats.tier(Tier::Disk).map_or(0, |disk| disk.bytes);
+        let disk = stats.tier(Tier::Disk).context("there is a disk tier")?;
         let (allocated, files) = allocated(&data.join("segments"))?;
-        let charged = charged + files * 4096;
-        if allocated == charged {
+        let headers = files * 4096;
+        let (charged, capacity) = (disk.bytes + headers, disk.capacity_bytes + headers);
+        if (charged..=capacity).contains(&allocated) {
             return Ok(None);
         }
         if Instant::now() > patience {
-            return Ok(Some(Violation::Space { allocated, charged }));
+            return Ok(Some(Violation::Space {
+                allocated,
+                charged,
+                capacity,
+            }));
         }
         tokio::time::sleep(Duration::from_millis(50)).await;
     }

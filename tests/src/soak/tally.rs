@@ -70,13 +70,15 @@ pub enum Violation {
         /// Pins that last.
         pins: u64,
     },
-    /// The files take other space than the disk tier is charged for.
-    #[error("segments take {allocated} bytes, and {charged} are charged")]
+    /// The files take less space than the disk tier is charged for, or more than it may.
+    #[error("segments take {allocated} bytes, {charged} are charged, {capacity} allowed")]
     Space {
         /// Bytes that they take.
         allocated: u64,
         /// Bytes charged, and a header a file.
         charged: u64,
+        /// Bytes of the capacity, and a header a file.
+        capacity: u64,
     },
     /// Too much resident memory.
     #[error("resident memory reached {bytes} of {limit} bytes")]
