@@ -142,12 +142,6 @@ impl Reservation {
     pub(crate) fn belongs_to(&self, budget: &Budget) -> bool {
         Arc::ptr_eq(&self.budget.0, &budget.0)
     }
-
-    /// Adds `other`, of the same budget, to this one.
-    pub(crate) fn merge(&mut self, mut other: Self) {
-        debug_assert!(other.belongs_to(&self.budget), "budgets must not mix");
-        self.bytes += std::mem::take(&mut other.bytes);
-    }
 }
 
 impl Drop for Reservation {
@@ -232,13 +226,13 @@ mod tests {
     }
 
     #[test]
-    fn splitting_and_merging_conserve_bytes() {
+    fn splitting_conserves_bytes() {
         let budget = Budget::new(10);
         let mut all = budget.try_reserve(10).unwrap();
         let part = all.split(3).unwrap();
         assert!(all.split(8).is_none());
         assert_eq!((all.bytes(), part.bytes(), budget.used()), (7, 3, 10));
-        all.merge(part);
-        assert_eq!((all.bytes(), budget.used()), (10, 10));
+        drop(part);
+        assert_eq!((all.bytes(), budget.used()), (7, 7));
     }
 }

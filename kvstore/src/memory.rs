@@ -272,24 +272,12 @@ impl MemoryTier {
             return Ok(Arc::new(Chunk::prepaid(received, hints)));
         }
         // Another store's memory.
-        self.charge(received.object, hints, None)
+        self.charge(received.object, hints)
     }
 
-    /// Charges an object, to a reservation of this tier if there is one.
-    pub(crate) fn charge(
-        &self,
-        object: Object,
-        hints: Hints,
-        reservation: Option<Reservation>,
-    ) -> Result<Arc<Chunk>, Throttled> {
-        let wanted = Chunk::charged_bytes(object.header());
-        let mut reservation = match reservation.filter(|have| have.belongs_to(&self.0.budget)) {
-            Some(reservation) => reservation,
-            None => self.reserve(0)?,
-        };
-        if let Some(missing) = wanted.checked_sub(reservation.bytes()) {
-            reservation.merge(self.reserve(missing)?);
-        }
+    /// Charges an object. Evicts what it must.
+    pub(crate) fn charge(&self, object: Object, hints: Hints) -> Result<Arc<Chunk>, Throttled> {
+        let reservation = self.reserve(Chunk::charged_bytes(object.header()))?;
         let chunk = Chunk::charge(object, hints, reservation);
         Ok(Arc::new(chunk.expect(
             "the reservation covers what the header states, and an object is what its header states",
@@ -417,7 +405,7 @@ impl Tier for MemoryTier {
                     capacity,
                 });
             }
-            Ok(match self.charge(object, Hints::default(), None) {
+            Ok(match self.charge(object, Hints::default()) {
                 Ok(chunk) => {
                     if self.publish(chunk, 1) {
                         Written::Stored
@@ -563,12 +551,8 @@ mod tests {
         Object::raw(ChunkKey::from_bytes([fill; 32]), &layout, layers).unwrap()
     }
 
-    fn charge(
-        tier: &MemoryTier,
-        object: Object,
-        reservation: Option<Reservation>,
-    ) -> Result<Arc<Chunk>, Throttled> {
-        tier.charge(object, Hints::default(), reservation)
+    fn charge(tier: &MemoryTier, object: Object) -> Result<Arc<Chunk>, Throttled> {
+        tier.charge(object, Hints::default())
     }
 
     /// Memory that changed under the store: the header of one object over the
@@ -577,7 +561,7 @@ mod tests {
     async fn a_flipped_bit_in_memory_is_a_miss_and_then_gone() {
         let tier = tier();
         let good = object(1);
-        let bad = charge(&tier, object(2), None).unwrap();
+        let bad = charge(&tier, object(2)).unwrap();
         let chunk = Chunk::new(
             Arc::new(good.header().clone()),
             bad.layers.clone(),
@@ -612,7 +596,7 @@ mod tests {
             key[..2].copy_from_slice(&number.wrapping_mul(7919).to_be_bytes());
             let layers = vec![Bytes::from_static(&[1, 2])];
             let object = Object::raw(ChunkKey::from_bytes(key), &layout, layers).unwrap();
-            assert!(tier.publish(charge(&tier, object, None).unwrap(), 1));
+            assert!(tier.publish(charge(&tier, object).unwrap(), 1));
         }
         let keys = |after: Option<ChunkKey>, limit| -> Vec<ChunkKey> {
             let listed = tier.list(after.as_ref(), limit).into_iter();
@@ -636,7 +620,7 @@ mod tests {
     #[test]
     fn a_request_that_cannot_succeed_evicts_nothing() {
         let tier = tier();
-        assert!(tier.publish(charge(&tier, object(1), None).unwrap(), 1));
+        assert!(tier.publish(charge(&tier, object(1)).unwrap(), 1));
         let held = tier.reserve(40 << 10).unwrap();
         assert!(tier.reserve(30 << 10).is_err());
         assert!(tier.reserve(u64::MAX).is_err());
@@ -647,20 +631,11 @@ mod tests {
     }
 
     #[test]
-    fn a_chunk_is_charged_to_the_reservation_it_came_with() {
+    fn a_chunk_is_charged_exactly() {
         let tier = tier();
-        let object = object(3);
-        let exact = Chunk::charged_bytes(object.header());
-        let larger = tier.reserve(exact + 1000).unwrap();
-        let chunk = charge(&tier, object.clone(), Some(larger)).unwrap();
-        assert_eq!(tier.usage().bytes, exact);
+        let chunk = charge(&tier, object(3)).unwrap();
+        assert_eq!(tier.usage().bytes, Chunk::charged_bytes(chunk.header()));
         drop(chunk);
-        let smaller = tier.reserve(10).unwrap();
-        let foreign = Budget::new(1 << 20).try_reserve(1 << 20).unwrap();
-        let first = charge(&tier, object.clone(), Some(smaller)).unwrap();
-        let second = charge(&tier, object, Some(foreign)).unwrap();
-        assert_eq!(tier.usage().bytes, 2 * exact);
-        drop((first, second));
         assert_eq!(tier.usage().bytes, 0);
     }
 }

@@ -10,7 +10,7 @@ use kvasir_types::{ChunkKey, Durability, Hints, KvLayout, LayoutDigest, Level};
 use tokio::sync::broadcast;
 
 use crate::blocking::joined;
-use crate::budget::{Reservation, Throttled};
+use crate::budget::Throttled;
 use crate::buffers::BufferError;
 use crate::claims::Claims;
 use crate::clock::Clock;
@@ -72,15 +72,12 @@ pub struct LookupResult {
 }
 
 /// How a put is to be done. The default is the strongest promise, and no hints.
-#[derive(Debug, Default)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct PutOptions {
     /// What the acknowledgement promises.
     pub durability: Durability,
     /// What the chunk is worth.
     pub hints: Hints,
-    /// The memory that the payload was received into: taken over, enlarged or shrunk
-    /// as the object needs.
-    pub reservation: Option<Reservation>,
 }
 
 /// What became of a put.
@@ -218,18 +215,6 @@ impl Store {
         LookupResult { found, prefix }
     }
 
-    /// Memory for bytes that are about to arrive. Evicts what it must; where that is
-    /// on its way to disk, waits a moment.
-    ///
-    /// Hand it to [`put_with`](Self::put_with) with the object, or drop it.
-    ///
-    /// # Errors
-    /// What fills the memory is pinned or held.
-    pub async fn reserve(&self, bytes: u64) -> Result<Reservation, Throttled> {
-        self.0.demotions_catch_up(bytes).await;
-        self.0.memory.reserve(bytes)
-    }
-
     /// Bytes of memory that an object with this header takes in the store.
     pub fn charged_bytes(header: &ObjectHeader) -> u64 {
         Chunk::charged_bytes(header)
@@ -260,11 +245,6 @@ impl Store {
     /// before.
     pub async fn put_with(&self, object: Object, options: PutOptions) -> Result<Put, PutError> {
         let inner = &*self.0;
-        let PutOptions {
-            durability,
-            hints,
-            reservation,
-        } = options;
         let bytes = Chunk::charged_bytes(object.header());
         let capacity = inner.memory.capacity();
         if bytes > capacity {
@@ -274,12 +254,10 @@ impl Store {
                 capacity,
             }));
         }
-        if reservation.is_none() {
-            inner.demotions_catch_up(bytes).await;
-        }
+        inner.demotions_catch_up(bytes).await;
         let key = *object.header().key();
-        let charge = || inner.memory.charge(object, hints, reservation);
-        self.store(key, durability, hints, charge).await
+        let charge = || inner.memory.charge(object, options.hints);
+        self.store(key, options, charge).await
     }
 
     /// Memory to receive a chunk into; evicts what it must. The fastest way to put a
@@ -305,20 +283,18 @@ impl Store {
     pub async fn put_received(
         &self,
         received: Received,
-        durability: Durability,
-        hints: Hints,
+        options: PutOptions,
     ) -> Result<Put, PutError> {
         let key = *received.object().header().key();
-        let charge = || self.0.memory.take(received, hints);
-        self.store(key, durability, hints, charge).await
+        let charge = || self.0.memory.take(received, options.hints);
+        self.store(key, options, charge).await
     }
 
     /// Stores the chunk that `charge` gives, unless it is there already.
     async fn store(
         &self,
         key: ChunkKey,
-        durability: Durability,
-        hints: Hints,
+        PutOptions { durability, hints }: PutOptions,
         charge: impl FnOnce() -> Result<Arc<Chunk>, Throttled>,
     ) -> Result<Put, PutError> {
         let inner = &*self.0;

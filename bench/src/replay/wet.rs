@@ -126,7 +126,6 @@ async fn serve(
                 parent: trace.blocks[block as usize].parent.map(key),
                 ..Hints::default()
             },
-            ..PutOptions::default()
         };
         match store.put_with(object, options).await {
             Ok(_) => (),

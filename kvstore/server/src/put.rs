@@ -2,7 +2,7 @@
 
 use kvasir_proto::convert::{self, LayerAssembly, PutHeader};
 use kvasir_proto::{InvalidField, v1};
-use kvasir_store::{Payload, PutOutcome, Received};
+use kvasir_store::{Payload, PutOptions, PutOutcome, Received};
 use kvasir_types::{Checksum, KvLayout};
 use tonic::{Status, Streaming};
 use v1::put_request::Message;
@@ -31,9 +31,13 @@ pub(crate) async fn receive(
     let received = tokio::task::spawn_blocking(move || assemble(&header, payload, &checksums))
         .await
         .map_err(|_| Status::internal("the chunk could not be assembled"))??;
+    let options = PutOptions {
+        durability: header.durability,
+        hints: header.hints,
+    };
     let put = shared
         .store
-        .put_received(received, header.durability, header.hints)
+        .put_received(received, options)
         .await
         .map_err(|error| refusal::put(&error))?;
     Ok(v1::PutResponse {

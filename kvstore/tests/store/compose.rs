@@ -91,9 +91,10 @@ async fn what_was_read_ahead_gives_way() {
     let lease = store.lease(key(0)).await.unwrap();
     let ahead = store.stats().memory.bytes;
     assert!(ahead > layout().chunk_bytes(), "{ahead}");
-    let all_of_it = store.stats().memory.capacity;
-    drop(store.reserve(all_of_it).await.unwrap());
-    assert_eq!(store.stats().memory.bytes, 0);
+    let other = [(); 2].map(|()| store.payload(layout()));
+    let other = futures::future::try_join_all(other).await;
+    assert!(other.is_ok(), "{other:?}");
+    drop(other);
     assert_eq!(lease.read_layers(all()).await.unwrap(), object(0).layers());
 }
 
@@ -103,15 +104,7 @@ async fn a_put_is_repeatable_and_concurrent_puts_converge() {
     let store = Store::open(on_disk(directory.path())).await.unwrap();
     let puts = (0..8).map(|_| {
         let store = store.clone();
-        tokio::spawn(async move {
-            let object = object(1);
-            let reservation = store.reserve(object.header().object_bytes()).await;
-            let options = PutOptions {
-                reservation: Some(reservation.unwrap()),
-                ..PutOptions::default()
-            };
-            store.put_with(object, options).await.unwrap().outcome
-        })
+        tokio::spawn(async move { store.put(object(1)).await.unwrap() })
     });
     let outcomes: Vec<PutOutcome> = futures::future::join_all(puts)
         .await
@@ -155,7 +148,11 @@ async fn payload_is_received_in_place() {
         assert!(payload.layer_mut(layout().layers()).is_none());
         places.push(payload.layer_mut(0).unwrap().as_ptr().addr());
         let received = payload.into_object(key(number)).unwrap();
-        let put = store.put_received(received, Durability::Memory, Hints::default());
+        let options = PutOptions {
+            durability: Durability::Memory,
+            hints: Hints::default(),
+        };
+        let put = store.put_received(received, options);
         assert_eq!(put.await.unwrap().outcome, PutOutcome::Stored);
         let layers = get(&store, number).await.unwrap();
         assert_eq!(layers, object(number).layers());
@@ -245,7 +242,7 @@ async fn what_cannot_be_evicted_throttles() {
 
     let error = store.put(object(2)).await.unwrap_err();
     assert!(matches!(error, PutError::Throttled(_)), "{error}");
-    assert!(store.reserve(chunk).await.is_err());
+    assert!(store.payload(layout()).await.is_err());
     assert_eq!(store.stats().memory.evictions, 0);
     assert_eq!(store.lookup(&[key(0), key(1)]).prefix, 2);
 
@@ -270,7 +267,10 @@ async fn a_read_without_memory_is_throttled_and_works_later() {
     crate::close(store).await;
     let store = Store::open(on_disk(directory.path())).await.unwrap();
     let lease = store.lease(key(1)).await.unwrap();
-    let everything = store.reserve(ByteSize::mib(16).as_u64()).await.unwrap();
+    let mut everything = Vec::new();
+    while let Ok(payload) = store.payload(layout()).await {
+        everything.push(payload);
+    }
     assert!(matches!(
         lease.read_layers(all()).await,
         Err(ReadError::Throttled(_))
