@@ -74,7 +74,11 @@ impl Chunk {
     }
 
     /// `None` where the reservation is too small for the header's chunk.
-    fn charge(object: Object, hints: Hints, mut reservation: Reservation) -> Option<Self> {
+    pub(crate) fn charge(
+        object: Object,
+        hints: Hints,
+        mut reservation: Reservation,
+    ) -> Option<Self> {
         let (header, layers) = object.into_parts();
         let overhead = reservation.split(Self::overhead_bytes(header.layout().layers()))?;
         let layers = layers

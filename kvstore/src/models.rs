@@ -33,7 +33,7 @@ use crate::claims::Claims;
 use crate::clock::Clock;
 use crate::config::MemoryConfig;
 use crate::events::EventLog;
-use crate::memory::MemoryTier;
+use crate::memory::{Chunk, MemoryTier};
 use crate::promotion::Promotions;
 use crate::sync::Arc;
 use crate::tier::Tier as _;
@@ -144,14 +144,12 @@ pub(crate) fn memory_tier() -> MemoryTier {
 /// Stores a chunk as the store does: memory first, then bytes.
 fn put(tier: &MemoryTier, key: ChunkKey, fill: u8) -> bool {
     let layout = layout();
-    let bytes = layout.chunk_bytes() + crate::memory::Chunk::overhead_bytes(LAYERS);
+    let bytes = layout.chunk_bytes() + Chunk::overhead_bytes(LAYERS);
     let Ok(reservation) = tier.reserve(bytes) else {
         return false;
     };
-    match tier.charge(object(key, fill), Hints::default(), Some(reservation)) {
-        Ok(chunk) => tier.publish(chunk, 1),
-        Err(_) => false,
-    }
+    let chunk = Chunk::charge(object(key, fill), Hints::default(), reservation);
+    tier.publish(std::sync::Arc::new(chunk.unwrap()), 1)
 }
 
 /// Fills what is left of the memory, for a moment. Says whether that worked.

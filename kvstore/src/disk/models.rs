@@ -108,17 +108,17 @@ impl MediumFile for BlocksFile {
     }
 
     fn write_at(&self, buffer: &[u8], offset: u64) -> io::Result<usize> {
-        if offset > 0 {
-            let bytes = buffer.len() as u64;
-            let before = self.blocks.allocated.fetch_add(bytes, Ordering::Relaxed);
-            assert!(before + bytes <= self.blocks.capacity, "more than allowed");
-        }
+        let mut fresh = 0;
         let mut files = self.blocks.lock();
         let file = files.get_mut(&self.path).unwrap();
         for (at, block) in (offset / BLOCK as u64..).zip(buffer.chunks(BLOCK)) {
             let before = file.insert(at, Some(block.into()));
-            assert!(before.is_none(), "a place is used twice");
+            assert!(before != Some(None), "a place that was given back is used again");
+            fresh += if before.is_none() && at > 0 { BLOCK as u64 } else { 0 };
         }
+        drop(files);
+        let before = self.blocks.allocated.fetch_add(fresh, Ordering::Relaxed);
+        assert!(before + fresh <= self.blocks.capacity, "more than allowed");
         Ok(buffer.len())
     }
 
@@ -262,17 +262,18 @@ struct Reading {
 impl Reading {
     /// Opens a chunk as a lease does.
     fn open(tier: &DiskTier, key: ChunkKey) -> Option<Self> {
-        let entry = tier.0.lock().hold(&key, tier.0.clock.now())?;
-        let hold = Hold::new(tier.clone(), &entry);
-        let reader = tier.open_held(hold).unwrap();
+        let hold = tier.hold(&key)?;
+        let location = hold.location;
+        let opened = tier.open_whole_or_head(hold, None).unwrap();
         Some(Self {
-            reader: reader.expect("a held frame is whole"),
+            reader: opened.expect("a held frame is whole").reader,
             tier: tier.clone(),
-            location: entry.location,
+            location,
         })
     }
 
-    /// Reads the payload and lets go. The medium refuses what was given back.
+    /// Reads the payload and lets go. The medium refuses what was given back, and what was
+    /// written there since is of another key.
     fn finish(self) {
         let file = self.tier.0.segments.file(self.location.segment).unwrap();
         let mut payload = [0; BLOCK];
@@ -284,6 +285,7 @@ impl Reading {
 
 /// What is stored takes space, and nothing else does.
 fn assert_holds(tier: &DiskTier, blocks: &Blocks, frames: u64) {
+    tier.0.segments.give_back_spares().unwrap();
     let chunks = tier.0.lock();
     assert!(chunks.retired.is_empty(), "nobody reads any more");
     assert!(chunks.index.iter().all(|entry| entry.readers == 0));

@@ -34,7 +34,7 @@ pub(crate) struct DiskReader {
 pub(super) struct Hold {
     tier: DiskTier,
     facts: Facts,
-    location: Location,
+    pub(super) location: Location,
 }
 
 impl Hold {
@@ -62,8 +62,8 @@ impl Hold {
 }
 
 /// A frame that was opened.
-struct Opened {
-    reader: DiskReader,
+pub(super) struct Opened {
+    pub(super) reader: DiskReader,
     /// All layers, unverified, where they were read too.
     layers: Option<Vec<ChargedBytes>>,
 }
@@ -119,7 +119,7 @@ impl DiskTier {
         Ok(opened.map(|opened| opened.reader))
     }
 
-    fn hold(&self, key: &ChunkKey) -> Option<Hold> {
+    pub(super) fn hold(&self, key: &ChunkKey) -> Option<Hold> {
         let entry = self.0.lock().hold(key, self.0.clock.now());
         if entry.is_none() {
             count(&self.0.counters.misses);
@@ -146,7 +146,7 @@ impl DiskTier {
 
     /// Opens and checks a held frame. One that is not what the index says is dropped
     /// and a miss. A buffer of the frame's size takes all of it at once.
-    fn open_whole_or_head(
+    pub(super) fn open_whole_or_head(
         &self,
         hold: Hold,
         whole: Option<Buffer>,
