@@ -414,10 +414,10 @@ impl DiskTier {
         self.0.lock().index.pin_ids(self.0.clock.now())
     }
 
-    /// Runs `view` on the locked index, and gives it its keys.
-    pub(crate) fn keys_with<T>(&self, view: impl FnOnce(Vec<ChunkKey>) -> T) -> T {
-        let chunks = self.0.lock();
-        view(chunks.index.iter().map(|entry| entry.key).collect())
+    /// Shows the keys of all chunks; see [`index::in_parts`].
+    pub(crate) fn keys(&self, mut show: impl FnMut(ChunkKey)) {
+        let show = |entry: &DiskEntry| show(entry.key);
+        index::in_parts(|part| part(&self.0.lock().index), show);
     }
 
     /// Waits for work in progress, refuses more, and makes the catalog durable.

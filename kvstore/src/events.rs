@@ -36,12 +36,14 @@ pub enum EventKind {
     Removed,
 }
 
-/// What is stored where, at one point of the event order.
+/// What is stored where. Gathered while changes go on, of which it may hold any after
+/// `sequence`; the events after that, applied in their order, lead to what is true, since
+/// each says where a copy is and not what changed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Snapshot {
     /// Epoch of the sequence.
     pub epoch: u64,
-    /// The last event that is contained; 0 before the first.
+    /// The last event that is contained for certain; 0 before the first.
     pub sequence: u64,
     /// Every copy: a chunk in two tiers is listed twice.
     pub copies: Vec<(ChunkKey, TierKind)>,

@@ -309,42 +309,54 @@ impl<E: Entry> Index<E> {
     }
 }
 
-/// At most `limit` chunks with keys after `after`, in the order of keys. Looks at a part
-/// of the index at a time, each under a lock of its own that `locked` takes: nobody waits
-/// for all of it. What comes or goes meanwhile may be listed or not.
+/// At most `limit` chunks with keys after `after`, in the order of keys; looks
+/// [in parts](in_parts).
 pub(crate) fn list<E: Entry>(
     after: Option<&ChunkKey>,
     limit: usize,
     locked: impl Fn(&mut dyn FnMut(&Index<E>)),
 ) -> Vec<Facts> {
     let mut first: BTreeMap<ChunkKey, Facts> = BTreeMap::new();
-    let (mut from, mut ended) = (0, limit == 0);
+    if limit == 0 {
+        return Vec::new();
+    }
+    in_parts(locked, |entry| {
+        let key = entry.key();
+        if after.is_some_and(|after| key <= after) {
+            return;
+        }
+        if first.len() >= limit {
+            match first.last_entry() {
+                Some(last) if key < last.key() => last.remove(),
+                _ => return,
+            };
+        }
+        first.insert(*key, entry.facts());
+    });
+    first.into_values().collect()
+}
+
+/// Shows all entries, in no particular order. Looks at a part of the index at a time, each
+/// under a lock of its own that `locked` takes: nobody waits for all of it. What comes or
+/// goes meanwhile may be shown or not, and what stays is.
+pub(crate) fn in_parts<E: Entry>(
+    locked: impl Fn(&mut dyn FnMut(&Index<E>)),
+    mut show: impl FnMut(&E),
+) {
+    let (mut from, mut ended) = (0, false);
     while !ended {
         locked(&mut |index| {
             let rest = index.entries.get(from..).unwrap_or(&[]);
-            let part = rest.get(..LIST_PART).unwrap_or(rest);
-            for entry in part.iter().flatten() {
-                let key = entry.key();
-                if after.is_some_and(|after| key <= after) {
-                    continue;
-                }
-                if first.len() >= limit {
-                    match first.last_entry() {
-                        Some(last) if key < last.key() => last.remove(),
-                        _ => continue,
-                    };
-                }
-                first.insert(*key, entry.facts());
-            }
+            let part = rest.get(..PART).unwrap_or(rest);
+            part.iter().flatten().for_each(&mut show);
             from += part.len();
             ended = part.is_empty();
         });
     }
-    first.into_values().collect()
 }
 
 /// Entries that are listed under one lock: well under a millisecond.
-const LIST_PART: usize = 4096;
+const PART: usize = 4096;
 
 /// Whether a chunk may not be evicted now.
 fn is_exempt<E: Entry>(entries: &[Option<E>], pins: &Pins, slot: Slot) -> bool {

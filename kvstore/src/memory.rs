@@ -360,10 +360,10 @@ impl MemoryTier {
         self.0.lock().limit(class, limits);
     }
 
-    /// Runs `view` on the locked index, and gives it its keys.
-    pub(crate) fn keys_with<T>(&self, view: impl FnOnce(Vec<ChunkKey>) -> T) -> T {
-        let index = self.0.lock();
-        view(index.iter().map(|chunk| chunk.facts.key).collect())
+    /// Shows the keys of all chunks; see [`index::in_parts`].
+    pub(crate) fn keys(&self, mut show: impl FnMut(ChunkKey)) {
+        let show = |chunk: &Arc<Chunk>| show(chunk.facts.key);
+        index::in_parts(|part| part(&self.0.lock()), show);
     }
 
     pub(crate) fn pin_ids(&self) -> Vec<PinId> {

@@ -476,31 +476,28 @@ impl Store {
         self.0.events.subscribe()
     }
 
-    /// What is stored where, as of one event.
+    /// What is stored where. Nobody waits for it: see [`Snapshot`].
     pub fn snapshot(&self) -> Snapshot {
         let inner = &*self.0;
-        // Both indices stay locked until the sequence was read; the order of locks
-        // is memory, disk, events.
-        inner.memory.keys_with(|memory| {
-            let with_disk = |disk: Vec<ChunkKey>| {
-                let sequence = inner.events.sequence();
-                let memory = memory.into_iter().map(|key| (key, TierKind::Memory));
-                let disk = disk.into_iter().map(|key| (key, TierKind::Disk));
-                Snapshot {
-                    epoch: inner.events.epoch(),
-                    sequence,
-                    copies: memory.chain(disk).collect(),
-                }
-            };
-            match &inner.disk {
-                Some(disk) => disk.keys_with(with_disk),
-                None => with_disk(Vec::new()),
-            }
-        })
+        // First, so that every change that the copies may lack is an event after it.
+        let sequence = inner.events.sequence();
+        let mut copies = Vec::new();
+        inner
+            .memory
+            .keys(|key| copies.push((key, TierKind::Memory)));
+        if let Some(disk) = &inner.disk {
+            disk.keys(|key| copies.push((key, TierKind::Disk)));
+        }
+        Snapshot {
+            epoch: inner.events.epoch(),
+            sequence,
+            copies,
+        }
     }
 
     /// Moves what is in memory alone to disk, if it is worth it; waits for disk work in
-    /// progress, refuses more, and makes the catalog durable. The directory stays locked until every handle and lease is dropped.
+    /// progress, refuses more, and makes the catalog durable. The directory stays locked
+    /// until every handle and lease is dropped.
     ///
     /// # Errors
     /// The catalog failed.

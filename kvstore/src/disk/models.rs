@@ -113,8 +113,15 @@ impl MediumFile for BlocksFile {
         let file = files.get_mut(&self.path).unwrap();
         for (at, block) in (offset / BLOCK as u64..).zip(buffer.chunks(BLOCK)) {
             let before = file.insert(at, Some(block.into()));
-            assert!(before != Some(None), "a place that was given back is used again");
-            fresh += if before.is_none() && at > 0 { BLOCK as u64 } else { 0 };
+            assert!(
+                before != Some(None),
+                "a place that was given back is used again"
+            );
+            fresh += if before.is_none() && at > 0 {
+                BLOCK as u64
+            } else {
+                0
+            };
         }
         drop(files);
         let before = self.blocks.allocated.fetch_add(fresh, Ordering::Relaxed);

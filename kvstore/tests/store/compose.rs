@@ -1,5 +1,6 @@
 //! Tiers together: write-through, promotion, pins, events, throttling.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -423,5 +424,45 @@ fn lru(capacity: ByteSize) -> MemoryConfig {
     MemoryConfig {
         policy: PolicyKind::Lru,
         ..MemoryConfig::with_capacity(capacity)
+    }
+}
+
+/// Whoever begins to watch while chunks come and go knows all of them in the end.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_snapshot_and_the_events_after_it_tell_all() {
+    let store = Store::open(memory_only(ByteSize::mib(4))).await.unwrap();
+    let churn = {
+        let store = store.clone();
+        tokio::spawn(async move {
+            for round in 0..20u8 {
+                for number in 0..100u8 {
+                    if number % 7 == round % 7 {
+                        store.delete(key(number)).await.unwrap();
+                    } else {
+                        let _ = store.put(object(number)).await.unwrap();
+                    }
+                }
+            }
+        })
+    };
+    let mut watchers = Vec::new();
+    while !churn.is_finished() {
+        watchers.push((store.events(), store.snapshot()));
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    churn.await.unwrap();
+    let truth: HashSet<_> = store.snapshot().copies.into_iter().collect();
+    assert!(watchers.len() > 1 && !truth.is_empty());
+    for (mut events, snapshot) in watchers {
+        let mut known: HashSet<_> = snapshot.copies.into_iter().collect();
+        while let Ok(event) = events.try_recv() {
+            let copy = (event.key, event.tier);
+            match event.kind {
+                _ if event.sequence <= snapshot.sequence => false,
+                EventKind::Stored => known.insert(copy),
+                EventKind::Removed => known.remove(&copy),
+            };
+        }
+        assert_eq!(known, truth, "after {}", snapshot.sequence);
     }
 }
