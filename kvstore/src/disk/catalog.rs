@@ -428,25 +428,37 @@ mod tests {
     }
 
     proptest::proptest! {
+        /// What is close to a record is one, and then the one that it says, or none.
         #[test]
         fn no_bytes_are_too_strange_to_be_refused(
-            key in proptest::collection::vec(proptest::num::u8::ANY, 0..80),
-            mut value in proptest::collection::vec(proptest::num::u8::ANY, 0..90),
+            at in 0..120usize,
+            byte in proptest::num::u8::ANY,
+            cut in 0..150usize,
+            version in 0..4u8,
+            tail in proptest::collection::vec(proptest::num::u8::ANY, 0..40),
         ) {
-            for version in 0..4 {
-                if let Some(first) = value.first_mut() {
-                    *first = version;
-                }
-                let _ = LegacyRecord::decode(&key, &value);
-                if let Some(record) = Record::decode(&key, &value) {
-                    assert_eq!(record.encode(), value);
-                }
-                let whole = key.iter().chain(&[0; KEY_BYTES]).take(KEY_BYTES);
-                let whole: Vec<u8> = whole.copied().collect();
-                if let Some(record) = Record::decode(&whole, &value) {
-                    assert_eq!(record.encode(), value);
-                }
+            let record = record();
+            let mut key = Record::key_of(&record.key, record.location).to_vec();
+            let mut value = record.encode();
+            if let Some(first) = value.first_mut() {
+                *first = version;
             }
+            let split = key.len();
+            if let Some(hit) = key.iter_mut().chain(&mut value).nth(at) {
+                *hit = byte;
+            }
+            if cut < value.len() {
+                value.truncate(cut);
+                value.extend(&tail);
+            }
+            if let Some(record) = Record::decode(&key, &value) {
+                assert_eq!(record.encode(), value);
+                assert_eq!(Record::key_of(&record.key, record.location).as_slice(), key);
+            }
+            let _ = LegacyRecord::decode(key.get(..32).unwrap(), &value);
+            let _ = LegacyRecord::decode(&tail, &value);
+            key.truncate(at.min(split - 1));
+            assert_eq!(Record::decode(&key, &value), None);
         }
     }
 
