@@ -29,6 +29,10 @@
 
 #![deny(unsafe_code)]
 
+#[allow(dead_code, reason = "todo")]
+mod cell;
+#[allow(dead_code, reason = "todo")]
+mod classes;
 mod header;
 mod object;
 #[allow(dead_code, reason = "todo")]

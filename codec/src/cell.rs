@@ -1,0 +1,522 @@
+//! The lossy coding of a few tokens of one plane: cells.
+//!
+//! A cell holds up to [`CELL_TOKENS`] rows of `width` channels. A value is the channel's
+//! offset and a whole number of steps; the number is coded by the channel's class
+//! ([`classes`]) in up to [`LADDER`] parts, each three times finer than the one before:
+//!
+//! ```text
+//! base        value / step, rounded                          level 0
+//! refinement  which third of the step it lies in             level 1: step / 3
+//! refinement  which third of that                            level 2: step / 9
+//! ```
+//!
+//! The roundings nest, so a finer level is the coarser one and what it lacks, and costs
+//! hardly more than coding it at once: for Gaussian values under 0.01 bit.
+//!
+//! ```text
+//! base part := outliers (u16) ‖ outliers × { position (u16) ‖ f32 } ‖ stream
+//! refinement part := stream
+//! ```
+//!
+//! Outliers are stored as they are: not a number, infinite, too far out for the class.
+//! Encoding and decoding are f32 throughout; what a number stands for is
+//! `offset + number * step`, with one rounding (a fused multiply-add).
+
+use crate::classes::{self, BASE, DISTANCES, LARGEST, REFINEMENT};
+use crate::rans::StreamError;
+
+/// Tokens of a cell.
+pub const CELL_TOKENS: usize = 64;
+/// Parts of a cell: the base and its refinements.
+pub const LADDER: usize = 3;
+/// Channels of a cell at most: positions and their number fit a `u16`.
+pub(crate) const MAX_WIDTH: usize = 512;
+
+/// What is common to the cells of one plane: how its values become numbers.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Quantiser {
+    /// The step of level 0.
+    pub(crate) step: f32,
+    /// By channel, in parts of a step: [`OFFSETS_PER_STEP`].
+    pub(crate) offsets: Vec<i16>,
+    /// By channel.
+    pub(crate) classes: Vec<u8>,
+}
+
+/// Why bytes are not a part of a cell.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum CellError {
+    /// It ends before its outliers do, or one of them lies outside of the cell.
+    #[error("a cell's outliers are damaged")]
+    Outliers,
+    /// Its symbols cannot be decoded.
+    #[error(transparent)]
+    Stream(#[from] StreamError),
+}
+
+impl Quantiser {
+    /// For rows of `width` channels, a multiple of the lanes: offsets are means, and classes
+    /// follow from standard deviations. Values that are not finite do not count.
+    pub(crate) fn of(rows: &[f32], width: usize, step: f32) -> Self {
+        let mut moments = vec![Moments::default(); width];
+        for row in rows.chunks_exact(width) {
+            for (moments, &value) in moments.iter_mut().zip(row) {
+                moments.add(value);
+            }
+        }
+        let (offsets, classes) = moments
+            .iter()
+            .map(|moments| moments.quantised(step))
+            .unzip();
+        Self {
+            step,
+            offsets,
+            classes,
+        }
+    }
+
+    fn width(&self) -> usize {
+        self.classes.len()
+    }
+
+    fn offsets(&self) -> Vec<f32> {
+        let offset = |&offset: &i16| f32::from(offset) * (self.step / OFFSETS_PER_STEP);
+        self.offsets.iter().map(offset).collect()
+    }
+
+    /// The first refinement table of every channel.
+    fn refinement_tables(&self, level: u8) -> Vec<u8> {
+        let table = |&class: &u8| classes::refinement_tables(class, level);
+        self.classes.iter().map(table).collect()
+    }
+
+    /// Appends each part of a cell to one of `parts`.
+    ///
+    /// # Panics
+    /// `rows` are not whole rows of at most [`CELL_TOKENS`] tokens and [`MAX_WIDTH`]
+    /// channels.
+    pub(crate) fn encode(&self, rows: &[f32], parts: [&mut Vec<u8>; LADDER]) {
+        let width = self.width();
+        assert!(
+            width <= MAX_WIDTH
+                && rows.len().is_multiple_of(width)
+                && rows.len() <= width * CELL_TOKENS,
+            "the rows of a cell"
+        );
+        let mut numbers = [(); LADDER].map(|()| vec![0f32; rows.len()]);
+        let offsets = self.offsets();
+        self.split(rows, &offsets, &mut numbers);
+
+        let mut outliers: Vec<(u16, f32)> = Vec::new();
+        let mut symbols = vec![0u8; rows.len()];
+        for (row, at) in symbols.chunks_exact_mut(width).zip((0..).step_by(width)) {
+            for (channel, symbol) in row.iter_mut().enumerate() {
+                let position = at + channel;
+                let class = self.classes[channel];
+                let found = symbol_of(numbers[0][position]);
+                let fits = found.filter(|&symbol| BASE.has(class, symbol));
+                let exact = class != classes::ZERO || rows[position] == offsets[channel];
+                *symbol = match fits {
+                    Some(symbol) if exact => symbol,
+                    _ => {
+                        let short = u16::try_from(position).unwrap_or(u16::MAX);
+                        outliers.push((short, rows[position]));
+                        numbers
+                            .iter_mut()
+                            .for_each(|numbers| numbers[position] = 0.0);
+                        MIDDLE
+                    }
+                };
+            }
+        }
+        let [base, refinements @ ..] = parts;
+        let count = u16::try_from(outliers.len()).unwrap_or(u16::MAX);
+        base.extend_from_slice(&count.to_le_bytes());
+        for (position, value) in &outliers {
+            base.extend_from_slice(&position.to_le_bytes());
+            base.extend_from_slice(&value.to_le_bytes());
+        }
+        BASE.encode(&symbols, &self.classes, base);
+        let mut tables = vec![0; rows.len()];
+        for ((level, part), pair) in (1u8..).zip(refinements).zip(numbers.windows(2)) {
+            let first = self.refinement_tables(level);
+            let [coarser, finer] = pair else { break };
+            let of_rows = coarser.chunks_exact(width).zip(finer.chunks_exact(width));
+            let into = symbols
+                .chunks_exact_mut(width)
+                .zip(tables.chunks_exact_mut(width));
+            for ((coarser, finer), (symbols, tables)) in of_rows.zip(into) {
+                for channel in 0..width {
+                    symbols[channel] = third_of(coarser[channel], finer[channel]);
+                    tables[channel] =
+                        first[channel] + distance_of(coarser[channel], first[channel]);
+                }
+            }
+            REFINEMENT.encode(&symbols, &tables, part);
+        }
+    }
+
+    /// The numbers of all levels, finest last. What is too far out, or no number, is
+    /// anything that no table has.
+    fn split(&self, rows: &[f32], offsets: &[f32], numbers: &mut [Vec<f32>; LADDER]) {
+        let width = self.width();
+        let per_step = 9.0 / self.step;
+        let [base, middle, finest] = numbers;
+        let into = base
+            .chunks_exact_mut(width)
+            .zip(middle.chunks_exact_mut(width))
+            .zip(finest.chunks_exact_mut(width));
+        for (row, ((base, middle), finest)) in rows.chunks_exact(width).zip(into) {
+            for channel in 0..width {
+                let exact = (row[channel] - offsets[channel]) * per_step;
+                finest[channel] = rounded(exact);
+                middle[channel] = rounded(finest[channel] * THIRD);
+                base[channel] = rounded(middle[channel] * THIRD);
+            }
+        }
+    }
+
+    /// Decodes cells of equally many rows, given by their parts from the base up to a
+    /// level, the same number for all; `outputs` become their rows.
+    ///
+    /// # Errors
+    /// Parts that were not made for this many rows; most damage.
+    ///
+    /// # Panics
+    /// The outputs are not whole rows of equal lengths, or not as many as the cells; or a
+    /// class is greater than that of a channel that is zero.
+    pub(crate) fn decode(
+        &self,
+        cells: &[&[&[u8]]],
+        outputs: &mut [&mut [f32]],
+    ) -> Result<(), CellError> {
+        let width = self.width();
+        let len = outputs.first().map_or(0, |output| output.len());
+        let levels = cells.first().map_or(0, |parts| parts.len());
+        assert!(
+            cells.len() == outputs.len() && cells.iter().all(|parts| parts.len() == levels),
+            "as many outputs as cells, and equally many parts"
+        );
+        let mut outliers = Vec::with_capacity(cells.len());
+        let mut streams = Vec::with_capacity(cells.len());
+        for parts in cells {
+            let (of_cell, stream) = read_outliers(parts.first().unwrap_or(&&[][..]), len)?;
+            outliers.push(of_cell);
+            streams.push(stream);
+        }
+        let mut symbols = vec![vec![0; len]; cells.len()];
+        let classes = vec![self.classes.as_slice(); cells.len()];
+        BASE.decode(&streams, &classes, &mut slices(&mut symbols))?;
+        let mut numbers: Vec<Vec<i16>> = symbols
+            .iter()
+            .map(|symbols| {
+                symbols
+                    .iter()
+                    .map(|&symbol| i16::from(symbol) - i16::from(MIDDLE))
+                    .collect()
+            })
+            .collect();
+        let mut step = self.step;
+        let mut tables = vec![vec![0; len]; cells.len()];
+        for (level, part) in (1u8..).zip(1..levels) {
+            let first = self.refinement_tables(level);
+            for (tables, numbers) in tables.iter_mut().zip(&numbers) {
+                let rows = tables
+                    .chunks_exact_mut(width)
+                    .zip(numbers.chunks_exact(width));
+                for (tables, numbers) in rows {
+                    for channel in 0..width {
+                        let distance = distance_of(f32::from(numbers[channel]), first[channel]);
+                        tables[channel] = first[channel] + distance;
+                    }
+                }
+            }
+            let streams: Vec<&[u8]> = cells.iter().map(|parts| parts[part]).collect();
+            let named: Vec<&[u8]> = tables.iter().map(Vec::as_slice).collect();
+            REFINEMENT.decode(&streams, &named, &mut slices(&mut symbols))?;
+            for (numbers, thirds) in numbers.iter_mut().zip(&symbols) {
+                for (number, &third) in numbers.iter_mut().zip(thirds) {
+                    let third = i16::from(third) - 1;
+                    *number = 3 * *number + if *number < 0 { -third } else { third };
+                }
+            }
+            step /= 3.0;
+        }
+        let offsets = self.offsets();
+        for ((output, numbers), outliers) in outputs.iter_mut().zip(&numbers).zip(outliers) {
+            let rows = output
+                .chunks_exact_mut(width)
+                .zip(numbers.chunks_exact(width));
+            for (row, numbers) in rows {
+                for ((value, &number), &offset) in row.iter_mut().zip(numbers).zip(&offsets) {
+                    *value = f32::from(number) * step + offset;
+                }
+            }
+            for (position, value) in outliers {
+                if let Some(slot) = output.get_mut(usize::from(position)) {
+                    *slot = value;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Sums over the finite values of a channel.
+#[derive(Clone, Copy, Debug, Default)]
+struct Moments {
+    count: f32,
+    sum: f32,
+    squares: f32,
+}
+
+impl Moments {
+    fn add(&mut self, value: f32) {
+        let value = if value.is_finite() { value } else { return };
+        self.count += 1.0;
+        self.sum += value;
+        self.squares += value * value;
+    }
+
+    /// The offset, in parts of a step, and the class of what is left.
+    fn quantised(self, step: f32) -> (i16, u8) {
+        let count = self.count.max(1.0);
+        let mean = self.sum / count;
+        #[expect(
+            clippy::cast_possible_truncation,
+            reason = "saturates, and no number is zero"
+        )]
+        let offset = (mean / (step / OFFSETS_PER_STEP)).round() as i16;
+        let rest = mean - f32::from(offset) * (step / OFFSETS_PER_STEP);
+        let variance = (self.squares / count - mean * mean).max(0.0) + rest * rest;
+        let ratio = variance.sqrt() / step;
+        let class = if ratio > 0.0 {
+            classes::class_of(ratio)
+        } else {
+            classes::ZERO
+        };
+        (offset, class)
+    }
+}
+
+/// The whole number nearest to one of less than 2²²; anything else stays out of reach of
+/// every table.
+fn rounded(value: f32) -> f32 {
+    // Adding this leaves no bit for a fraction.
+    const SHIFT: f32 = 12_582_912.0;
+    if value.abs() < 4_194_304.0 {
+        (value + SHIFT) - SHIFT
+    } else {
+        f32::INFINITY
+    }
+}
+
+/// The symbol of a base table.
+fn symbol_of(number: f32) -> Option<u8> {
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "saturates, and no number is zero"
+    )]
+    let symbol = number as i32 + LARGEST;
+    let symbol = u8::try_from(symbol).ok()?;
+    number.is_finite().then_some(symbol)
+}
+
+/// Where the finer number lies in the step of the coarser one.
+fn third_of(coarser: f32, finer: f32) -> u8 {
+    let third = finer - 3.0 * coarser;
+    let away = if coarser < 0.0 { -third } else { third };
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "0, 1 or 2"
+    )]
+    let symbol = (away + 1.0) as u8;
+    symbol
+}
+
+/// Which of a channel's refinement tables codes the thirds of a number.
+fn distance_of(number: f32, first: u8) -> u8 {
+    let most = if first == CERTAIN {
+        0.0
+    } else {
+        f32::from(DISTANCES - 1)
+    };
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "0 to 3"
+    )]
+    let distance = number.abs().min(most) as u8;
+    distance
+}
+
+type Outliers = Vec<(u16, f32)>;
+
+fn read_outliers(part: &[u8], positions: usize) -> Result<(Outliers, &[u8]), CellError> {
+    let (&count, rest) = part.split_first_chunk().ok_or(CellError::Outliers)?;
+    let bytes = usize::from(u16::from_le_bytes(count)) * OUTLIER_BYTES;
+    let (outliers, stream) = rest.split_at_checked(bytes).ok_or(CellError::Outliers)?;
+    let (outliers, _) = outliers.as_chunks::<OUTLIER_BYTES>();
+    let outliers = outliers.iter().map(|&[low, high, a, b, c, d]| {
+        let position = u16::from_le_bytes([low, high]);
+        let known = usize::from(position) < positions;
+        known
+            .then(|| (position, f32::from_le_bytes([a, b, c, d])))
+            .ok_or(CellError::Outliers)
+    });
+    Ok((outliers.collect::<Result<_, _>>()?, stream))
+}
+
+fn slices(all: &mut [Vec<u8>]) -> Vec<&mut [u8]> {
+    all.iter_mut().map(Vec::as_mut_slice).collect()
+}
+
+/// An offset is exact to half a part: little beside the finest step.
+const OFFSETS_PER_STEP: f32 = 36.0;
+const OUTLIER_BYTES: usize = 6;
+/// The symbol of the number zero.
+const MIDDLE: u8 = LARGEST as u8;
+/// The refinement table of channels that are zero.
+const CERTAIN: u8 = classes::CLASSES * DISTANCES;
+const THIRD: f32 = 1.0 / 3.0;
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Rows of normal values: the width, and the standard deviation of each channel.
+    fn gaussian(width: usize, tokens: usize, seed: u64) -> Vec<f32> {
+        let mut state = seed | 1;
+        let mut uniform = move || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            #[expect(clippy::cast_precision_loss, reason = "a random number")]
+            let value = (state >> 40) as f32 / (1u32 << 24) as f32;
+            value
+        };
+        (0..width * tokens)
+            .map(|at| {
+                #[expect(clippy::cast_precision_loss, reason = "small")]
+                let scale = 0.2 + (at % width) as f32 / width as f32 * 3.0;
+                let sum: f32 = (0..12).map(|_| uniform()).sum();
+                (sum - 6.0) * scale + 5.0 * scale
+            })
+            .collect()
+    }
+
+    fn encoded(quantiser: &Quantiser, rows: &[f32]) -> [Vec<u8>; LADDER] {
+        let mut parts = [(); LADDER].map(|()| Vec::new());
+        quantiser.encode(rows, parts.each_mut());
+        parts
+    }
+
+    fn decoded(
+        quantiser: &Quantiser,
+        parts: &[Vec<u8>],
+        len: usize,
+    ) -> Result<Vec<f32>, CellError> {
+        let mut output = vec![0.0; len];
+        let parts: Vec<&[u8]> = parts.iter().map(Vec::as_slice).collect();
+        quantiser.decode(&[&parts], &mut [&mut output])?;
+        Ok(output)
+    }
+
+    #[test]
+    fn a_level_is_as_exact_as_its_step() {
+        let rows = gaussian(64, 50, 3);
+        for step in [0.05, 0.5, 3.0, 40.0] {
+            let quantiser = Quantiser::of(&rows, 64, step);
+            let parts = encoded(&quantiser, &rows);
+            let mut level_step = step;
+            for level in 0..LADDER {
+                let got = decoded(&quantiser, &parts[..=level], rows.len()).unwrap();
+                let errors = rows.iter().zip(&got).map(|(a, b)| (a - b).abs());
+                let worst = errors.fold(0.0, f32::max);
+                assert!(worst <= level_step * 0.5001, "{step} {level}: {worst}");
+                level_step /= 3.0;
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_no_number_stays_what_it_is() {
+        let mut rows = gaussian(32, 64, 3);
+        let strange = [
+            f32::NAN,
+            f32::INFINITY,
+            f32::NEG_INFINITY,
+            1e30,
+            -1e-40,
+            3e8,
+        ];
+        for (at, value) in strange.into_iter().enumerate() {
+            rows[at * 37] = value;
+        }
+        let quantiser = Quantiser::of(&gaussian(32, 64, 3), 32, 0.3);
+        let parts = encoded(&quantiser, &rows);
+        let got = decoded(&quantiser, &parts[..1], rows.len()).unwrap();
+        assert!(got[0].is_nan());
+        assert_eq!(got[37..=37], [f32::INFINITY]);
+        assert_eq!(got[2 * 37], f32::NEG_INFINITY);
+        assert_eq!(got[3 * 37], 1e30);
+        assert!((got[4 * 37]).abs() < 0.16);
+        assert_eq!(got[5 * 37], 3e8);
+    }
+
+    #[test]
+    fn nothing_costs_nothing() {
+        let rows = vec![0.0; 64 * 64];
+        let quantiser = Quantiser::of(&rows, 64, 0.1);
+        let parts = encoded(&quantiser, &rows);
+        let lengths = parts.each_ref().map(Vec::len);
+        assert_eq!(lengths, [2 + 128, 128, 128]);
+        assert_eq!(decoded(&quantiser, &parts, rows.len()).unwrap(), rows);
+    }
+
+    /// Close to what a coder that knows every distribution needs.
+    #[test]
+    fn a_value_takes_what_its_distribution_needs() {
+        let (width, tokens) = (256, 64);
+        let rows = gaussian(width, tokens, 9);
+        for (step, level) in [(1.0f32, 0), (3.0, 1), (9.0, 2)] {
+            let quantiser = Quantiser::of(&rows, width, step);
+            let parts = encoded(&quantiser, &rows);
+            let bytes: usize = parts[..=level].iter().map(Vec::len).sum();
+            let states = 128 * (level + 1) + 2;
+            let mut ideal = 0.0;
+            for channel in 0..width {
+                let scale = 0.2 + f64::from(u32::try_from(channel).unwrap()) / 256.0 * 3.0;
+                // High-rate entropy of a normal variable, and no less than nothing.
+                ideal += (scale.log2() + 2.047).max(0.3) / 256.0;
+            }
+            #[expect(clippy::cast_precision_loss, reason = "small")]
+            let bits = 8.0 * (bytes - states) as f64 / rows.len() as f64;
+            assert!((bits - ideal).abs() < 0.1, "{step}: {bits} {ideal}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn damage_is_an_error_or_other_numbers_and_no_panic(
+            at in any::<prop::sample::Index>(),
+            byte in any::<u8>(),
+            cut in any::<prop::sample::Index>(),
+            part in 0..LADDER,
+        ) {
+            let rows = gaussian(32, 8, 5);
+            let quantiser = Quantiser::of(&rows, 32, 1.0);
+            let mut parts = encoded(&quantiser, &rows);
+            let at = at.index(parts[part].len());
+            parts[part][at] = byte;
+            let _ = decoded(&quantiser, &parts, rows.len());
+            let cut = cut.index(parts[part].len());
+            parts[part].truncate(cut);
+            prop_assert!(decoded(&quantiser, &parts, rows.len()).is_err());
+        }
+    }
+}
