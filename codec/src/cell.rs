@@ -377,7 +377,7 @@ fn slices(all: &mut [Vec<u8>]) -> Vec<&mut [u8]> {
 const OFFSETS_PER_STEP: f32 = 36.0;
 const OUTLIER_BYTES: usize = 6;
 /// The symbol of the number zero.
-const MIDDLE: u8 = LARGEST as u8;
+const MIDDLE: u8 = LARGEST.to_le_bytes()[0];
 /// The refinement table of channels that are zero.
 const CERTAIN: u8 = classes::CLASSES * DISTANCES;
 const THIRD: f32 = 1.0 / 3.0;

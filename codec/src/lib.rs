@@ -29,14 +29,17 @@
 
 #![deny(unsafe_code)]
 
-#[allow(dead_code, reason = "todo")]
 mod cell;
-#[allow(dead_code, reason = "todo")]
 mod classes;
 mod header;
+mod layer;
 mod object;
-#[allow(dead_code, reason = "todo")]
 mod rans;
+mod rotation;
 
+pub use cell::{CELL_TOKENS, CellError, LADDER};
 pub use header::{HeaderError, IdentityError, LayerEntry, LayerError, ObjectHeader};
+pub use layer::{DecodeError, EncodedLayer, LayerCodec, UnsupportedLayout};
 pub use object::{Object, ObjectError};
+pub use rans::StreamError;
+pub use rotation::{Pairing, Rotation};

@@ -22,7 +22,7 @@ mod x86;
 use std::sync::LazyLock;
 
 /// Lanes of a stream: a warp, two registers of AVX-512, or four of AVX2.
-pub const LANES: usize = 32;
+pub(crate) const LANES: usize = 32;
 
 /// Probabilities are multiples of 2⁻¹¹.
 pub(crate) const PRECISION: u32 = 11;
@@ -60,7 +60,7 @@ struct Code {
 /// Why frequencies are not a table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
-pub enum TableError {
+pub(crate) enum TableError {
     /// They do not add up to the total.
     #[error("the frequencies of a table add up to {0}, not to {TOTAL}")]
     Total(u64),
@@ -129,7 +129,8 @@ impl Tables {
     }
 
     /// What coding a symbol takes, in bits.
-    pub(crate) fn cost(&self, table: u8, symbol: u8) -> f64 {
+    #[cfg(test)]
+    fn cost(&self, table: u8, symbol: u8) -> f64 {
         f64::from(PRECISION) - f64::from(self.code(table, symbol).frequency).log2()
     }
 

@@ -87,6 +87,10 @@ fn check<'a, 'b, const S: usize>(streams: [&'a mut Stream<'b>; S]) -> [&'a mut S
 /// # Safety
 /// The streams passed [`check`], and every table that they name is in `tables`.
 #[target_feature(enable = "avx512f,popcnt")]
+#[expect(
+    clippy::needless_range_loop,
+    reason = "two arrays by one index each, unrolled"
+)]
 fn avx512<const S: usize>(tables: &Tables, streams: [&mut Stream<'_>; S]) {
     let slots = tables.slots.as_ptr();
     let low = _mm512_set1_epi32((TOTAL - 1).cast_signed());
@@ -165,6 +169,10 @@ fn avx512<const S: usize>(tables: &Tables, streams: [&mut Stream<'_>; S]) {
 /// # Safety
 /// As for [`avx512`].
 #[target_feature(enable = "avx2,popcnt")]
+#[expect(
+    clippy::needless_range_loop,
+    reason = "two arrays by one index each, unrolled"
+)]
 fn avx2<const S: usize>(tables: &Tables, streams: [&mut Stream<'_>; S]) {
     let slots = tables.slots.as_ptr();
     let low = _mm256_set1_epi32((TOTAL - 1).cast_signed());
