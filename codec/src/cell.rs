@@ -116,9 +116,10 @@ impl Quantiser {
                 let class = self.classes[channel];
                 let found = symbol_of(numbers[0][position]);
                 let fits = found.filter(|&symbol| BASE.has(class, symbol));
-                let exact = class != classes::ZERO || rows[position] == offsets[channel];
+                // No refinement would tell it from zero.
+                let lost = class == classes::ZERO && numbers[LADDER - 1][position] != 0.0;
                 *symbol = match fits {
-                    Some(symbol) if exact => symbol,
+                    Some(symbol) if !lost => symbol,
                     _ => {
                         let short = u16::try_from(position).unwrap_or(u16::MAX);
                         outliers.push((short, rows[position]));
