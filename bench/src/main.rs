@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 mod checkpoint;
+mod codec;
 mod corpus;
 mod daemon;
 mod faults;
@@ -77,6 +78,8 @@ enum Suite {
     Replay(replay::Options),
     /// Quality of answers when the KV of a context is reused, beside full prefill.
     Quality(quality::Options),
+    /// What a value of KV takes under each codec, how exact it stays, and how fast it is.
+    Codec(codec::Options),
     /// Statistics of the KV of a model: what a codec can gain, and where reuse deviates.
     Kvstats(kvstats::Options),
     /// A page of results, made from what `quality` and `kvstats` printed.
@@ -132,6 +135,7 @@ async fn run(suite: Suite, json: bool, quick: bool) -> anyhow::Result<()> {
         },
         Suite::Soak(options) => soak::run(&options, quick, json).await,
         Suite::Quality(options) => quality::run(&options, quick)?.print(json),
+        Suite::Codec(options) => codec::run(&options, quick)?.print(json),
         Suite::Kvstats(options) => kvstats::run(&options, quick)?.print(json),
         Suite::Lookup => lookup::run(quick).await?.print(json),
         Suite::Store(options) => store::run(&options, quick).await?.print(json),

@@ -59,12 +59,7 @@ impl Quantiser {
     /// For rows of `width` channels, a multiple of the lanes: offsets are means, and classes
     /// follow from standard deviations. Values that are not finite do not count.
     pub(crate) fn of(rows: &[f32], width: usize, step: f32) -> Self {
-        let mut moments = vec![Moments::default(); width];
-        for row in rows.chunks_exact(width) {
-            for (moments, &value) in moments.iter_mut().zip(row) {
-                moments.add(value);
-            }
-        }
+        let moments = moments(rows, width);
         let (offsets, classes) = moments
             .iter()
             .map(|moments| moments.quantised(step))
@@ -264,9 +259,20 @@ impl Quantiser {
     }
 }
 
+/// Of every channel of rows of `width` channels.
+pub(crate) fn moments(rows: &[f32], width: usize) -> Vec<Moments> {
+    let mut moments = vec![Moments::default(); width];
+    for row in rows.chunks_exact(width) {
+        for (moments, &value) in moments.iter_mut().zip(row) {
+            moments.add(value);
+        }
+    }
+    moments
+}
+
 /// Sums over the finite values of a channel.
 #[derive(Clone, Copy, Debug, Default)]
-struct Moments {
+pub(crate) struct Moments {
     count: f32,
     sum: f32,
     squares: f32,
@@ -280,17 +286,25 @@ impl Moments {
         self.squares += value * value;
     }
 
+    fn mean(self) -> f32 {
+        self.sum / self.count.max(1.0)
+    }
+
+    pub(crate) fn variance(self) -> f32 {
+        let mean = self.mean();
+        (self.squares / self.count.max(1.0) - mean * mean).max(0.0)
+    }
+
     /// The offset, in parts of a step, and the class of what is left.
     fn quantised(self, step: f32) -> (i16, u8) {
-        let count = self.count.max(1.0);
-        let mean = self.sum / count;
+        let mean = self.mean();
         #[expect(
             clippy::cast_possible_truncation,
             reason = "saturates, and no number is zero"
         )]
         let offset = (mean / (step / OFFSETS_PER_STEP)).round() as i16;
         let rest = mean - f32::from(offset) * (step / OFFSETS_PER_STEP);
-        let variance = (self.squares / count - mean * mean).max(0.0) + rest * rest;
+        let variance = self.variance() + rest * rest;
         let ratio = variance.sqrt() / step;
         let class = if ratio > 0.0 {
             classes::class_of(ratio)

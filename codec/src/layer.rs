@@ -18,9 +18,9 @@ use half::slice::HalfFloatSliceExt as _;
 use half::{bf16, f16};
 use kvasir_types::{DType, HeadRange, KvLayout, Plane};
 
-use crate::cell::{CELL_TOKENS, CellError, LADDER, MAX_WIDTH, Quantiser};
+use crate::cell::{CELL_TOKENS, CellError, LADDER, MAX_WIDTH, Quantiser, moments};
 use crate::classes::ZERO;
-use crate::rans::LANES;
+use crate::rans::{LANES, STATE_BYTES};
 use crate::rotation::Rotation;
 
 /// Codes the layers of chunks of one layout, whose keys were turned in one way.
@@ -137,6 +137,44 @@ impl<'a> LayerCodec<'a> {
             rotation,
             planes,
         })
+    }
+
+    /// How far the values of a raw layer's keys, and values, lie from the means of their
+    /// channels: the root of the mean square, which steps are a multiple of.
+    ///
+    /// # Panics
+    /// The layer has not the bytes that the layout says.
+    pub fn deviations(&self, raw: &[u8]) -> [f32; 2] {
+        assert_eq!(
+            raw.len(),
+            self.layout.layer_bytes(),
+            "a layer of the layout"
+        );
+        let mut deviations = [0.0; 2];
+        for (shape, deviation) in self.planes.iter().zip(&mut deviations) {
+            let variances = shape.groups().map(|group| {
+                let rows = self.gather(raw, shape, group);
+                moments(&rows, shape.width)
+                    .iter()
+                    .map(|channel| channel.variance())
+                    .sum::<f32>()
+            });
+            let channels =
+                f32::from(shape.heads) * f32::from(u16::try_from(shape.dim).unwrap_or(u16::MAX));
+            *deviation = (variances.sum::<f32>() / channels).sqrt();
+        }
+        deviations
+    }
+
+    /// Bytes of a layer at level 0 that are not symbols: steps, offsets, classes, lengths
+    /// and states.
+    pub fn side_bytes(&self) -> usize {
+        let cells = (self.layout.tokens() as usize).div_ceil(CELL_TOKENS);
+        let of_plane = |shape: &PlaneShape| {
+            let group = 3 * shape.width + cells * (4 + CELL_BYTES);
+            4 + shape.groups().count() * group
+        };
+        self.planes.iter().map(of_plane).sum()
     }
 
     /// Codes a raw layer, with a step for level 0 of its keys and one of its values. Each
@@ -434,6 +472,8 @@ impl<'a> Part<'a> {
 }
 
 const ENOUGH_CHANNELS: usize = 256;
+/// Of a base part: the number of outliers, and the states.
+const CELL_BYTES: usize = 2 + STATE_BYTES;
 
 #[cfg(test)]
 mod tests {
