@@ -22,8 +22,9 @@
 //! Encoding and decoding are f32 throughout; what a number stands for is
 //! `offset + number * step`, with one rounding (a fused multiply-add).
 
-use crate::classes::{self, BASE, DISTANCES, LARGEST, REFINEMENT};
+use crate::classes::{self, BASE, DISTANCES, REFINEMENT};
 use crate::rans::StreamError;
+use crate::rows::{self, Channels, Symbols};
 
 /// Tokens of a cell.
 pub const CELL_TOKENS: usize = 64;
@@ -47,7 +48,7 @@ pub(crate) struct Quantiser {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum CellError {
-    /// It ends before its outliers do, or one of them lies outside of the cell.
+    /// It ends before its outliers do, or they do not ascend, or leave the cell.
     #[error("a cell's outliers are damaged")]
     Outliers,
     /// Its symbols cannot be decoded.
@@ -99,100 +100,111 @@ impl Quantiser {
                 && rows.len() <= width * CELL_TOKENS,
             "the rows of a cell"
         );
-        let mut numbers = [(); LADDER].map(|()| vec![0f32; rows.len()]);
-        let offsets = self.offsets();
-        self.split(rows, &offsets, &mut numbers);
-
-        let mut outliers: Vec<(u16, f32)> = Vec::new();
-        let mut symbols = vec![0u8; rows.len()];
-        for (row, at) in symbols.chunks_exact_mut(width).zip((0..).step_by(width)) {
-            for (channel, symbol) in row.iter_mut().enumerate() {
-                let position = at + channel;
-                let class = self.classes[channel];
-                let found = symbol_of(numbers[0][position]);
-                let fits = found.filter(|&symbol| BASE.has(class, symbol));
-                // No refinement would tell it from zero.
-                let lost = class == classes::ZERO && numbers[LADDER - 1][position] != 0.0;
-                *symbol = match fits {
-                    Some(symbol) if !lost => symbol,
-                    _ => {
-                        let short = u16::try_from(position).unwrap_or(u16::MAX);
-                        outliers.push((short, rows[position]));
-                        numbers
-                            .iter_mut()
-                            .for_each(|numbers| numbers[position] = 0.0);
-                        MIDDLE
+        let channels = self.channels();
+        let per_step = 9.0 / self.step;
+        let mut base = vec![0; rows.len()];
+        let mut thirds = [(); LADDER - 1].map(|()| vec![0; rows.len()]);
+        let mut tables = thirds.clone();
+        let mut outliers: Outliers = Vec::new();
+        for (row, at) in rows.chunks_exact(width).zip((0..).step_by(width)) {
+            let place = at..at + width;
+            let mut symbols = Symbols {
+                base: &mut base[place.clone()],
+                thirds: thirds.each_mut().map(|all| &mut all[place.clone()]),
+                tables: tables.each_mut().map(|all| &mut all[place.clone()]),
+            };
+            if rows::split(row, per_step, &channels, &mut symbols) {
+                for (channel, &value) in row.iter().enumerate() {
+                    if rows::is_stray(value, per_step, &channels, channel) {
+                        let position = u16::try_from(at + channel).unwrap_or(u16::MAX);
+                        outliers.push((position, value));
                     }
-                };
-            }
-        }
-        let [base, refinements @ ..] = parts;
-        let count = u16::try_from(outliers.len()).unwrap_or(u16::MAX);
-        base.extend_from_slice(&count.to_le_bytes());
-        for (position, value) in &outliers {
-            base.extend_from_slice(&position.to_le_bytes());
-            base.extend_from_slice(&value.to_le_bytes());
-        }
-        BASE.encode(&symbols, &self.classes, base);
-        let mut tables = vec![0; rows.len()];
-        for ((level, part), pair) in (1u8..).zip(refinements).zip(numbers.windows(2)) {
-            let first = self.refinement_tables(level);
-            let [coarser, finer] = pair else { break };
-            let of_rows = coarser.chunks_exact(width).zip(finer.chunks_exact(width));
-            let into = symbols
-                .chunks_exact_mut(width)
-                .zip(tables.chunks_exact_mut(width));
-            for ((coarser, finer), (symbols, tables)) in of_rows.zip(into) {
-                for channel in 0..width {
-                    symbols[channel] = third_of(coarser[channel], finer[channel]);
-                    tables[channel] =
-                        first[channel] + distance_of(coarser[channel], first[channel]);
                 }
             }
-            REFINEMENT.encode(&symbols, &tables, part);
+        }
+        let [part, refinements @ ..] = parts;
+        let count = u16::try_from(outliers.len()).unwrap_or(u16::MAX);
+        part.extend_from_slice(&count.to_le_bytes());
+        for (position, value) in &outliers {
+            part.extend_from_slice(&position.to_le_bytes());
+            part.extend_from_slice(&value.to_le_bytes());
+        }
+        BASE.encode(&base, &self.classes, part);
+        for ((part, thirds), tables) in refinements.into_iter().zip(&thirds).zip(&tables) {
+            REFINEMENT.encode(thirds, tables, part);
         }
     }
 
-    /// The numbers of all levels, finest last. What is too far out, or no number, is
-    /// anything that no table has.
-    fn split(&self, rows: &[f32], offsets: &[f32], numbers: &mut [Vec<f32>; LADDER]) {
-        let width = self.width();
-        let per_step = 9.0 / self.step;
-        let [base, middle, finest] = numbers;
-        let into = base
-            .chunks_exact_mut(width)
-            .zip(middle.chunks_exact_mut(width))
-            .zip(finest.chunks_exact_mut(width));
-        for (row, ((base, middle), finest)) in rows.chunks_exact(width).zip(into) {
-            for channel in 0..width {
-                let exact = (row[channel] - offsets[channel]) * per_step;
-                finest[channel] = rounded(exact);
-                middle[channel] = rounded(finest[channel] * THIRD);
-                base[channel] = rounded(middle[channel] * THIRD);
+    fn channels(&self) -> Channels {
+        let of =
+            |value: &dyn Fn(u8) -> f32| self.classes.iter().map(|&class| value(class)).collect();
+        Channels {
+            offsets: self.offsets(),
+            largest: of(&|class| f32::from(classes::LARGEST_OF[usize::from(class)])),
+            // No refinement would tell a channel that is zero from others.
+            largest_finest: of(&|class| {
+                if class == classes::ZERO {
+                    0.0
+                } else {
+                    f32::INFINITY
+                }
+            }),
+            tables: [1, 2].map(|level| self.refinement_tables(level)),
+            distances: self.distances(),
+        }
+    }
+
+    /// Distances that a channel's refinement tables tell apart, less one.
+    fn distances(&self) -> Vec<u8> {
+        let most = |&class: &u8| {
+            if class == classes::ZERO {
+                0
+            } else {
+                DISTANCES - 1
             }
-        }
+        };
+        self.classes.iter().map(most).collect()
     }
 
-    /// Decodes cells of equally many rows, given by their parts from the base up to a
-    /// level, the same number for all; `outputs` become their rows.
+    /// Decodes cells of `tokens` rows each, given by their parts from the base up to a
+    /// level, the same number for all. Gives `show` every row, with the number of its cell
+    /// and of its token; it may change it.
     ///
     /// # Errors
-    /// Parts that were not made for this many rows; most damage.
+    /// Parts that were not made for this many rows; most damage. Rows may have been shown
+    /// by then.
     ///
     /// # Panics
-    /// The outputs are not whole rows of equal lengths, or not as many as the cells; or a
-    /// class is greater than that of a channel that is zero.
+    /// The cells do not have equally many parts; or a class is greater than that of a
+    /// channel that is zero.
     pub(crate) fn decode(
         &self,
         cells: &[&[&[u8]]],
-        outputs: &mut [&mut [f32]],
+        tokens: usize,
+        mut show: impl FnMut(usize, usize, &mut [f32]),
+    ) -> Result<(), CellError> {
+        let offsets = self.offsets();
+        for (batch, number) in cells.chunks(AT_ONCE).zip((0..).step_by(AT_ONCE)) {
+            self.decode_some(batch, tokens, &offsets, |cell, token, row| {
+                show(number + cell, token, row);
+            })?;
+        }
+        Ok(())
+    }
+
+    fn decode_some(
+        &self,
+        cells: &[&[&[u8]]],
+        tokens: usize,
+        offsets: &[f32],
+        mut show: impl FnMut(usize, usize, &mut [f32]),
     ) -> Result<(), CellError> {
         let width = self.width();
-        let len = outputs.first().map_or(0, |output| output.len());
+        let len = tokens * width;
         let levels = cells.first().map_or(0, |parts| parts.len());
         assert!(
-            cells.len() == outputs.len() && cells.iter().all(|parts| parts.len() == levels),
-            "as many outputs as cells, and equally many parts"
+            cells.iter().all(|parts| parts.len() == levels),
+            "equally many parts"
         );
         let mut outliers = Vec::with_capacity(cells.len());
         let mut streams = Vec::with_capacity(cells.len());
@@ -204,17 +216,50 @@ impl Quantiser {
         let mut symbols = vec![vec![0; len]; cells.len()];
         let classes = vec![self.classes.as_slice(); cells.len()];
         BASE.decode(&streams, &classes, &mut slices(&mut symbols))?;
-        let mut numbers: Vec<Vec<i16>> = symbols
-            .iter()
-            .map(|symbols| {
-                symbols
-                    .iter()
-                    .map(|&symbol| i16::from(symbol) - i16::from(MIDDLE))
-                    .collect()
-            })
-            .collect();
+        let numbers = if levels > 1 {
+            self.refined(cells, levels, &mut symbols)?
+        } else {
+            Vec::new()
+        };
         let mut step = self.step;
+        (1..levels).for_each(|_| step /= 3.0);
+        let mut row = vec![0.0; width];
+        for (cell, outliers) in outliers.iter().enumerate() {
+            let mut outliers = outliers.iter().peekable();
+            for (token, start) in (0..tokens).zip((0..).step_by(width)) {
+                let place = start..start + width;
+                match numbers.get(cell) {
+                    Some(numbers) => {
+                        rows::values_of_numbers(&numbers[place], step, offsets, &mut row)
+                    }
+                    None => rows::values_of_symbols(&symbols[cell][place], step, offsets, &mut row),
+                }
+                while let Some((position, value)) =
+                    outliers.next_if(|(position, _)| usize::from(*position) < start + width)
+                {
+                    row[usize::from(*position) - start] = *value;
+                }
+                show(cell, token, &mut row);
+            }
+        }
+        Ok(())
+    }
+
+    /// The numbers of cells at a level from 1 on, of which `symbols` are the base.
+    fn refined(
+        &self,
+        cells: &[&[&[u8]]],
+        levels: usize,
+        symbols: &mut [Vec<u8>],
+    ) -> Result<Vec<Vec<i16>>, CellError> {
+        let width = self.width();
+        let len = symbols.first().map_or(0, Vec::len);
+        let mut numbers = vec![vec![0; len]; cells.len()];
+        for (numbers, symbols) in numbers.iter_mut().zip(symbols.iter()) {
+            rows::numbers_of_symbols(symbols, numbers);
+        }
         let mut tables = vec![vec![0; len]; cells.len()];
+        let distances = self.distances();
         for (level, part) in (1u8..).zip(1..levels) {
             let first = self.refinement_tables(level);
             for (tables, numbers) in tables.iter_mut().zip(&numbers) {
@@ -222,40 +267,17 @@ impl Quantiser {
                     .chunks_exact_mut(width)
                     .zip(numbers.chunks_exact(width));
                 for (tables, numbers) in rows {
-                    for channel in 0..width {
-                        let distance = distance_of(f32::from(numbers[channel]), first[channel]);
-                        tables[channel] = first[channel] + distance;
-                    }
+                    rows::tables_of_numbers(numbers, &first, &distances, tables);
                 }
             }
             let streams: Vec<&[u8]> = cells.iter().map(|parts| parts[part]).collect();
             let named: Vec<&[u8]> = tables.iter().map(Vec::as_slice).collect();
-            REFINEMENT.decode(&streams, &named, &mut slices(&mut symbols))?;
-            for (numbers, thirds) in numbers.iter_mut().zip(&symbols) {
-                for (number, &third) in numbers.iter_mut().zip(thirds) {
-                    let third = i16::from(third) - 1;
-                    *number = 3 * *number + if *number < 0 { -third } else { third };
-                }
-            }
-            step /= 3.0;
-        }
-        let offsets = self.offsets();
-        for ((output, numbers), outliers) in outputs.iter_mut().zip(&numbers).zip(outliers) {
-            let rows = output
-                .chunks_exact_mut(width)
-                .zip(numbers.chunks_exact(width));
-            for (row, numbers) in rows {
-                for ((value, &number), &offset) in row.iter_mut().zip(numbers).zip(&offsets) {
-                    *value = f32::from(number) * step + offset;
-                }
-            }
-            for (position, value) in outliers {
-                if let Some(slot) = output.get_mut(usize::from(position)) {
-                    *slot = value;
-                }
+            REFINEMENT.decode(&streams, &named, &mut slices(symbols))?;
+            for (numbers, thirds) in numbers.iter_mut().zip(symbols.iter()) {
+                rows::refine(numbers, thirds);
             }
         }
-        Ok(())
+        Ok(numbers)
     }
 }
 
@@ -315,58 +337,7 @@ impl Moments {
     }
 }
 
-/// The whole number nearest to one of less than 2²²; anything else stays out of reach of
-/// every table.
-fn rounded(value: f32) -> f32 {
-    // Adding this leaves no bit for a fraction.
-    const SHIFT: f32 = 12_582_912.0;
-    if value.abs() < 4_194_304.0 {
-        (value + SHIFT) - SHIFT
-    } else {
-        f32::INFINITY
-    }
-}
-
-/// The symbol of a base table.
-fn symbol_of(number: f32) -> Option<u8> {
-    #[expect(
-        clippy::cast_possible_truncation,
-        reason = "saturates, and no number is zero"
-    )]
-    let symbol = number as i32 + LARGEST;
-    let symbol = u8::try_from(symbol).ok()?;
-    number.is_finite().then_some(symbol)
-}
-
-/// Where the finer number lies in the step of the coarser one.
-fn third_of(coarser: f32, finer: f32) -> u8 {
-    let third = finer - 3.0 * coarser;
-    let away = if coarser < 0.0 { -third } else { third };
-    #[expect(
-        clippy::cast_possible_truncation,
-        clippy::cast_sign_loss,
-        reason = "0, 1 or 2"
-    )]
-    let symbol = (away + 1.0) as u8;
-    symbol
-}
-
-/// Which of a channel's refinement tables codes the thirds of a number.
-fn distance_of(number: f32, first: u8) -> u8 {
-    let most = if first == CERTAIN {
-        0.0
-    } else {
-        f32::from(DISTANCES - 1)
-    };
-    #[expect(
-        clippy::cast_possible_truncation,
-        clippy::cast_sign_loss,
-        reason = "0 to 3"
-    )]
-    let distance = number.abs().min(most) as u8;
-    distance
-}
-
+/// Positions, ascending, and values.
 type Outliers = Vec<(u16, f32)>;
 
 fn read_outliers(part: &[u8], positions: usize) -> Result<(Outliers, &[u8]), CellError> {
@@ -381,7 +352,11 @@ fn read_outliers(part: &[u8], positions: usize) -> Result<(Outliers, &[u8]), Cel
             .then(|| (position, f32::from_le_bytes([a, b, c, d])))
             .ok_or(CellError::Outliers)
     });
-    Ok((outliers.collect::<Result<_, _>>()?, stream))
+    let outliers: Outliers = outliers.collect::<Result<_, _>>()?;
+    let ascend = outliers.is_sorted_by_key(|(position, _)| *position);
+    ascend
+        .then_some((outliers, stream))
+        .ok_or(CellError::Outliers)
 }
 
 fn slices(all: &mut [Vec<u8>]) -> Vec<&mut [u8]> {
@@ -391,11 +366,8 @@ fn slices(all: &mut [Vec<u8>]) -> Vec<&mut [u8]> {
 /// An offset is exact to half a part: little beside the finest step.
 const OFFSETS_PER_STEP: f32 = 36.0;
 const OUTLIER_BYTES: usize = 6;
-/// The symbol of the number zero.
-const MIDDLE: u8 = LARGEST.to_le_bytes()[0];
-/// The refinement table of channels that are zero.
-const CERTAIN: u8 = classes::CLASSES * DISTANCES;
-const THIRD: f32 = 1.0 / 3.0;
+/// Cells that are decoded together: see [`Tables::decode`](crate::rans::Tables::decode).
+const AT_ONCE: usize = 4;
 
 #[cfg(test)]
 mod tests {
@@ -435,9 +407,10 @@ mod tests {
         parts: &[Vec<u8>],
         len: usize,
     ) -> Result<Vec<f32>, CellError> {
-        let mut output = vec![0.0; len];
+        let mut output = Vec::new();
         let parts: Vec<&[u8]> = parts.iter().map(Vec::as_slice).collect();
-        quantiser.decode(&[&parts], &mut [&mut output])?;
+        let tokens = len / quantiser.width();
+        quantiser.decode(&[&parts], tokens, |_, _, row| output.extend_from_slice(row))?;
         Ok(output)
     }
 

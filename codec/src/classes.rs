@@ -48,6 +48,18 @@ pub(crate) static REFINEMENT: LazyLock<Tables> = LazyLock::new(|| {
     read(from, CLASSES * DISTANCES + 1, THIRDS)
 });
 
+/// The largest number that each class has a symbol for, on both sides of zero.
+pub(crate) static LARGEST_OF: LazyLock<Vec<u8>> = LazyLock::new(|| {
+    let has = |class, number: u8| {
+        let zero = LARGEST.to_le_bytes()[0];
+        BASE.has(class, zero + number) && BASE.has(class, zero - number)
+    };
+    let largest = |class| (0u8..=63).take_while(|&number| has(class, number)).last();
+    (0..=ZERO)
+        .map(|class| largest(class).unwrap_or(0))
+        .collect()
+});
+
 /// The class of a channel with this standard deviation, in steps.
 pub(crate) fn class_of(ratio: f32) -> u8 {
     let spacing = 3f32.ln() / f32::from(CLASSES_PER_LEVEL);

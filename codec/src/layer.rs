@@ -253,12 +253,10 @@ impl<'a> LayerCodec<'a> {
                 quantisers.push(base.quantiser(step, shape.width)?);
             }
         }
-        let count = self
-            .planes
-            .iter()
-            .map(|shape| shape.groups().count())
-            .sum::<usize>()
-            * (self.layout.tokens() as usize).div_ceil(CELL_TOKENS);
+        let tokens = self.layout.tokens() as usize;
+        let cells_of_group = tokens.div_ceil(CELL_TOKENS);
+        let groups: usize = self.planes.iter().map(|shape| shape.groups().count()).sum();
+        let count = groups * cells_of_group;
         let mut cells = vec![base.cells(count)?];
         for (number, part) in parts.iter().enumerate().skip(1) {
             cells.push(Part::new(number, part).cells(count)?);
@@ -267,22 +265,20 @@ impl<'a> LayerCodec<'a> {
         let mut quantisers = quantisers.iter();
         for shape in &self.planes {
             for (group, quantiser) in shape.groups().zip(quantisers.by_ref()) {
-                let tokens = self.layout.tokens() as usize;
-                let mut rows = vec![0.0; tokens * shape.width];
-                let count = tokens.div_ceil(CELL_TOKENS);
-                let of_cells: Vec<Vec<&[u8]>> = (next..next + count)
+                let of_cells: Vec<Vec<&[u8]>> = (next..next + cells_of_group)
                     .map(|cell| cells.iter().map(|part| part[cell]).collect())
                     .collect();
                 let of_cells: Vec<&[&[u8]]> = of_cells.iter().map(Vec::as_slice).collect();
-                next += count;
-                let mut outputs: Vec<&mut [f32]> =
-                    rows.chunks_mut(shape.width * CELL_TOKENS).collect();
+                next += cells_of_group;
+                let mut out = self.scatter(shape, group, raw);
                 // A last cell of fewer tokens by itself.
-                let whole = tokens / CELL_TOKENS;
-                let (whole_outputs, rest) = outputs.split_at_mut(whole);
-                quantiser.decode(&of_cells[..whole], whole_outputs)?;
-                quantiser.decode(&of_cells[whole..], rest)?;
-                self.scatter(&mut rows, shape, group, raw);
+                let (whole, last) = of_cells.split_at(tokens / CELL_TOKENS);
+                quantiser.decode(whole, CELL_TOKENS, |cell, token, row| {
+                    out.put(cell * CELL_TOKENS + token, row);
+                })?;
+                quantiser.decode(last, tokens % CELL_TOKENS, |_, token, row| {
+                    out.put(whole.len() * CELL_TOKENS + token, row);
+                })?;
             }
         }
         Ok(())
@@ -309,24 +305,45 @@ impl<'a> LayerCodec<'a> {
         rows
     }
 
-    /// The opposite.
-    fn scatter(&self, rows: &mut [f32], shape: &PlaneShape, group: HeadRange, raw: &mut [u8]) {
-        let tokens = self.layout.tokens() as usize;
-        let mut values = vec![0.0; tokens * shape.dim];
+    /// Where the rows of a group go.
+    fn scatter<'r>(
+        &self,
+        shape: &PlaneShape,
+        group: HeadRange,
+        raw: &'r mut [u8],
+    ) -> Heads<'r, '_> {
         let place = self.layout.head_slice(shape.plane, group);
         let bytes = place
             .and_then(|place| raw.get_mut(place))
             .unwrap_or(&mut []);
-        let head_bytes = self.layout.head_bytes(shape.plane);
-        for (head, bytes) in bytes.chunks_exact_mut(head_bytes).enumerate() {
-            let rows = rows.chunks_exact(shape.width);
-            for (token, (row, value)) in rows.zip(values.chunks_exact_mut(shape.dim)).enumerate() {
-                value.copy_from_slice(&row[head * shape.dim..][..shape.dim]);
-                if let (Plane::Key, Some(rotation)) = (shape.plane, self.rotation) {
-                    rotation.redo(token, value);
-                }
+        Heads {
+            heads: bytes
+                .chunks_exact_mut(self.layout.head_bytes(shape.plane))
+                .collect(),
+            dim: shape.dim,
+            dtype: self.layout.dtype(),
+            rotation: self.rotation.filter(|_| shape.plane == Plane::Key),
+        }
+    }
+}
+
+/// The heads of a group in a raw layer.
+struct Heads<'r, 'a> {
+    heads: Vec<&'r mut [u8]>,
+    dim: usize,
+    dtype: DType,
+    rotation: Option<&'a Rotation>,
+}
+
+impl Heads<'_, '_> {
+    /// Puts the row of a token into its places, keys with RoPE done again.
+    fn put(&mut self, token: usize, row: &mut [f32]) {
+        let size = self.dim * self.dtype.bytes();
+        for (head, values) in self.heads.iter_mut().zip(row.chunks_exact_mut(self.dim)) {
+            if let Some(rotation) = self.rotation {
+                rotation.redo(token, values);
             }
-            write_values(self.layout.dtype(), &values, bytes);
+            write_values(self.dtype, values, &mut head[token * size..][..size]);
         }
     }
 }
@@ -385,14 +402,16 @@ fn read_values(dtype: DType, bytes: &[u8], values: &mut [f32]) {
 fn write_values(dtype: DType, values: &[f32], bytes: &mut [u8]) {
     match dtype {
         DType::F16 => {
-            let mut halves = vec![f16::ZERO; values.len()];
+            let mut halves = [f16::ZERO; MAX_WIDTH];
+            let halves = &mut halves[..values.len()];
             halves.convert_from_f32_slice(values);
             for (slot, half) in bytes.as_chunks_mut().0.iter_mut().zip(halves) {
                 *slot = half.to_le_bytes();
             }
         }
         DType::Bf16 => {
-            let mut halves = vec![bf16::ZERO; values.len()];
+            let mut halves = [bf16::ZERO; MAX_WIDTH];
+            let halves = &mut halves[..values.len()];
             halves.convert_from_f32_slice(values);
             for (slot, half) in bytes.as_chunks_mut().0.iter_mut().zip(halves) {
                 *slot = half.to_le_bytes();
@@ -497,7 +516,10 @@ mod tests {
                     let channel = u8::try_from(at % shape.width % 7).unwrap();
                     *value = f32::from(channel) * (1.0 + noise) - 2.0;
                 }
-                codec.scatter(&mut rows, shape, group, &mut raw);
+                let mut heads = codec.scatter(shape, group, &mut raw);
+                for (token, row) in rows.chunks_exact_mut(shape.width).enumerate() {
+                    heads.put(token, row);
+                }
             }
         }
         raw

@@ -36,6 +36,7 @@ mod layer;
 mod object;
 mod rans;
 mod rotation;
+mod rows;
 
 pub use cell::{CELL_TOKENS, CellError, LADDER};
 pub use header::{HeaderError, IdentityError, LayerEntry, LayerError, ObjectHeader};

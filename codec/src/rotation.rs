@@ -5,6 +5,10 @@
 //! and its spread over all tokens, and takes fewer bits. Any kind of RoPE is described by
 //! the angles per position that it ends up with.
 
+use std::slice::{from_mut, from_ref};
+
+use crate::rows;
+
 /// Which channels of a head form a pair.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pairing {
@@ -23,8 +27,9 @@ pub struct Rotation {
     pairs: usize,
     /// What the rotation multiplied lengths by: the attention factor of YaRN, else 1.
     factor: f32,
-    /// By token and pair: cosine and sine.
-    angles: Vec<(f32, f32)>,
+    /// By token and pair.
+    cos: Vec<f32>,
+    sin: Vec<f32>,
 }
 
 impl Rotation {
@@ -45,17 +50,19 @@ impl Rotation {
             let both = (cos as f32, sin as f32);
             both
         };
+        let (cos, sin) = (0..tokens)
+            .flat_map(|token| {
+                frequencies
+                    .iter()
+                    .map(move |&frequency| angle(token, frequency))
+            })
+            .unzip();
         Self {
             pairing,
             pairs: frequencies.len(),
             factor,
-            angles: (0..tokens)
-                .flat_map(|token| {
-                    frequencies
-                        .iter()
-                        .map(move |&frequency| angle(token, frequency))
-                })
-                .collect(),
+            cos,
+            sin,
         }
     }
 
@@ -66,42 +73,48 @@ impl Rotation {
 
     /// Tokens that it knows the angles of.
     pub fn tokens(&self) -> usize {
-        self.angles.len().checked_div(self.pairs).unwrap_or(0)
+        self.cos.len().checked_div(self.pairs).unwrap_or(0)
     }
 
     /// Turns the key of one head at `token` back.
     pub(crate) fn undo(&self, token: usize, key: &mut [f32]) {
-        let scale = 1.0 / self.factor;
-        self.turn(token, key, |(cos, sin)| (cos * scale, -sin * scale));
+        self.scale(1.0 / self.factor, key);
+        // With the two of a pair in each other's place, an angle is the opposite one.
+        self.turn(token, key, |a, b, cos, sin| rows::turn(b, a, cos, sin));
     }
 
     /// Turns it again.
     pub(crate) fn redo(&self, token: usize, key: &mut [f32]) {
-        self.turn(token, key, |(cos, sin)| {
-            (cos * self.factor, sin * self.factor)
-        });
+        self.turn(token, key, rows::turn);
+        self.scale(self.factor, key);
     }
 
-    fn turn(&self, token: usize, key: &mut [f32], by: impl Fn((f32, f32)) -> (f32, f32)) {
-        let angles = &self.angles[token * self.pairs..(token + 1) * self.pairs];
-        let turned = |a: f32, b: f32, angle| {
-            let (cos, sin) = by(angle);
-            (a * cos - b * sin, b * cos + a * sin)
-        };
+    fn turn(
+        &self,
+        token: usize,
+        key: &mut [f32],
+        turn: impl Fn(&mut [f32], &mut [f32], &[f32], &[f32]),
+    ) {
+        let place = token * self.pairs..(token + 1) * self.pairs;
+        let (cos, sin) = (&self.cos[place.clone()], &self.sin[place]);
         match self.pairing {
             Pairing::Halves => {
                 let (first, second) = key.split_at_mut(self.pairs);
-                for ((a, b), &angle) in first.iter_mut().zip(second).zip(angles) {
-                    (*a, *b) = turned(*a, *b, angle);
-                }
+                turn(first, &mut second[..self.pairs], cos, sin);
             }
             Pairing::Neighbours => {
-                for (pair, &angle) in key.as_chunks_mut().0.iter_mut().zip(angles) {
-                    let [a, b] = *pair;
-                    let (a, b) = turned(a, b, angle);
-                    *pair = [a, b];
+                let pairs = key.as_chunks_mut().0.iter_mut();
+                for ([a, b], (cos, sin)) in pairs.zip(cos.iter().zip(sin)) {
+                    turn(from_mut(a), from_mut(b), from_ref(cos), from_ref(sin));
                 }
             }
+        }
+    }
+
+    fn scale(&self, by: f32, key: &mut [f32]) {
+        if self.factor.to_bits() != 1f32.to_bits() {
+            let turned = key.iter_mut().take(self.channels());
+            turned.for_each(|value| *value *= by);
         }
     }
 }
