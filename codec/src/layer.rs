@@ -400,26 +400,30 @@ fn read_values(dtype: DType, bytes: &[u8], values: &mut [f32]) {
 }
 
 fn write_values(dtype: DType, values: &[f32], bytes: &mut [u8]) {
-    match dtype {
-        DType::F16 => {
-            let mut halves = [f16::ZERO; MAX_WIDTH];
-            let halves = &mut halves[..values.len()];
-            halves.convert_from_f32_slice(values);
-            for (slot, half) in bytes.as_chunks_mut().0.iter_mut().zip(halves) {
-                *slot = half.to_le_bytes();
+    // Converted a few at a time, where they stay close.
+    let size = dtype.bytes();
+    for (values, bytes) in values.chunks(SOME).zip(bytes.chunks_mut(SOME * size)) {
+        match dtype {
+            DType::F16 => {
+                let mut halves = [f16::ZERO; SOME];
+                let halves = &mut halves[..values.len()];
+                halves.convert_from_f32_slice(values);
+                for (slot, half) in bytes.as_chunks_mut().0.iter_mut().zip(halves) {
+                    *slot = half.to_le_bytes();
+                }
             }
-        }
-        DType::Bf16 => {
-            let mut halves = [bf16::ZERO; MAX_WIDTH];
-            let halves = &mut halves[..values.len()];
-            halves.convert_from_f32_slice(values);
-            for (slot, half) in bytes.as_chunks_mut().0.iter_mut().zip(halves) {
-                *slot = half.to_le_bytes();
+            DType::Bf16 => {
+                let mut halves = [bf16::ZERO; SOME];
+                let halves = &mut halves[..values.len()];
+                halves.convert_from_f32_slice(values);
+                for (slot, half) in bytes.as_chunks_mut().0.iter_mut().zip(halves) {
+                    *slot = half.to_le_bytes();
+                }
             }
-        }
-        _ => {
-            for (slot, value) in bytes.as_chunks_mut().0.iter_mut().zip(values) {
-                *slot = value.to_le_bytes();
+            _ => {
+                for (slot, value) in bytes.as_chunks_mut().0.iter_mut().zip(values) {
+                    *slot = value.to_le_bytes();
+                }
             }
         }
     }
@@ -491,6 +495,7 @@ impl<'a> Part<'a> {
 }
 
 const ENOUGH_CHANNELS: usize = 256;
+const SOME: usize = 64;
 /// Of a base part: the number of outliers, and the states.
 const CELL_BYTES: usize = 2 + STATE_BYTES;
 

@@ -317,14 +317,15 @@ impl Reader {
         }
         let (states, _) = states.as_chunks();
         let end = words.len() / 2;
-        let (words, _) = words.as_chunks();
-        let words = words.iter().map(|&bytes| u16::from_le_bytes(bytes));
         let mut reader = Self {
             states: [0; LANES],
-            words: words.chain([0; LANES]).collect(),
+            words: vec![0; end + LANES],
             next: 0,
             end,
         };
+        for (word, &bytes) in reader.words.iter_mut().zip(words.as_chunks().0) {
+            *word = u16::from_le_bytes(bytes);
+        }
         for (state, &bytes) in reader.states.iter_mut().zip(states) {
             *state = u32::from_le_bytes(bytes);
         }
