@@ -93,7 +93,8 @@ pub struct DiskConfig {
     pub path: PathBuf,
     /// Bytes of chunks, rounded up to blocks, those that readers still hold included.
     /// Never exceeded by chunks; the catalog adds a few hundred bytes per chunk, and
-    /// every segment file 4 KiB. Where the file system fills up before, chunks are
+    /// every segment file 4 KiB. The space of chunks that were deleted or evicted is kept
+    /// for the next ones, and given back to the file system at the next start. Where the file system fills up before, chunks are
     /// evicted as if this were less. Default: [`Self::CAPACITY`].
     pub capacity: ByteSize,
     /// Most bytes that pins may exempt from eviction. Default: half of `capacity`.
