@@ -18,6 +18,14 @@
 //! refinement part := stream
 //! ```
 //!
+//! Before the cells of a plane, its channels:
+//!
+//! ```text
+//! channels := class (u8, bit 7: wide) … ‖ offset (i8) … ‖ wide offset (f32) …
+//! ```
+//!
+//! An offset is a number of eighths of the class's deviation, or stored as it is.
+//!
 //! Outliers are stored as they are: not a number, infinite, too far out for the class.
 //! Encoding and decoding are f32 throughout; what a number stands for is
 //! `offset + number * step`, with one rounding (a fused multiply-add).
@@ -38,8 +46,8 @@ pub(crate) const MAX_WIDTH: usize = 512;
 pub(crate) struct Quantiser {
     /// The step of level 0.
     pub(crate) step: f32,
-    /// By channel, in parts of a step: [`OFFSETS_PER_STEP`].
-    pub(crate) offsets: Vec<i16>,
+    /// By channel.
+    pub(crate) offsets: Vec<f32>,
     /// By channel.
     pub(crate) classes: Vec<u8>,
 }
@@ -48,6 +56,9 @@ pub(crate) struct Quantiser {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum CellError {
+    /// What is said of the channels ends too early, or is not of this version.
+    #[error("the channels of a plane are damaged")]
+    Channels,
     /// It ends before its outliers do, or they do not ascend, or leave the cell.
     #[error("a cell's outliers are damaged")]
     Outliers,
@@ -76,9 +87,65 @@ impl Quantiser {
         self.classes.len()
     }
 
-    fn offsets(&self) -> Vec<f32> {
-        let offset = |&offset: &i16| f32::from(offset) * (self.step / OFFSETS_PER_STEP);
-        self.offsets.iter().map(offset).collect()
+    /// Appends what a decoder must know of the channels: [`read`](Self::read) is the
+    /// opposite.
+    pub(crate) fn write(&self, out: &mut Vec<u8>) {
+        let narrow = self
+            .offsets
+            .iter()
+            .zip(&self.classes)
+            .map(|(&offset, &class)| {
+                let code = narrow_code(offset, class, self.step);
+                code.filter(|&code| {
+                    narrow_offset(code, class, self.step).to_bits() == offset.to_bits()
+                })
+            });
+        let narrow: Vec<Option<i8>> = narrow.collect();
+        for (code, &class) in narrow.iter().zip(&self.classes) {
+            out.push(class | if code.is_none() { WIDE } else { 0 });
+        }
+        out.extend(
+            narrow
+                .iter()
+                .flat_map(|code| code.unwrap_or(0).to_le_bytes()),
+        );
+        for (code, offset) in narrow.iter().zip(&self.offsets) {
+            if code.is_none() {
+                out.extend_from_slice(&offset.to_le_bytes());
+            }
+        }
+    }
+
+    /// Reads the channels at the start of `bytes`; gives what follows.
+    ///
+    /// # Errors
+    /// Too few bytes, an unknown class, an offset that is no number.
+    pub(crate) fn read(step: f32, width: usize, bytes: &[u8]) -> Result<(Self, &[u8]), CellError> {
+        let (classes, rest) = bytes.split_at_checked(width).ok_or(CellError::Channels)?;
+        let (codes, mut rest) = rest.split_at_checked(width).ok_or(CellError::Channels)?;
+        let mut offsets = Vec::with_capacity(width);
+        for (&class, &code) in classes.iter().zip(codes) {
+            if class & !WIDE > classes::ZERO {
+                return Err(CellError::Channels);
+            }
+            let offset = if class & WIDE == 0 {
+                narrow_offset(i8::from_le_bytes([code]), class, step)
+            } else {
+                let (&wide, after) = rest.split_first_chunk().ok_or(CellError::Channels)?;
+                rest = after;
+                f32::from_le_bytes(wide)
+            };
+            offsets.push(offset);
+        }
+        if !offsets.iter().all(|offset| offset.is_finite()) {
+            return Err(CellError::Channels);
+        }
+        let quantiser = Self {
+            step,
+            offsets,
+            classes: classes.iter().map(|class| class & !WIDE).collect(),
+        };
+        Ok((quantiser, rest))
     }
 
     /// The first refinement table of every channel.
@@ -139,7 +206,7 @@ impl Quantiser {
         let of =
             |value: &dyn Fn(u8) -> f32| self.classes.iter().map(|&class| value(class)).collect();
         Channels {
-            offsets: self.offsets(),
+            offsets: self.offsets.clone(),
             largest: of(&|class| f32::from(classes::LARGEST_OF[usize::from(class)])),
             // No refinement would tell a channel that is zero from others.
             largest_finest: of(&|class| {
@@ -183,9 +250,8 @@ impl Quantiser {
         tokens: usize,
         mut show: impl FnMut(usize, usize, &mut [f32]),
     ) -> Result<(), CellError> {
-        let offsets = self.offsets();
         for (batch, number) in cells.chunks(AT_ONCE).zip((0..).step_by(AT_ONCE)) {
-            self.decode_some(batch, tokens, &offsets, |cell, token, row| {
+            self.decode_some(batch, tokens, |cell, token, row| {
                 show(number + cell, token, row);
             })?;
         }
@@ -196,7 +262,6 @@ impl Quantiser {
         &self,
         cells: &[&[&[u8]]],
         tokens: usize,
-        offsets: &[f32],
         mut show: impl FnMut(usize, usize, &mut [f32]),
     ) -> Result<(), CellError> {
         let width = self.width();
@@ -230,9 +295,14 @@ impl Quantiser {
                 let place = start..start + width;
                 match numbers.get(cell) {
                     Some(numbers) => {
-                        rows::values_of_numbers(&numbers[place], step, offsets, &mut row)
+                        rows::values_of_numbers(&numbers[place], step, &self.offsets, &mut row)
                     }
-                    None => rows::values_of_symbols(&symbols[cell][place], step, offsets, &mut row),
+                    None => rows::values_of_symbols(
+                        &symbols[cell][place],
+                        step,
+                        &self.offsets,
+                        &mut row,
+                    ),
                 }
                 while let Some((position, value)) =
                     outliers.next_if(|(position, _)| usize::from(*position) < start + width)
@@ -317,24 +387,34 @@ impl Moments {
         (self.squares / self.count.max(1.0) - mean * mean).max(0.0)
     }
 
-    /// The offset, in parts of a step, and the class of what is left.
-    fn quantised(self, step: f32) -> (i16, u8) {
+    /// The offset and the class: of a mean that is an offset to within a sixteenth of the
+    /// deviation.
+    fn quantised(self, step: f32) -> (f32, u8) {
         let mean = self.mean();
-        #[expect(
-            clippy::cast_possible_truncation,
-            reason = "saturates, and no number is zero"
-        )]
-        let offset = (mean / (step / OFFSETS_PER_STEP)).round() as i16;
-        let rest = mean - f32::from(offset) * (step / OFFSETS_PER_STEP);
-        let variance = self.variance() + rest * rest;
-        let ratio = variance.sqrt() / step;
+        let ratio = self.variance().sqrt() / step;
         let class = if ratio > 0.0 {
             classes::class_of(ratio)
         } else {
             classes::ZERO
         };
+        let narrow = narrow_code(mean, class, step);
+        let offset = narrow.map_or(mean, |code| narrow_offset(code, class, step));
+        let offset = if offset.is_finite() { offset } else { 0.0 };
         (offset, class)
     }
+}
+
+/// An offset as a number of eighths of the class's deviation; `None` where it is too large.
+fn narrow_code(offset: f32, class: u8, step: f32) -> Option<i8> {
+    let code = (offset / narrow_offset(1, class, step)).round();
+    #[expect(clippy::cast_possible_truncation, reason = "in range")]
+    let code = (code.abs() <= f32::from(i8::MAX)).then_some(code as i8);
+    code.or((offset == 0.0).then_some(0))
+}
+
+fn narrow_offset(code: i8, class: u8, step: f32) -> f32 {
+    let ratio = classes::RATIOS.get(usize::from(class)).unwrap_or(&0.0);
+    f32::from(code) * (ratio * step / 8.0)
 }
 
 /// Positions, ascending, and values.
@@ -363,8 +443,8 @@ fn slices(all: &mut [Vec<u8>]) -> Vec<&mut [u8]> {
     all.iter_mut().map(Vec::as_mut_slice).collect()
 }
 
-/// An offset is exact to half a part: little beside the finest step.
-const OFFSETS_PER_STEP: f32 = 36.0;
+/// Bit of a class whose offset is stored apart, as it is.
+const WIDE: u8 = 0x80;
 const OUTLIER_BYTES: usize = 6;
 /// Cells that are decoded together: see [`Tables::decode`](crate::rans::Tables::decode).
 const AT_ONCE: usize = 4;
@@ -429,6 +509,33 @@ mod tests {
                 level_step /= 3.0;
             }
         }
+    }
+
+    #[test]
+    fn channels_come_back() {
+        let mut rows = gaussian(64, 30, 3);
+        for row in rows.chunks_mut(64) {
+            (row[3], row[4]) = (7.25, 0.0);
+            row[5] += 1000.0;
+        }
+        let quantiser = Quantiser::of(&rows, 64, 0.7);
+        assert_eq!(quantiser.classes[3..5], [classes::ZERO; 2]);
+        assert_eq!(quantiser.offsets[3..5], [7.25, 0.0]);
+        let mut bytes = Vec::new();
+        quantiser.write(&mut bytes);
+        // Two offsets are wide: a constant, and one that is far from its deviation.
+        assert_eq!(bytes.len(), 2 * 64 + 2 * 4);
+        bytes.push(9);
+        let (again, rest) = Quantiser::read(0.7, 64, &bytes).unwrap();
+        assert_eq!((again, rest), (quantiser, &[9][..]));
+        for cut in 0..bytes.len() - 1 {
+            assert_eq!(
+                Quantiser::read(0.7, 64, &bytes[..cut]),
+                Err(CellError::Channels)
+            );
+        }
+        bytes[0] = classes::ZERO + 1;
+        assert_eq!(Quantiser::read(0.7, 64, &bytes), Err(CellError::Channels));
     }
 
     #[test]

@@ -38,6 +38,8 @@ pub(crate) const DISTANCES: u8 = 4;
 const THIRDS: usize = 3;
 /// Standard deviation over step in the first class.
 const FIRST_RATIO: f32 = 0.04;
+/// 3^(1/7).
+const SPACING: f32 = 1.169_930_8;
 
 static DATA: &[u8] = include_bytes!("classes.bin");
 
@@ -47,6 +49,20 @@ pub(crate) static REFINEMENT: LazyLock<Tables> = LazyLock::new(|| {
     let from = (usize::from(CLASSES) + 1) * ALPHABET;
     read(from, CLASSES * DISTANCES + 1, THIRDS)
 });
+
+/// Standard deviation over step, by class; nothing for a channel that is zero.
+pub(crate) static RATIOS: [f32; ZERO as usize + 1] = ratios();
+
+const fn ratios() -> [f32; ZERO as usize + 1] {
+    let mut ratios = [0.0; ZERO as usize + 1];
+    let (mut class, mut ratio) = (0, FIRST_RATIO);
+    while class < ZERO as usize {
+        ratios[class] = ratio;
+        ratio *= SPACING;
+        class += 1;
+    }
+    ratios
+}
 
 /// The largest number that each class has a symbol for, on both sides of zero.
 pub(crate) static LARGEST_OF: LazyLock<Vec<u8>> = LazyLock::new(|| {
@@ -238,6 +254,9 @@ mod tests {
         for class in 0..CLASSES {
             let ratio = FIRST_RATIO * 3f32.powf(f32::from(class) / f32::from(CLASSES_PER_LEVEL));
             assert_eq!(class_of(ratio), class);
+        }
+        for (class, ratio) in (0..CLASSES).zip(RATIOS) {
+            assert!((f64::from(ratio) / ratio_of(class) - 1.0).abs() < 1e-5);
         }
         assert_eq!(class_of(0.0), 0);
         assert_eq!(class_of(f32::INFINITY), CLASSES - 1);

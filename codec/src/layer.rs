@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! layer  := base ‖ refinement ‖ refinement          one part a level
-//! base   := plane × { step (f32) ‖ group × { offsets (i16) ‖ classes (u8) } } ‖ cells
+//! base   := plane × { step (f32) ‖ group × channels } ‖ cells
 //! refinement := cells
 //! cells  := cell × length (u32) ‖ cell × bytes      by plane, group, 64 tokens
 //! ```
@@ -19,7 +19,6 @@ use half::{bf16, f16};
 use kvasir_types::{DType, HeadRange, KvLayout, Plane};
 
 use crate::cell::{CELL_TOKENS, CellError, LADDER, MAX_WIDTH, Quantiser, moments};
-use crate::classes::ZERO;
 use crate::rans::{LANES, STATE_BYTES};
 use crate::rotation::Rotation;
 
@@ -86,9 +85,6 @@ pub enum DecodeError {
     /// A step is zero, negative or no number.
     #[error("a step of {0} is no step")]
     Step(f32),
-    /// A channel has an unknown class.
-    #[error("class {0} is unknown")]
-    Class(u8),
     /// A cell is damaged.
     #[error(transparent)]
     Cell(#[from] CellError),
@@ -167,11 +163,11 @@ impl<'a> LayerCodec<'a> {
     }
 
     /// Bytes of a layer at level 0 that are not symbols: steps, offsets, classes, lengths
-    /// and states.
+    /// and states; not those of what is exceptional, outliers and wide offsets.
     pub fn side_bytes(&self) -> usize {
         let cells = (self.layout.tokens() as usize).div_ceil(CELL_TOKENS);
         let of_plane = |shape: &PlaneShape| {
-            let group = 3 * shape.width + cells * (4 + CELL_BYTES);
+            let group = 2 * shape.width + cells * (4 + CELL_BYTES);
             4 + shape.groups().count() * group
         };
         self.planes.iter().map(of_plane).sum()
@@ -200,10 +196,7 @@ impl<'a> LayerCodec<'a> {
             for group in shape.groups() {
                 let rows = self.gather(raw, shape, group);
                 let quantiser = Quantiser::of(&rows, shape.width, step);
-                for offset in &quantiser.offsets {
-                    parameters.extend_from_slice(&offset.to_le_bytes());
-                }
-                parameters.extend_from_slice(&quantiser.classes);
+                quantiser.write(&mut parameters);
                 for rows in rows.chunks(shape.width * CELL_TOKENS) {
                     let before = cells.each_ref().map(Vec::len);
                     quantiser.encode(rows, cells.each_mut());
@@ -464,17 +457,9 @@ impl<'a> Part<'a> {
     }
 
     fn quantiser(&mut self, step: f32, width: usize) -> Result<Quantiser, DecodeError> {
-        let offsets = self.bytes(2 * width)?.as_chunks().0.iter();
-        let offsets = offsets.map(|&bytes| i16::from_le_bytes(bytes)).collect();
-        let classes = self.bytes(width)?.to_vec();
-        match classes.iter().find(|&&class| class > ZERO) {
-            Some(&class) => Err(DecodeError::Class(class)),
-            None => Ok(Quantiser {
-                step,
-                offsets,
-                classes,
-            }),
-        }
+        let (quantiser, rest) = Quantiser::read(step, width, self.rest)?;
+        self.rest = rest;
+        Ok(quantiser)
     }
 
     /// All cells, up to the end of the part.
