@@ -10,6 +10,10 @@
 //! - `encode_core`, `decode_core`: GB of 16-bit KV a second of CPU time, in one thread;
 //!   `decode_all`: a second of wall time, in as many threads as there are cores.
 //!
+//! LEVEL is `L0` to `L2`, or `lossless`, which has no `snr`. `side_info` and the lossy rows
+//! are of f16, and so is `lossless_f16`; `lossless` is of the same values as bf16, which is
+//! what models are trained and served in.
+//!
 //! `kvasir/side_info` is the part of the bits that is not symbols, at level 0, as a share of
 //! the 16 bits of a raw value. Levels nest: a level's bits hold those of all before it, and
 //! encoding makes all of them at once.
@@ -22,7 +26,9 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::ensure;
-use kvasir_codec::{EncodedLayer, LADDER, LayerCodec, Pairing, Rotation};
+use kvasir_codec::{
+    EncodedLayer, LADDER, LayerCodec, Pairing, Rotation, decode_lossless, encode_lossless,
+};
 use kvasir_engine::rope::Frequencies;
 use kvasir_types::{DType, KvLayout, Planes};
 use rustix::time::{ClockId, clock_gettime};
@@ -54,6 +60,8 @@ struct Chunks {
     rotation: Rotation,
     /// By chunk and layer, raw.
     layers: Vec<Vec<Vec<u8>>>,
+    /// The same as bf16.
+    bf16: Vec<Vec<Vec<u8>>>,
 }
 
 pub(crate) fn run(options: &Options, quick: bool) -> anyhow::Result<Report> {
@@ -72,6 +80,7 @@ pub(crate) fn run(options: &Options, quick: bool) -> anyhow::Result<Report> {
         report.set("step", step);
         chunks.measure(step, window, &mut report)?;
     }
+    chunks.measure_lossless(window, &mut report)?;
     Ok(report)
 }
 
@@ -104,7 +113,7 @@ impl Chunks {
             1,
             options.tokens,
         );
-        let mut layers = Vec::new();
+        let (mut layers, mut bf16) = (Vec::new(), Vec::new());
         for index in 0..count {
             let context = corpus::sample(
                 &vocabulary,
@@ -122,11 +131,13 @@ impl Chunks {
             let kv = reader.take(&pages, 1..all.len())?;
             reader.release(pages)?;
             layers.push(kv.layers.iter().map(|layer| to_f16(layer)).collect());
+            bf16.push(kv.layers.iter().map(|layer| to_bf16(layer)).collect());
         }
         Ok(Self {
             layout,
             rotation,
             layers,
+            bf16,
         })
     }
 
@@ -211,6 +222,51 @@ impl Chunks {
         Ok(())
     }
 
+    #[expect(clippy::cast_precision_loss, reason = "a benchmark's result")]
+    fn measure_lossless(&self, window: Duration, report: &mut Report) -> anyhow::Result<()> {
+        for (name, layers, dtype) in [
+            ("kvasir/lossless", &self.bf16, DType::Bf16),
+            ("kvasir/lossless_f16", &self.layers, DType::F16),
+        ] {
+            let (heads, planes, tokens) = (
+                self.layout.kv_heads(),
+                self.layout.planes(),
+                self.layout.tokens(),
+            );
+            let layout = KvLayout::new(self.layout.layers(), heads, planes, tokens, dtype)?;
+            let raws: Vec<&Vec<u8>> = layers.iter().flatten().collect();
+            let encoded: Vec<Vec<u8>> = raws
+                .iter()
+                .map(|raw| encode_lossless(&layout, raw))
+                .collect();
+            let mut raw = vec![0; layout.layer_bytes()];
+            for (encoded, before) in encoded.iter().zip(&raws) {
+                decode_lossless(&layout, encoded, &mut raw)?;
+                ensure!(raw == **before, "a lossless codec lost something");
+            }
+            let size = layout.layer_bytes() * raws.len();
+            let bytes: usize = encoded.iter().map(Vec::len).sum();
+            report.push(Row::new(
+                format!("{name}/bits"),
+                16.0 * bytes as f64 / size as f64,
+                "bit",
+            ));
+            let encode = rate(window, size, || {
+                for raw in &raws {
+                    black_box(encode_lossless(&layout, raw));
+                }
+            });
+            report.push(Row::new(format!("{name}/encode_core"), encode, "GB/s"));
+            let decode = rate(window, size, || {
+                for encoded in &encoded {
+                    decode_lossless(&layout, black_box(encoded), &mut raw).unwrap_or(());
+                }
+            });
+            report.push(Row::new(format!("{name}/decode_core"), decode, "GB/s"));
+        }
+        Ok(())
+    }
+
     /// Of each plane, in dB.
     fn signal_to_noise(&self, before: &[u8], after: &[u8]) -> anyhow::Result<[f64; 2]> {
         let half = before.len() / 2;
@@ -272,6 +328,11 @@ fn to_f16(values: &[f32]) -> Vec<u8> {
         .iter()
         .flat_map(|&value| half::f16::from_f32(value).to_le_bytes())
         .collect()
+}
+
+fn to_bf16(values: &[f32]) -> Vec<u8> {
+    let bytes = |&value: &f32| half::bf16::from_f32(value).to_le_bytes();
+    values.iter().flat_map(bytes).collect()
 }
 
 fn from_f16(raw: &[u8]) -> Vec<f64> {
