@@ -52,6 +52,16 @@ pub(crate) struct Quantiser {
     pub(crate) classes: Vec<u8>,
 }
 
+/// Codes cells in one quantiser's terms, one after the other.
+#[derive(Debug)]
+pub(crate) struct Encoder<'a> {
+    quantiser: &'a Quantiser,
+    channels: Channels,
+    base: Vec<u8>,
+    thirds: [Vec<u8>; LADDER - 1],
+    tables: [Vec<u8>; LADDER - 1],
+}
+
 /// Why bytes are not a part of a cell.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -154,51 +164,15 @@ impl Quantiser {
         self.classes.iter().map(table).collect()
     }
 
-    /// Appends each part of a cell to one of `parts`.
-    ///
-    /// # Panics
-    /// `rows` are not whole rows of at most [`CELL_TOKENS`] tokens and [`MAX_WIDTH`]
-    /// channels.
-    pub(crate) fn encode(&self, rows: &[f32], parts: [&mut Vec<u8>; LADDER]) {
-        let width = self.width();
-        assert!(
-            width <= MAX_WIDTH
-                && rows.len().is_multiple_of(width)
-                && rows.len() <= width * CELL_TOKENS,
-            "the rows of a cell"
-        );
-        let channels = self.channels();
-        let per_step = 9.0 / self.step;
-        let mut base = vec![0; rows.len()];
-        let mut thirds = [(); LADDER - 1].map(|()| vec![0; rows.len()]);
-        let mut tables = thirds.clone();
-        let mut outliers: Outliers = Vec::new();
-        for (row, at) in rows.chunks_exact(width).zip((0..).step_by(width)) {
-            let place = at..at + width;
-            let mut symbols = Symbols {
-                base: &mut base[place.clone()],
-                thirds: thirds.each_mut().map(|all| &mut all[place.clone()]),
-                tables: tables.each_mut().map(|all| &mut all[place.clone()]),
-            };
-            if rows::split(row, per_step, &channels, &mut symbols) {
-                for (channel, &value) in row.iter().enumerate() {
-                    if rows::is_stray(value, per_step, &channels, channel) {
-                        let position = u16::try_from(at + channel).unwrap_or(u16::MAX);
-                        outliers.push((position, value));
-                    }
-                }
-            }
-        }
-        let [part, refinements @ ..] = parts;
-        let count = u16::try_from(outliers.len()).unwrap_or(u16::MAX);
-        part.extend_from_slice(&count.to_le_bytes());
-        for (position, value) in &outliers {
-            part.extend_from_slice(&position.to_le_bytes());
-            part.extend_from_slice(&value.to_le_bytes());
-        }
-        BASE.encode(&base, &self.classes, part);
-        for ((part, thirds), tables) in refinements.into_iter().zip(&thirds).zip(&tables) {
-            REFINEMENT.encode(thirds, tables, part);
+    /// Codes cells.
+    pub(crate) fn encoder(&self) -> Encoder<'_> {
+        assert!(self.width() <= MAX_WIDTH, "a cell is not that wide");
+        Encoder {
+            quantiser: self,
+            channels: self.channels(),
+            base: Vec::new(),
+            thirds: Default::default(),
+            tables: Default::default(),
         }
     }
 
@@ -351,18 +325,79 @@ impl Quantiser {
     }
 }
 
-/// Of every channel of rows of `width` channels.
-pub(crate) fn moments(rows: &[f32], width: usize) -> Vec<Moments> {
-    let mut moments = vec![Moments::default(); width];
-    for row in rows.chunks_exact(width) {
-        for (moments, &value) in moments.iter_mut().zip(row) {
-            moments.add(value);
+impl Encoder<'_> {
+    /// Appends each part of a cell to one of `parts`.
+    ///
+    /// # Panics
+    /// `rows` are not whole rows of at most [`CELL_TOKENS`] tokens.
+    pub(crate) fn encode(&mut self, rows: &[f32], parts: [&mut Vec<u8>; LADDER]) {
+        let width = self.quantiser.width();
+        assert!(
+            rows.len().is_multiple_of(width) && rows.len() <= width * CELL_TOKENS,
+            "the rows of a cell"
+        );
+        let Self {
+            base,
+            thirds,
+            tables,
+            channels,
+            ..
+        } = self;
+        let per_step = 9.0 / self.quantiser.step;
+        base.resize(rows.len(), 0);
+        for symbols in thirds.iter_mut().chain(tables.iter_mut()) {
+            symbols.resize(rows.len(), 0);
+        }
+        let mut outliers: Outliers = Vec::new();
+        for (row, at) in rows.chunks_exact(width).zip((0..).step_by(width)) {
+            let place = at..at + width;
+            let mut symbols = Symbols {
+                base: &mut base[place.clone()],
+                thirds: thirds.each_mut().map(|all| &mut all[place.clone()]),
+                tables: tables.each_mut().map(|all| &mut all[place.clone()]),
+            };
+            if rows::split(row, per_step, channels, &mut symbols) {
+                for (channel, &value) in row.iter().enumerate() {
+                    if rows::is_stray(value, per_step, channels, channel) {
+                        let position = u16::try_from(at + channel).unwrap_or(u16::MAX);
+                        outliers.push((position, value));
+                    }
+                }
+            }
+        }
+        let [part, refinements @ ..] = parts;
+        let count = u16::try_from(outliers.len()).unwrap_or(u16::MAX);
+        part.extend_from_slice(&count.to_le_bytes());
+        for (position, value) in &outliers {
+            part.extend_from_slice(&position.to_le_bytes());
+            part.extend_from_slice(&value.to_le_bytes());
+        }
+        BASE.encode(base, &self.quantiser.classes, part);
+        for ((part, thirds), tables) in refinements.into_iter().zip(thirds).zip(tables) {
+            REFINEMENT.encode(thirds, tables, part);
         }
     }
-    moments
 }
 
-/// Sums over the finite values of a channel.
+/// Of every channel of rows of `width` channels; what is not finite does not count.
+pub(crate) fn moments(rows: &[f32], width: usize) -> Vec<Moments> {
+    let mut counts = vec![0.0; width];
+    let mut sums = vec![0.0; width];
+    let mut squares = vec![0.0; width];
+    for row in rows.chunks_exact(width) {
+        rows::add_moments(row, &mut counts, &mut sums, &mut squares);
+    }
+    let moments = counts.into_iter().zip(sums).zip(squares);
+    moments
+        .map(|((count, sum), squares)| Moments {
+            count,
+            sum,
+            squares,
+        })
+        .collect()
+}
+
+/// Sums over the values of a channel.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Moments {
     count: f32,
@@ -371,13 +406,6 @@ pub(crate) struct Moments {
 }
 
 impl Moments {
-    fn add(&mut self, value: f32) {
-        let value = if value.is_finite() { value } else { return };
-        self.count += 1.0;
-        self.sum += value;
-        self.squares += value * value;
-    }
-
     fn mean(self) -> f32 {
         self.sum / self.count.max(1.0)
     }
@@ -478,7 +506,7 @@ mod tests {
 
     fn encoded(quantiser: &Quantiser, rows: &[f32]) -> [Vec<u8>; LADDER] {
         let mut parts = [(); LADDER].map(|()| Vec::new());
-        quantiser.encode(rows, parts.each_mut());
+        quantiser.encoder().encode(rows, parts.each_mut());
         parts
     }
 

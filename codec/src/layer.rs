@@ -197,9 +197,10 @@ impl<'a> LayerCodec<'a> {
                 let rows = self.gather(raw, shape, group);
                 let quantiser = Quantiser::of(&rows, shape.width, step);
                 quantiser.write(&mut parameters);
+                let mut encoder = quantiser.encoder();
                 for rows in rows.chunks(shape.width * CELL_TOKENS) {
                     let before = cells.each_ref().map(Vec::len);
-                    quantiser.encode(rows, cells.each_mut());
+                    encoder.encode(rows, cells.each_mut());
                     for ((lengths, cells), before) in lengths.iter_mut().zip(&cells).zip(before) {
                         let len = u32::try_from(cells.len() - before)
                             .expect("a cell is smaller than its values");

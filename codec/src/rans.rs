@@ -161,8 +161,11 @@ impl Tables {
         for state in states {
             out.extend_from_slice(&state.to_le_bytes());
         }
-        for word in words.written() {
-            out.extend_from_slice(&word.to_le_bytes());
+        let (words, end) = (words.written(), out.len());
+        out.resize(end + 2 * words.len(), 0);
+        let slots = out[end..].as_chunks_mut().0;
+        for (slot, word) in slots.iter_mut().zip(words) {
+            *slot = word.to_le_bytes();
         }
     }
 

@@ -83,6 +83,25 @@ pub(crate) fn split<'a>(
     strays > 0
 }
 
+/// Adds a row to the number, the sum and the sum of squares of each channel's finite values.
+#[multiversion(targets(
+    "x86_64+avx512f+avx512bw+avx512vl+avx512dq+avx2+fma",
+    "x86_64+avx2+fma"
+))]
+pub(crate) fn add_moments(row: &[f32], counts: &mut [f32], sums: &mut [f32], squares: &mut [f32]) {
+    let sums = counts.iter_mut().zip(sums).zip(squares);
+    for (((count, sum), squares), &value) in sums.zip(row) {
+        let (one, value) = if value.abs() < f32::INFINITY {
+            (1.0, value)
+        } else {
+            (0.0, 0.0)
+        };
+        *count += one;
+        *sum += value;
+        *squares += value * value;
+    }
+}
+
 /// Whether a value is one that [`split`] makes zero.
 pub(crate) fn is_stray(value: f32, per_step: f32, channels: &Channels, channel: usize) -> bool {
     let finest = rounded((value - channels.offsets[channel]) * per_step);
