@@ -153,35 +153,53 @@ impl Segments {
 
     /// A place for a frame, in a segment that nobody else writes.
     fn place(&self, bytes: u64) -> io::Result<Location> {
+        let limit = self.capacity.saturating_sub(bytes);
         loop {
-            if let Some(location) = self.lock().space.reuse(bytes) {
-                return Ok(location);
+            // Under one lock, or others would use the room that was just made.
+            let surplus = {
+                let mut state = self.lock();
+                let space = &mut state.space;
+                if let Some(location) = space.reuse(bytes) {
+                    return Ok(location);
+                }
+                let surplus = space.surplus(limit);
+                if surplus.is_none()
+                    && let Some(location) = space.extend(bytes, self.segment_bytes)
+                {
+                    return Ok(location);
+                }
+                surplus
+            };
+            match surplus {
+                Some(surplus) => self.give_back(surplus)?,
+                None => self.create()?,
             }
-            self.trim(self.capacity.saturating_sub(bytes))?;
-            if let Some(location) = self.lock().space.extend(bytes, self.segment_bytes) {
-                return Ok(location);
-            }
-            self.create()?;
         }
     }
 
     /// Allocates no more than `limit` bytes, unless that many are stored.
     fn trim(&self, limit: u64) -> io::Result<()> {
         loop {
-            let surplus = self.lock().space.surplus(limit);
-            match surplus {
-                None => return Ok(()),
-                Some(Surplus::Segment(id)) => {
-                    self.lock().files.pop(&id);
-                    // What stays behind is swept at the next start.
-                    self.medium.remove(&self.path(id))?;
+            let Some(surplus) = self.lock().space.surplus(limit) else {
+                return Ok(());
+            };
+            self.give_back(surplus)?;
+        }
+    }
+
+    fn give_back(&self, surplus: Surplus) -> io::Result<()> {
+        match surplus {
+            Surplus::Segment(id) => {
+                self.lock().files.pop(&id);
+                // What stays behind is swept at the next start.
+                self.medium.remove(&self.path(id))
+            }
+            Surplus::Spare(location, bytes) => {
+                let punched = self.punch(location, bytes);
+                if punched.is_err() {
+                    self.lock().space.keep_spare(location, bytes);
                 }
-                Some(Surplus::Spare(location, bytes)) => {
-                    if let Err(error) = self.punch(location, bytes) {
-                        self.lock().space.keep_spare(location, bytes);
-                        return Err(error);
-                    }
-                }
+                punched
             }
         }
     }
