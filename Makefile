@@ -97,7 +97,7 @@ loom: rocksdb
 asan: rocksdb
 	$(ROCKSDB) RUSTC_BOOTSTRAP=1 RUSTFLAGS="-Zsanitizer=address" ASAN_OPTIONS=detect_leaks=0 \
 	  $(CARGO) test $(PROFILE) --locked --target-dir $(BUILDS)/asan --target $(HOST) \
-	  -p kvasir-mem -p kvasir-engine -p kvasir-store --lib --test store
+	  -p kvasir-mem -p kvasir-codec -p kvasir-engine -p kvasir-store --lib --test store
 
 bench: deps
 	$(CARGO) run $(PROFILE) --locked -p kvasir-bench -- $(if $(ARGS),$(ARGS),all)
