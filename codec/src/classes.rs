@@ -3,8 +3,8 @@
 //! Every channel has a *class*, the ratio of its standard deviation to the quantiser's
 //! step, and the tables of all classes are built in. A stream then carries a class a
 //! channel, where one that carries tables, as CacheGen's, spends more on them than on the
-//! values of a short chunk. The spacing of the classes, 3^(1/7), costs less than 0.003 bit
-//! a value; and a step three times finer is seven classes further.
+//! values of a short chunk. The classes are 3^(1/7) apart, so
+//! that a step three times finer is seven classes further.
 //!
 //! The distribution is a generalised Gaussian of shape 1.75, between what keys and values
 //! of one chunk look like once their means are gone, and the longer tails that some

@@ -32,8 +32,8 @@
 //! quantised in one uniform step a layer and plane, keys after [`Rotation`] is undone, and
 //! coded by tables that are part of the format. It follows what is known of rate and
 //! distortion: at equal error a uniform quantiser and an entropy coder take less than any
-//! fixed number of bits, and what tells channels apart takes five bits of side information
-//! each, where CacheGen (arXiv 2310.07240), as circulated, ships its tables, two bits a
+//! fixed number of bits, and what tells channels apart takes two bytes of a channel and
+//! chunk, where CacheGen (arXiv 2310.07240), as circulated, ships its tables, two bits a
 //! value in chunks of 256 tokens.
 //!
 //! The parts are not in the container yet: objects are raw. What a layer takes, how exact

@@ -395,7 +395,7 @@ mod tests {
 
     /// Symbols and tables of so many rows; the tables repeat every `period` rows.
     fn stream() -> impl Strategy<Value = (Vec<u8>, Vec<u8>)> {
-        (1..40usize, 1..4usize).prop_flat_map(|(rows, period)| {
+        (1..200usize, 1..4usize).prop_flat_map(|(rows, period)| {
             let symbols = prop::collection::vec(0..6u8, rows * LANES);
             let numbers = prop::collection::vec(0..3u8, period * LANES);
             (symbols, numbers).prop_map(|(mut symbols, numbers)| {
