@@ -40,7 +40,7 @@ pub(crate) async fn run(quick: bool) -> anyhow::Result<Report> {
             key: *key,
             layout,
             level: Level::RAW,
-            layers: vec![layer],
+            extents: vec![layer],
         };
         client.put(&chunk).await?;
         progress.inc(1);

@@ -6,9 +6,9 @@ use std::time::Instant;
 use bytes::Bytes;
 use futures::stream::BoxStream;
 use kvasir_proto::v1::{self, cache_client::CacheClient, cache_server};
-use kvasir_proto::{MAX_FRAME_BYTES, MAX_MESSAGE_BYTES, convert};
+use kvasir_proto::{MAX_FRAME_BYTES, MAX_MESSAGE_BYTES, assembly};
 use kvasir_server::child::ListeningChild;
-use kvasir_types::{Checksum, KvLayout};
+use kvasir_types::{Checksum, ExtentIdx, KvLayout};
 use tokio::net::TcpListener;
 use tokio_stream::wrappers::TcpListenerStream;
 use tonic::{Request, Response, Status};
@@ -39,7 +39,7 @@ pub(crate) async fn bandwidth(layout: &KvLayout, chunks: usize) -> anyhow::Resul
                 start: 0,
                 end: layout.layers().into(),
             }),
-            lease_id: None,
+            ..v1::GetRequest::default()
         };
         let mut stream = client.get(request).await?.into_inner();
         let mut received = 0usize;
@@ -109,15 +109,17 @@ impl cache_server::Cache for Constant {
             let data = data.clone();
             (0..chunks).flat_map(move |chunk| {
                 let layer = u16::try_from(layer).unwrap_or(u16::MAX);
-                convert::pieces(layer, data.clone(), checksum).map(move |piece| {
-                    let piece = v1::ChunkPiece {
-                        chunk,
-                        piece: Some(piece),
-                    };
-                    Ok(v1::GetResponse {
-                        message: Some(v1::get_response::Message::Piece(piece)),
-                    })
-                })
+                assembly::pieces(ExtentIdx(layer.into()), data.clone(), checksum).map(
+                    move |piece| {
+                        let piece = v1::ChunkPiece {
+                            chunk,
+                            piece: Some(piece),
+                        };
+                        Ok(v1::GetResponse {
+                            message: Some(v1::get_response::Message::Piece(piece)),
+                        })
+                    },
+                )
             })
         });
         Ok(Response::new(Box::pin(futures::stream::iter(pieces))))

@@ -34,7 +34,7 @@ use anyhow::{Context as _, ensure};
 use clap::Args;
 use kvasir_server::child::drop_page_cache;
 use kvasir_store::{Environment, Store, TierKind};
-use kvasir_types::LayerRange;
+use kvasir_types::ExtentRange;
 use rand::{Rng as _, SeedableRng as _};
 use rand_chacha::ChaCha8Rng;
 use rustix::time::{ClockId, clock_gettime};
@@ -186,15 +186,15 @@ fn served(store: &Store, chunks: u64) -> f64 {
 /// Reads a sample; says how many there were.
 async fn verify(store: &Store, chunks: &Chunks, count: u64) -> anyhow::Result<usize> {
     let mut random = ChaCha8Rng::seed_from_u64(count);
-    let layers = LayerRange::new(0, 1)?;
+    let layers = ExtentRange::new(0, 1)?;
     let numbers = rand::seq::index::sample(&mut random, usize::try_from(count)?, SAMPLE);
     for number in numbers.into_iter().map(|number| number as u64) {
         let lease = store.lease(key(number)).await;
         let lease = lease.with_context(|| format!("chunk {number} is not served"))?;
         ensure!(lease.tier() == TierKind::Disk, "it was in memory");
-        let read = lease.read_layers(layers).await?;
+        let read = lease.read_extents(layers).await?;
         let object = chunks.object(number)?;
-        ensure!(read == object.layers(), "chunk {number} has other bytes");
+        ensure!(read == object.extents(), "chunk {number} has other bytes");
     }
     Ok(SAMPLE)
 }

@@ -8,14 +8,19 @@
 //! | 8 | 2 | format version, 1 |
 //! | 10 | 1 | level code |
 //! | 11 | 1 | zero |
-//! | 12 | 4 | critical features; a reader refuses a bit that it does not know |
+//! | 12 | 4 | critical features; a reader refuses a bit that it does not know. 1: encoded, set for every level but raw |
 //! | 16 | 16 | layout |
 //! | 32 | 32 | layout digest |
 //! | 64 | 32 | chunk key |
 //! | 96 | 4 | layer count, `L` |
 //! | 100 | 4 | zero |
-//! | 104 | 16 · `L` | per layer: payload length `u64`, checksum `u64` |
-//! | 104 + 16 · `L` | 8 | checksum over everything before it |
+//! | 104 | 16 · `E` | per extent: length `u64`, checksum `u64` |
+//! | 104 + 16 · `E` | 8 | checksum over everything before it |
+//!
+//! A raw object has as many extents as layers. Any other has `1 + P · L`, where `P` is
+//! [`Level::parts`]: the [prelude](crate::Prelude), then the first part of every layer,
+//! then the second of every layer, and so on. So what a coarser level needs comes first,
+//! and in one piece.
 //!
 //! Invariant: nothing is allocated before the sizes were checked, and every size
 //! follows from the layout, whose chunk is bounded.
@@ -23,29 +28,30 @@
 #![deny(clippy::indexing_slicing)]
 
 use kvasir_types::{
-    ChunkKey, KvLayout, LayerIdx, LayerRange, LayoutDigest, LayoutError, Level, UnknownLevel,
+    ChunkKey, ExtentIdx, ExtentRange, KvLayout, LayerIdx, LayoutDigest, LayoutError, Level,
+    UnknownLevel,
 };
 
 use kvasir_types::Checksum;
 
-/// Where one layer lies in an object, and what it must hash to.
+/// Where one piece of the payload lies in an object, and what it must hash to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct LayerEntry {
+pub struct Extent {
     /// First byte, counted from the end of the header.
     pub offset: u64,
-    /// Payload bytes.
+    /// Bytes.
     pub len: u64,
-    /// Checksum of the payload.
+    /// Checksum of these.
     pub checksum: Checksum,
 }
 
-/// What a stored object is: its key, geometry, level and layer table.
+/// What a stored object is: its key, geometry, level and extents.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ObjectHeader {
     key: ChunkKey,
     layout: KvLayout,
     level: Level,
-    layers: Vec<LayerEntry>,
+    extents: Vec<Extent>,
 }
 
 /// Why bytes are not the header of an object.
@@ -89,21 +95,29 @@ pub enum HeaderError {
     /// The layout does not hash to the stated digest.
     #[error("layout does not match its digest {0}")]
     LayoutDigest(LayoutDigest),
-    /// The layer table does not fit the layout.
-    #[error("layout has {expected} layers, the table {actual}")]
+    /// The layer count is not that of the layout.
+    #[error("layout has {expected} layers, the header {actual}")]
     LayerCount {
         /// Layers of the layout.
         expected: u32,
-        /// Layers stated or given.
+        /// Layers stated.
         actual: u32,
     },
-    /// A layer has an impossible length.
-    #[error("layer {layer} has {actual} bytes, its layout and level need {expected}")]
-    LayerLength {
-        /// The layer.
-        layer: LayerIdx,
-        /// Bytes that the layout and level need.
-        expected: u64,
+    /// Too many or too few extents were given.
+    #[error("layout and level have {expected} extents, {actual} were given")]
+    ExtentCount {
+        /// Extents that they have.
+        expected: u32,
+        /// Extents given.
+        actual: usize,
+    },
+    /// An extent has an impossible length.
+    #[error("extent {extent} has {actual} bytes, its layout and level allow {allowed:?}")]
+    ExtentLength {
+        /// The extent.
+        extent: ExtentIdx,
+        /// Fewest and most bytes that the layout and level allow.
+        allowed: [u64; 2],
         /// Bytes stated or given.
         actual: u64,
     },
@@ -131,33 +145,33 @@ pub enum IdentityError {
     },
 }
 
-/// Why bytes are not the payload of a layer.
+/// Why bytes are not an extent of an object.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
-pub enum LayerError {
-    /// The object has no such layer.
-    #[error("there is no layer {layer} among {layers}")]
+pub enum ExtentError {
+    /// The object has no such extent.
+    #[error("there is no extent {extent} among {extents}")]
     OutOfRange {
-        /// Layer asked for.
-        layer: LayerIdx,
-        /// Layers of the object.
-        layers: u16,
+        /// Extent asked for.
+        extent: ExtentIdx,
+        /// Extents of the object.
+        extents: usize,
     },
     /// Wrong number of bytes.
-    #[error("layer {layer} has {actual} bytes, expected {expected}")]
+    #[error("extent {extent} has {actual} bytes, expected {expected}")]
     Length {
-        /// The layer.
-        layer: LayerIdx,
+        /// The extent.
+        extent: ExtentIdx,
         /// Bytes the header states.
         expected: u64,
         /// Bytes given.
         actual: u64,
     },
     /// The payload was damaged.
-    #[error("layer {layer} has checksum {actual}, expected {expected}")]
+    #[error("extent {extent} has checksum {actual}, expected {expected}")]
     Checksum {
-        /// The layer.
-        layer: LayerIdx,
+        /// The extent.
+        extent: ExtentIdx,
         /// Checksum the header states.
         expected: Checksum,
         /// Checksum of the bytes given.
@@ -166,43 +180,50 @@ pub enum LayerError {
 }
 
 impl ObjectHeader {
-    /// The header of a raw object with these layers, in order. Checksums them.
+    /// The header of an object with these extents, in order. Checksums them.
     ///
     /// # Errors
-    /// Layers whose number or length differ from the layout's.
-    pub fn for_raw(
+    /// Extents whose number or lengths do not fit the layout and the level.
+    pub fn new(
         key: ChunkKey,
         layout: &KvLayout,
-        layers: &[impl AsRef<[u8]>],
+        level: Level,
+        extents: &[impl AsRef<[u8]>],
     ) -> Result<Self, HeaderError> {
-        check_count(layout, u32::try_from(layers.len()).unwrap_or(u32::MAX))?;
-        let mut table = LayerTable::new(layout, Level::RAW);
-        for layer in layers {
-            let payload = layer.as_ref();
+        let expected = level.extents(layout.layers());
+        if extents.len() as u64 != u64::from(expected) {
+            return Err(HeaderError::ExtentCount {
+                expected,
+                actual: extents.len(),
+            });
+        }
+        let mut table = Table::new(layout, level);
+        for extent in extents {
+            let payload = extent.as_ref();
             table.push(payload.len() as u64, Checksum::of(payload))?;
         }
         Ok(Self {
             key,
             layout: *layout,
-            level: Level::RAW,
-            layers: table.entries,
+            level,
+            extents: table.extents,
         })
     }
 
     /// The header's bytes, [`header_bytes`](Self::header_bytes) many.
     pub fn encode(&self) -> Vec<u8> {
-        let mut out = Vec::with_capacity(Self::header_bytes(self.layout.layers()));
+        let mut out = Vec::with_capacity(Self::header_bytes(&self.layout, self.level));
         out.extend_from_slice(&MAGIC);
         out.extend_from_slice(&VERSION.to_le_bytes());
         out.push(self.level.code());
         out.push(0);
-        out.extend_from_slice(&KNOWN_FEATURES.to_le_bytes());
+        out.extend_from_slice(&features_of(self.level).to_le_bytes());
         out.extend_from_slice(&self.layout.encode());
         out.extend_from_slice(self.layout.digest().as_bytes());
         out.extend_from_slice(self.key.as_bytes());
         out.extend_from_slice(&u32::from(self.layout.layers()).to_le_bytes());
         out.extend_from_slice(&[0; 4]);
-        for entry in &self.layers {
+        for entry in &self.extents {
             out.extend_from_slice(&entry.len.to_le_bytes());
             out.extend_from_slice(&entry.checksum.as_u64().to_le_bytes());
         }
@@ -239,12 +260,19 @@ impl ObjectHeader {
         let count = u32::from_le_bytes(reader.take()?);
         let padding: [u8; 4] = reader.take()?;
 
-        // Bounds the header at 1 MiB, before anything trusts `count`.
+        // What follows is sized by what was read so far, which is not trusted before the
+        // checksum matched: 3 MiB at most.
         let layers = u16::try_from(count).map_err(|_| HeaderError::LayerCount {
             expected: u32::from(u16::MAX),
             actual: count,
         })?;
-        let total = Self::header_bytes(layers);
+        let level = Level::from_code(level);
+        let extents = match level {
+            Ok(level) => level.extents(layers),
+            // Which is an error for sure; this says which.
+            Err(_) => u32::from(layers),
+        };
+        let total = bytes_of(extents);
         let truncated = HeaderError::Truncated {
             needed: total,
             have: bytes.len(),
@@ -262,14 +290,22 @@ impl ObjectHeader {
         if reserved != 0 || padding != [0; 4] {
             return Err(HeaderError::Reserved);
         }
-        let level = Level::from_code(level)?;
+        let level = level?;
+        if features != features_of(level) {
+            return Err(HeaderError::Features(features));
+        }
         let layout = KvLayout::decode(&layout)?;
         if layout.digest() != digest {
             return Err(HeaderError::LayoutDigest(digest));
         }
-        check_count(&layout, count)?;
-        let mut table = LayerTable::new(&layout, level);
-        for _ in 0..layers {
+        if layout.layers() != layers {
+            return Err(HeaderError::LayerCount {
+                expected: u32::from(layout.layers()),
+                actual: count,
+            });
+        }
+        let mut table = Table::new(&layout, level);
+        for _ in 0..extents {
             let len = u64::from_le_bytes(reader.take()?);
             let checksum = Checksum::from_u64(u64::from_le_bytes(reader.take()?));
             table.push(len, checksum)?;
@@ -278,14 +314,14 @@ impl ObjectHeader {
             key,
             layout,
             level,
-            layers: table.entries,
+            extents: table.extents,
         };
         Ok((header, total))
     }
 
-    /// Bytes of a header with `layers` layers: `112 + 16 · layers`.
-    pub const fn header_bytes(layers: u16) -> usize {
-        PRELUDE_BYTES + layers as usize * ENTRY_BYTES + CHECKSUM_BYTES
+    /// Bytes of a header: `112 + 16 · extents`.
+    pub const fn header_bytes(layout: &KvLayout, level: Level) -> usize {
+        bytes_of(level.extents(layout.layers()))
     }
 
     /// Checks that this is the header of the chunk that was asked for.
@@ -312,23 +348,23 @@ impl ObjectHeader {
     /// Checks `payload` against the table.
     ///
     /// # Errors
-    /// No such layer, another length, another checksum.
-    pub fn verify_layer(&self, layer: LayerIdx, payload: &[u8]) -> Result<(), LayerError> {
-        let entry = self.layer(layer).ok_or(LayerError::OutOfRange {
-            layer,
-            layers: self.layout.layers(),
+    /// No such extent, another length, another checksum.
+    pub fn verify_extent(&self, extent: ExtentIdx, payload: &[u8]) -> Result<(), ExtentError> {
+        let entry = self.extent(extent).ok_or(ExtentError::OutOfRange {
+            extent,
+            extents: self.extents.len(),
         })?;
         if payload.len() as u64 != entry.len {
-            return Err(LayerError::Length {
-                layer,
+            return Err(ExtentError::Length {
+                extent,
                 expected: entry.len,
                 actual: payload.len() as u64,
             });
         }
         let actual = Checksum::of(payload);
         if actual != entry.checksum {
-            return Err(LayerError::Checksum {
-                layer,
+            return Err(ExtentError::Checksum {
+                extent,
                 expected: entry.checksum,
                 actual,
             });
@@ -351,60 +387,73 @@ impl ObjectHeader {
         self.level
     }
 
-    /// The layer table, in order.
-    pub fn layers(&self) -> &[LayerEntry] {
-        &self.layers
+    /// The extents, in order.
+    pub fn extents(&self) -> &[Extent] {
+        &self.extents
     }
 
-    /// One entry of the layer table.
-    pub fn layer(&self, layer: LayerIdx) -> Option<&LayerEntry> {
-        self.layers.get(usize::from(layer.0))
+    /// One extent.
+    pub fn extent(&self, extent: ExtentIdx) -> Option<&Extent> {
+        self.extents.get(usize::try_from(extent.0).ok()?)
     }
 
-    /// The entries of a range of layers; `None` where it leaves the table.
-    pub fn range(&self, range: LayerRange) -> Option<&[LayerEntry]> {
-        self.layers
-            .get(usize::from(range.start())..usize::from(range.end()))
+    /// A range of extents; `None` where it leaves the object.
+    pub fn range(&self, range: ExtentRange) -> Option<&[Extent]> {
+        let start = usize::try_from(range.start()).ok()?;
+        self.extents.get(start..usize::try_from(range.end()).ok()?)
     }
 
-    /// Bytes of all layers together.
+    /// All extents.
+    pub fn all(&self) -> ExtentRange {
+        ExtentRange::new(0, self.level.extents(self.layout.layers())).expect("a layout has a layer")
+    }
+
+    /// Where part `part` of a layer lies; `None` where there is no such part or layer.
+    pub const fn part(&self, layer: LayerIdx, part: u8) -> Option<ExtentIdx> {
+        self.level.part_extent(self.layout.layers(), layer.0, part)
+    }
+
+    /// Bytes of all extents together.
     pub fn payload_bytes(&self) -> u64 {
-        self.layers.iter().map(|entry| entry.len).sum()
+        self.extents.iter().map(|entry| entry.len).sum()
     }
 
     /// Bytes of the whole object, header included.
     pub fn object_bytes(&self) -> u64 {
-        Self::header_bytes(self.layout.layers()) as u64 + self.payload_bytes()
+        Self::header_bytes(&self.layout, self.level) as u64 + self.payload_bytes()
     }
 }
 
-/// A layer table under construction: offsets follow from lengths.
-struct LayerTable {
-    entries: Vec<LayerEntry>,
-    expected: u64,
+/// Extents under construction: offsets follow from lengths.
+struct Table<'a> {
+    layout: &'a KvLayout,
+    level: Level,
+    extents: Vec<Extent>,
     offset: u64,
 }
 
-impl LayerTable {
-    fn new(layout: &KvLayout, level: Level) -> Self {
-        // Levels other than raw will state their own bounds here.
-        debug_assert_eq!(level, Level::RAW, "the only level that exists");
+impl<'a> Table<'a> {
+    fn new(layout: &'a KvLayout, level: Level) -> Self {
+        let extents = level.extents(layout.layers());
         Self {
-            entries: Vec::with_capacity(usize::from(layout.layers())),
-            expected: layout.layer_bytes() as u64,
+            layout,
+            level,
+            extents: Vec::with_capacity(usize::try_from(extents).unwrap_or(0)),
             offset: 0,
         }
     }
 
     fn push(&mut self, len: u64, checksum: Checksum) -> Result<(), HeaderError> {
-        if len != self.expected {
-            return Err(HeaderError::LayerLength {
-                layer: LayerIdx(u16::try_from(self.entries.len()).unwrap_or(u16::MAX)),
-                expected: self.expected,
+        let extent = ExtentIdx(u32::try_from(self.extents.len()).unwrap_or(u32::MAX));
+        let allowed = self.layout.extent_bounds(self.level, extent);
+        if len < allowed[0] || len > allowed[1] {
+            return Err(HeaderError::ExtentLength {
+                extent,
+                allowed,
                 actual: len,
             });
         }
-        self.entries.push(LayerEntry {
+        self.extents.push(Extent {
             offset: self.offset,
             len,
             checksum,
@@ -414,13 +463,12 @@ impl LayerTable {
     }
 }
 
-fn check_count(layout: &KvLayout, actual: u32) -> Result<(), HeaderError> {
-    let expected = u32::from(layout.layers());
-    if actual == expected {
-        Ok(())
-    } else {
-        Err(HeaderError::LayerCount { expected, actual })
-    }
+const fn bytes_of(extents: u32) -> usize {
+    FIXED_BYTES + extents as usize * ENTRY_BYTES + CHECKSUM_BYTES
+}
+
+const fn features_of(level: Level) -> u32 {
+    if level.is_encoded() { ENCODED } else { 0 }
 }
 
 struct Reader<'a> {
@@ -445,7 +493,9 @@ impl Reader<'_> {
 /// PNG (RFC 2083, section 12.11).
 const MAGIC: [u8; 8] = *b"\x89KVASIR\n";
 const VERSION: u16 = 1;
-const KNOWN_FEATURES: u32 = 0;
-const PRELUDE_BYTES: usize = 104;
+const KNOWN_FEATURES: u32 = ENCODED;
+const ENCODED: u32 = 1;
+/// Before the extents.
+const FIXED_BYTES: usize = 104;
 const ENTRY_BYTES: usize = 16;
 const CHECKSUM_BYTES: usize = 8;

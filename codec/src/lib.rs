@@ -57,7 +57,7 @@ mod rotation;
 mod rows;
 
 pub use cell::{CELL_TOKENS, CellError, LADDER};
-pub use header::{HeaderError, IdentityError, LayerEntry, LayerError, ObjectHeader};
+pub use header::{Extent, ExtentError, HeaderError, IdentityError, ObjectHeader};
 pub use layer::{DecodeError, EncodedLayer, LayerCodec, UnsupportedLayout};
 pub use lossless::{LosslessError, decode_lossless, encode_lossless};
 pub use object::{Object, ObjectError};

@@ -3,19 +3,19 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use kvasir_types::{ChunkKey, KvLayout, LayerIdx};
+use kvasir_types::{ChunkKey, ExtentIdx, KvLayout, LayerIdx, Level};
 
-use crate::header::{HeaderError, LayerError, ObjectHeader};
+use crate::header::{ExtentError, HeaderError, ObjectHeader};
 
-/// A header and the layers it describes.
+/// A header and the extents it describes.
 ///
-/// Invariant: every layer has the length and checksum that the header states;
+/// Invariant: every extent has the length and checksum that the header states;
 /// there is no way to make an `Object` that was not checked. Cloning shares the
 /// payload.
 #[derive(Clone, Debug)]
 pub struct Object {
     header: Arc<ObjectHeader>,
-    layers: Vec<Bytes>,
+    extents: Vec<Bytes>,
 }
 
 /// Why bytes are not an object.
@@ -25,15 +25,15 @@ pub enum ObjectError {
     /// The header is broken.
     #[error(transparent)]
     Header(#[from] HeaderError),
-    /// A layer is broken.
+    /// An extent is broken.
     #[error(transparent)]
-    Layer(#[from] LayerError),
-    /// More or fewer layers than the header has.
-    #[error("header has {expected} layers, {actual} were given")]
-    LayerCount {
-        /// Layers of the header.
+    Extent(#[from] ExtentError),
+    /// More or fewer extents than the header has.
+    #[error("header has {expected} extents, {actual} were given")]
+    ExtentCount {
+        /// Extents of the header.
         expected: usize,
-        /// Layers given.
+        /// Extents given.
         actual: usize,
     },
     /// More or fewer bytes than the header states.
@@ -52,30 +52,43 @@ impl Object {
     /// # Errors
     /// Layers whose number or length differ from the layout's.
     pub fn raw(key: ChunkKey, layout: &KvLayout, layers: Vec<Bytes>) -> Result<Self, HeaderError> {
-        let header = ObjectHeader::for_raw(key, layout, &layers)?;
+        Self::new(key, layout, Level::RAW, layers)
+    }
+
+    /// An object of its extents, in order. Checksums them; that they decode is not checked.
+    ///
+    /// # Errors
+    /// Extents whose number or lengths do not fit the layout and the level.
+    pub fn new(
+        key: ChunkKey,
+        layout: &KvLayout,
+        level: Level,
+        extents: Vec<Bytes>,
+    ) -> Result<Self, HeaderError> {
+        let header = ObjectHeader::new(key, layout, level, &extents)?;
         Ok(Self {
             header: Arc::new(header),
-            layers,
+            extents,
         })
     }
 
-    /// An object received in parts. Checks every layer.
+    /// An object received piece by piece. Checks every extent.
     ///
     /// # Errors
-    /// Layers that are not the header's.
-    pub fn from_parts(header: ObjectHeader, layers: Vec<Bytes>) -> Result<Self, ObjectError> {
-        if layers.len() != header.layers().len() {
-            return Err(ObjectError::LayerCount {
-                expected: header.layers().len(),
-                actual: layers.len(),
+    /// Extents that are not the header's.
+    pub fn from_parts(header: ObjectHeader, extents: Vec<Bytes>) -> Result<Self, ObjectError> {
+        if extents.len() != header.extents().len() {
+            return Err(ObjectError::ExtentCount {
+                expected: header.extents().len(),
+                actual: extents.len(),
             });
         }
-        for (index, payload) in (0u16..).zip(&layers) {
-            header.verify_layer(LayerIdx(index), payload)?;
+        for (index, payload) in (0..).zip(&extents) {
+            header.verify_extent(ExtentIdx(index), payload)?;
         }
         Ok(Self {
             header: Arc::new(header),
-            layers,
+            extents,
         })
     }
 
@@ -93,13 +106,13 @@ impl Object {
             });
         }
         let mut rest = bytes.slice(start..);
-        let mut layers = Vec::with_capacity(header.layers().len());
-        for entry in header.layers() {
+        let mut extents = Vec::with_capacity(header.extents().len());
+        for entry in header.extents() {
             // Lossless: all lengths together fit in `bytes`, as checked above.
             let len = usize::try_from(entry.len).unwrap_or(usize::MAX);
-            layers.push(rest.split_to(len));
+            extents.push(rest.split_to(len));
         }
-        Self::from_parts(header, layers)
+        Self::from_parts(header, extents)
     }
 
     /// The header.
@@ -107,21 +120,37 @@ impl Object {
         &self.header
     }
 
-    /// The payload of every layer, in order.
-    pub fn layers(&self) -> &[Bytes] {
-        &self.layers
+    /// The bytes of every extent, in order.
+    pub fn extents(&self) -> &[Bytes] {
+        &self.extents
     }
 
-    /// The header and the layers.
+    /// The prelude; `None` of a raw object.
+    pub fn prelude(&self) -> Option<&Bytes> {
+        self.extent(self.header.level().prelude()?)
+    }
+
+    /// The parts of a layer, from the coarsest on; none where there is no such layer.
+    pub fn parts(&self, layer: LayerIdx) -> Vec<&Bytes> {
+        (0..self.header.level().parts())
+            .filter_map(|part| self.extent(self.header.part(layer, part)?))
+            .collect()
+    }
+
+    fn extent(&self, extent: ExtentIdx) -> Option<&Bytes> {
+        self.extents.get(usize::try_from(extent.0).ok()?)
+    }
+
+    /// The header and the extents.
     pub fn into_parts(self) -> (Arc<ObjectHeader>, Vec<Bytes>) {
-        (self.header, self.layers)
+        (self.header, self.extents)
     }
 
     /// All bytes of the object, copied into one buffer.
     pub fn encode(&self) -> Vec<u8> {
         let mut out = self.header.encode();
-        for layer in &self.layers {
-            out.extend_from_slice(layer);
+        for extent in &self.extents {
+            out.extend_from_slice(extent);
         }
         out
     }

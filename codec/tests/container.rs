@@ -3,8 +3,8 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use bytes::Bytes;
-use kvasir_codec::{HeaderError, IdentityError, LayerError, Object, ObjectError, ObjectHeader};
-use kvasir_types::{Checksum, ChunkKey, DType, KvLayout, LayerIdx, LayerRange, Level, Planes};
+use kvasir_codec::{ExtentError, HeaderError, IdentityError, Object, ObjectError, ObjectHeader};
+use kvasir_types::{Checksum, ChunkKey, DType, ExtentIdx, ExtentRange, KvLayout, Level, Planes};
 use proptest::prelude::*;
 
 fn layers_of(layout: &KvLayout, seed: u8) -> Vec<Bytes> {
@@ -65,7 +65,7 @@ proptest! {
         prop_assert_eq!(bytes.len() as u64, object.header().object_bytes());
         let back = Object::parse(&bytes).unwrap();
         prop_assert_eq!(back.header(), object.header());
-        prop_assert_eq!(back.layers(), object.layers());
+        prop_assert_eq!(back.extents(), object.extents());
         prop_assert_eq!(back.header().verify(&key, &layout.digest()), Ok(()));
         prop_assert_eq!(back.header().level(), Level::RAW);
     }
@@ -132,7 +132,7 @@ fn intact_headers_that_make_no_sense_are_refused() {
     ));
     assert!(matches!(
         error(|h| h[104] ^= 1),
-        HeaderError::LayerLength { .. }
+        HeaderError::ExtentLength { .. }
     ));
 }
 
@@ -156,22 +156,22 @@ fn another_key_or_layout_is_told_apart() {
 fn layers_are_checked_one_by_one() {
     let object = small();
     let header = object.header();
-    let first = &object.layers()[0];
-    assert_eq!(header.verify_layer(LayerIdx(0), first), Ok(()));
+    let first = &object.extents()[0];
+    assert_eq!(header.verify_extent(ExtentIdx(0), first), Ok(()));
     assert!(matches!(
-        header.verify_layer(LayerIdx(1), first),
-        Err(LayerError::Checksum { .. })
+        header.verify_extent(ExtentIdx(1), first),
+        Err(ExtentError::Checksum { .. })
     ));
     assert!(matches!(
-        header.verify_layer(LayerIdx(0), &first[1..]),
-        Err(LayerError::Length { .. })
+        header.verify_extent(ExtentIdx(0), &first[1..]),
+        Err(ExtentError::Length { .. })
     ));
     assert!(matches!(
-        header.verify_layer(LayerIdx(2), first),
-        Err(LayerError::OutOfRange { .. })
+        header.verify_extent(ExtentIdx(2), first),
+        Err(ExtentError::OutOfRange { .. })
     ));
-    assert!(header.range(LayerRange::new(0, 2).unwrap()).is_some());
-    assert!(header.range(LayerRange::new(1, 3).unwrap()).is_none());
+    assert!(header.range(ExtentRange::new(0, 2).unwrap()).is_some());
+    assert!(header.range(ExtentRange::new(1, 3).unwrap()).is_none());
 }
 
 #[test]
@@ -182,18 +182,18 @@ fn layers_must_fit_the_layout() {
     layers.push(Bytes::new());
     assert!(matches!(
         Object::raw(key, &layout, layers),
-        Err(HeaderError::LayerCount { .. })
+        Err(HeaderError::ExtentCount { .. })
     ));
     let mut layers = layers_of(&layout, 0);
     layers[1] = Bytes::from_static(b"short");
     assert!(matches!(
         Object::raw(key, &layout, layers),
-        Err(HeaderError::LayerLength { .. })
+        Err(HeaderError::ExtentLength { .. })
     ));
     let (header, mut layers) = small().into_parts();
     layers.pop();
     assert!(matches!(
         Object::from_parts((*header).clone(), layers),
-        Err(ObjectError::LayerCount { .. })
+        Err(ObjectError::ExtentCount { .. })
     ));
 }

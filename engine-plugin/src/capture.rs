@@ -91,7 +91,7 @@ impl CaptureQueue {
                     key,
                     layout: *namespace.layout(),
                     level: Level::RAW,
-                    layers: chunk.layers,
+                    extents: chunk.layers,
                 };
                 let put = client.put_with(&chunk, options);
                 let counter = match tokio::time::timeout(timeout, put).await {

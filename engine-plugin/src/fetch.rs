@@ -442,7 +442,13 @@ impl Fetch {
         let mut busy = Duration::ZERO;
         while let Some(event) = stream.next().await? {
             let arrival = match event {
-                GetEvent::Layer { chunk, layer, data } => {
+                GetEvent::Prelude { .. } => continue,
+                GetEvent::Layer {
+                    chunk,
+                    layer,
+                    mut parts,
+                } => {
+                    let data = parts.pop().unwrap_or_default();
                     if first.is_none() {
                         first = Some(Instant::now());
                     } else {

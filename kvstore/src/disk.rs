@@ -169,7 +169,7 @@ impl DiskEntry {
 
     /// Bytes of the frame.
     fn space(&self) -> u64 {
-        frame_bytes(self.geometry.layout.layers(), self.object_bytes.into())
+        frame_bytes(&self.geometry.layout, self.level, self.object_bytes.into())
     }
 
     fn record_key(&self) -> impl AsRef<[u8]> + use<> {
@@ -350,11 +350,11 @@ impl DiskTier {
     pub(crate) async fn store(
         &self,
         header: Arc<ObjectHeader>,
-        layers: Vec<Bytes>,
+        extents: Vec<Bytes>,
         worth: Worth,
     ) -> Result<Written, WriteError> {
         let key = *header.key();
-        let bytes = frame_bytes(header.layout().layers(), header.object_bytes());
+        let bytes = frame_bytes(header.layout(), header.level(), header.object_bytes());
         let capacity = self.0.budget.capacity();
         if bytes > capacity {
             return Err(WriteError::TooLarge {
@@ -376,7 +376,7 @@ impl DiskTier {
                 // Held until the work is done, not until the caller stops waiting.
                 let _held = (claim, writer);
                 shared
-                    .store(&header, &layers, &worth, bytes)
+                    .store(&header, &extents, &worth, bytes)
                     .inspect_err(|_| count(&shared.counters.failures))
             })
             .await??;
@@ -497,11 +497,11 @@ impl Shared {
     fn import(&self, path: &Path, records: &[LegacyRecord]) -> Result<(), DeviceError> {
         let mut imported = 0u64;
         for record in records {
-            if let Some((header, layers)) = legacy::read(path, record).map(Object::into_parts) {
-                let bytes = frame_bytes(header.layout().layers(), header.object_bytes());
+            if let Some((header, extents)) = legacy::read(path, record).map(Object::into_parts) {
+                let bytes = frame_bytes(header.layout(), header.level(), header.object_bytes());
                 let fits = bytes <= self.budget.capacity();
                 let worth = Worth::new(Hints::default());
-                if fits && self.store(&header, &layers, &worth, bytes)? == Written::Stored {
+                if fits && self.store(&header, &extents, &worth, bytes)? == Written::Stored {
                     imported += 1;
                 }
             }
@@ -531,7 +531,7 @@ impl Shared {
     fn store(
         &self,
         header: &ObjectHeader,
-        layers: &[Bytes],
+        extents: &[Bytes],
         worth: &Worth,
         bytes: u64,
     ) -> Result<Written, DeviceError> {
@@ -544,7 +544,7 @@ impl Shared {
                     return Ok(Written::Throttled(throttled));
                 }
             };
-            match self.write(header, layers, worth, space) {
+            match self.write(header, extents, worth, space) {
                 // Something else fills the file system, and the capacity is more
                 // than what is left.
                 Err(DeviceError::Io(error)) if is_full(&error) => {
@@ -569,7 +569,7 @@ impl Shared {
     fn write(
         &self,
         header: &ObjectHeader,
-        layers: &[Bytes],
+        extents: &[Bytes],
         worth: &Worth,
         space: Reservation,
     ) -> Result<Written, DeviceError> {
@@ -589,7 +589,7 @@ impl Shared {
         };
         // Both at once: whichever is missing after a crash, the chunk is too.
         let recorded = self.catalog.put(&record);
-        let written = frame.write(&header.encode(), layers);
+        let written = frame.write(&header.encode(), extents);
         let committed = recorded.wait().and(written.map_err(DeviceError::from));
         let entry = self.lock().entry(&record);
         match (committed, entry) {
@@ -741,8 +741,8 @@ impl Tier for DiskTier {
     }
 
     fn write(&self, object: Object) -> BoxFuture<'_, Result<Written, WriteError>> {
-        let (header, layers) = object.into_parts();
-        Box::pin(self.store(header, layers, Worth::new(Hints::default())))
+        let (header, extents) = object.into_parts();
+        Box::pin(self.store(header, extents, Worth::new(Hints::default())))
     }
 
     fn open(
@@ -821,7 +821,7 @@ fn is_full(error: &io::Error) -> bool {
 }
 
 fn space_of(record: &Record) -> u64 {
-    frame_bytes(record.layout.layers(), record.object_bytes)
+    frame_bytes(&record.layout, record.level, record.object_bytes)
 }
 
 /// Creates a directory, and its parents where missing, durably.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use kvasir_codec::ObjectHeader;
-use kvasir_types::{ChunkKey, KvLayout, LayerRange, Level};
+use kvasir_types::{ChunkKey, ExtentRange, KvLayout, Level};
 
 use crate::budget::ChargedBytes;
 use crate::disk::DiskReader;
@@ -21,10 +21,10 @@ use crate::tier::{ChunkReader, ReadError, TierKind};
 /// the file open. Bytes that were read outlive the lease. No clock is involved:
 /// a lease ends when it is dropped, and only then.
 ///
-/// When all layers of a chunk on disk were read through one lease, the chunk is
+/// When all extents of a chunk on disk were read through one lease, the chunk is
 /// copied into memory, if there is room. The copy costs nothing: memory keeps the
 /// bytes that the reader got. Until then they take half of the memory at most, and
-/// go before anyone is refused memory. So do the layers of a small chunk, which are read
+/// go before anyone is refused memory. So do the extents of a small chunk, which are read
 /// ahead, all at once.
 #[derive(Debug)]
 pub struct Lease {
@@ -53,24 +53,24 @@ impl Lease {
         Self { source, store }
     }
 
-    /// The layers of `range`, in order. Verified, on every call.
+    /// The extents of `range`, in order. Verified, on every call.
     ///
     /// # Errors
     /// [`ReadError::Corrupt`] where this copy went bad: it is gone, so lease the key
     /// again, or treat it as a miss. [`ReadError::Throttled`] where there is no
     /// memory to read into.
-    pub async fn read_layers(&self, range: LayerRange) -> Result<Vec<Bytes>, ReadError> {
+    pub async fn read_extents(&self, range: ExtentRange) -> Result<Vec<Bytes>, ReadError> {
         let (reader, promotion) = match &self.source {
-            Source::Memory(reader) => return reader.read_layers(range).await,
+            Source::Memory(reader) => return reader.read_extents(range).await,
             Source::Disk(reader, promotion) => (reader, promotion),
         };
-        let layers = match promotion.get(range) {
-            Some(layers) => reader.check(range, layers).await?,
+        let extents = match promotion.get(range) {
+            Some(extents) => reader.check(range, extents).await?,
             None => reader.read(range).await?,
         };
-        let bytes = layers.iter().map(ChargedBytes::share).collect();
-        if let Some(layers) = promotion.add(range, layers) {
-            self.store.promote(reader, layers);
+        let bytes = extents.iter().map(ChargedBytes::share).collect();
+        if let Some(extents) = promotion.add(range, extents) {
+            self.store.promote(reader, extents);
         }
         Ok(bytes)
     }
@@ -120,9 +120,9 @@ impl Drop for Lease {
 
 impl Inner {
     /// Takes a chunk that was read from disk into memory. Best effort.
-    fn promote(&self, reader: &DiskReader, layers: Vec<ChargedBytes>) {
+    fn promote(&self, reader: &DiskReader, extents: Vec<ChargedBytes>) {
         let header = reader.header();
-        let overhead = Chunk::overhead_bytes(header.layout().layers());
+        let overhead = Chunk::overhead_bytes(header.all().end());
         let Ok(overhead) = self.memory.reserve(overhead) else {
             return;
         };
@@ -130,7 +130,7 @@ impl Inner {
         let Some(Worth { hints, uses }) = worth else {
             return;
         };
-        let chunk = Arc::new(Chunk::new(Arc::clone(header), layers, hints, overhead));
+        let chunk = Arc::new(Chunk::new(Arc::clone(header), extents, hints, overhead));
         // A chunk deleted on disk meanwhile must not come back through memory.
         // Deletion goes disk first, so one of the two sees the other.
         if self.memory.publish(chunk, uses) && !reader.is_current() {

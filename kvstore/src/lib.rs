@@ -82,7 +82,7 @@ pub use events::{Event, EventKind, EventLog, Snapshot};
 pub use lease::Lease;
 pub use leases::{HoldRefused, LeaseId, LeaseSession};
 pub use memory::MemoryTier;
-pub use payload::{Payload, Received};
+pub use payload::{Payload, PayloadShape, Received};
 pub use pins::{PinId, PinRefused};
 pub use store::{Found, Listed, LookupResult, Put, PutError, PutOptions, PutOutcome, Stats, Store};
 pub use tier::{

@@ -10,9 +10,9 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
-use kvasir_codec::{LayerError, Object, ObjectHeader};
+use kvasir_codec::{ExtentError, Object, ObjectHeader};
 use kvasir_mem::ALIGNMENT;
-use kvasir_types::{ChunkKey, Class, Hints, KvLayout, LayerIdx, LayerRange};
+use kvasir_types::{ChunkKey, Class, ExtentIdx, ExtentRange, Hints};
 
 use crate::blocking::blocking;
 use crate::budget::{Budget, ChargedBytes, Reservation, Throttled};
@@ -21,7 +21,7 @@ use crate::clock::Clock;
 use crate::config::MemoryConfig;
 use crate::events::EventLog;
 use crate::index::{self, Counters, Entry, Index, Worth, count};
-use crate::payload::{Payload, Received};
+use crate::payload::{Payload, PayloadShape, Received};
 use crate::pins::{PinId, PinRefused};
 use crate::policy::{ClassLimits, Prospect};
 use crate::promotion::Promotions;
@@ -50,27 +50,27 @@ pub(crate) struct Chunk {
     facts: Facts,
     hints: Hints,
     header: Arc<ObjectHeader>,
-    layers: Vec<ChargedBytes>,
+    extents: Vec<ChargedBytes>,
     _overhead: Reservation,
 }
 
 impl Chunk {
     /// Bytes charged for a chunk beyond its payload: header, index entry and the
-    /// bookkeeping of each layer. Rounded up from the sizes of the structures.
-    pub(crate) const fn overhead_bytes(layers: u16) -> u64 {
-        ENTRY_BYTES + LAYER_BYTES * layers as u64
+    /// bookkeeping of each extent. Rounded up from the sizes of the structures.
+    pub(crate) const fn overhead_bytes(extents: u32) -> u64 {
+        ENTRY_BYTES + EXTENT_BYTES * extents as u64
     }
 
     /// Bytes that a chunk with this header is charged for.
     pub(crate) fn charged_bytes(header: &ObjectHeader) -> u64 {
-        header.payload_bytes() + Self::overhead_bytes(header.layout().layers())
+        header.payload_bytes() + Self::overhead_bytes(header.all().end())
     }
 
-    /// A chunk whose layers lie in buffers of this tier, which pay for themselves.
+    /// A chunk whose extents lie in buffers of this tier, which pay for themselves.
     fn prepaid(received: Received, hints: Hints) -> Self {
-        let (header, layers) = received.object.into_parts();
-        let layers = layers.into_iter().map(ChargedBytes::prepaid).collect();
-        Self::new(header, layers, hints, received.overhead)
+        let (header, extents) = received.object.into_parts();
+        let extents = extents.into_iter().map(ChargedBytes::prepaid).collect();
+        Self::new(header, extents, hints, received.overhead)
     }
 
     /// `None` where the reservation is too small for the header's chunk.
@@ -79,19 +79,19 @@ impl Chunk {
         hints: Hints,
         mut reservation: Reservation,
     ) -> Option<Self> {
-        let (header, layers) = object.into_parts();
-        let overhead = reservation.split(Self::overhead_bytes(header.layout().layers()))?;
-        let layers = layers
+        let (header, extents) = object.into_parts();
+        let overhead = reservation.split(Self::overhead_bytes(header.all().end()))?;
+        let extents = extents
             .into_iter()
-            .map(|layer| reservation.charge(layer))
+            .map(|extent| reservation.charge(extent))
             .collect::<Option<_>>()?;
-        Some(Self::new(header, layers, hints, overhead))
+        Some(Self::new(header, extents, hints, overhead))
     }
 
-    /// `layers` passed the header's checks.
+    /// `extents` passed the header's checks.
     pub(crate) fn new(
         header: Arc<ObjectHeader>,
-        layers: Vec<ChargedBytes>,
+        extents: Vec<ChargedBytes>,
         hints: Hints,
         overhead: Reservation,
     ) -> Self {
@@ -99,7 +99,7 @@ impl Chunk {
             facts: Facts::of(&header),
             hints,
             header,
-            layers,
+            extents,
             _overhead: overhead,
         }
     }
@@ -117,23 +117,24 @@ impl Chunk {
     }
 
     pub(crate) fn share(&self) -> Vec<Bytes> {
-        self.layers.iter().map(ChargedBytes::share).collect()
+        self.extents.iter().map(ChargedBytes::share).collect()
     }
 
-    fn verified(&self, range: LayerRange) -> Result<Vec<Bytes>, LayerError> {
+    fn verified(&self, range: ExtentRange) -> Result<Vec<Bytes>, ExtentError> {
         range
             .iter()
             .zip(self.in_range(range))
-            .map(|(layer, bytes)| {
-                self.header.verify_layer(LayerIdx(layer), bytes.as_ref())?;
+            .map(|(extent, bytes)| {
+                self.header
+                    .verify_extent(ExtentIdx(extent), bytes.as_ref())?;
                 Ok(bytes.share())
             })
             .collect()
     }
 
-    fn in_range(&self, range: LayerRange) -> &[ChargedBytes] {
-        self.layers
-            .get(usize::from(range.start())..usize::from(range.end()))
+    fn in_range(&self, range: ExtentRange) -> &[ChargedBytes] {
+        self.extents
+            .get(range.start() as usize..range.end() as usize)
             .unwrap_or(&[])
     }
 }
@@ -170,8 +171,8 @@ impl Entry for Arc<Chunk> {
     }
 
     fn is_held(&self) -> bool {
-        // In this order: a reader takes its layers before it lets go of the chunk.
-        Arc::strong_count(self) > 1 || self.layers.iter().any(ChargedBytes::is_held)
+        // In this order: a reader takes its extents before it lets go of the chunk.
+        Arc::strong_count(self) > 1 || self.extents.iter().any(ChargedBytes::is_held)
     }
 }
 
@@ -261,13 +262,15 @@ impl MemoryTier {
         &self.0.promotions
     }
 
-    /// Memory to receive a raw chunk of a layout into.
-    pub(crate) fn payload(&self, layout: KvLayout) -> Result<Payload, BufferError> {
+    /// Memory to receive a chunk into.
+    pub(crate) fn payload(&self, shape: PayloadShape) -> Result<Payload, BufferError> {
         let overhead = self
-            .reserve(Chunk::overhead_bytes(layout.layers()))
+            .reserve(Chunk::overhead_bytes(shape.extents()))
             .map_err(BufferError::Throttled)?;
-        let bytes = layout.chunk_bytes().next_multiple_of(ALIGNMENT as u64);
-        Ok(Payload::new(self.buffer(bytes)?, layout, overhead))
+        let alignment = ALIGNMENT as u64;
+        let blocks = shape.bytes().div_ceil(alignment).max(1);
+        let buffer = self.buffer(blocks.saturating_mul(alignment))?;
+        Ok(Payload::new(buffer, shape, overhead))
     }
 
     /// A chunk of what was received.
@@ -472,11 +475,11 @@ pub(crate) struct MemoryReader {
 }
 
 impl MemoryReader {
-    async fn read(&self, range: LayerRange) -> Result<Vec<Bytes>, ReadError> {
+    async fn read(&self, range: ExtentRange) -> Result<Vec<Bytes>, ReadError> {
         let header = &self.chunk.header;
         let entries = header.range(range).ok_or(ReadError::OutOfRange {
             range,
-            layers: header.layout().layers(),
+            extents: header.all().end(),
         })?;
         let bytes: u64 = entries.iter().map(|entry| entry.len).sum();
         let verified = if bytes <= INLINE_VERIFY_BYTES as u64 {
@@ -501,7 +504,7 @@ impl ChunkReader for MemoryReader {
         &self.chunk.header
     }
 
-    fn read_layers(&self, range: LayerRange) -> BoxFuture<'_, Result<Vec<Bytes>, ReadError>> {
+    fn read_extents(&self, range: ExtentRange) -> BoxFuture<'_, Result<Vec<Bytes>, ReadError>> {
         Box::pin(self.read(range))
     }
 }
@@ -523,7 +526,7 @@ fn warn_of_few_mappings(capacity: u64) {
     }
 }
 
-/// About the least that a layer of a chunk takes in models of today.
+/// About the least that a extent of a chunk takes in models of today.
 const USUAL_BUFFER_BYTES: u64 = 256 << 10;
 
 /// Verifying this much takes some 100 µs from DRAM: about what handing it to
@@ -533,10 +536,10 @@ pub(crate) const INLINE_VERIFY_BYTES: usize = 1 << 20;
 /// Which part of the budget buffers may take that nobody uses.
 const IDLE_SHARE: u64 = 16;
 
-/// Chunk, header and index node, without layers.
+/// Chunk, header and index node, without extents.
 const ENTRY_BYTES: u64 = 512;
-/// Layer table entry, handle, reference counts and allocator slack of one layer.
-const LAYER_BYTES: u64 = 192;
+/// Layer table entry, handle, reference counts and allocator slack of one extent.
+const EXTENT_BYTES: u64 = 192;
 
 #[cfg(test)]
 mod tests {
@@ -551,8 +554,8 @@ mod tests {
 
     fn object(fill: u8) -> Object {
         let layout = KvLayout::new(2, 1, Planes::symmetric(8), 16, DType::F8E4m3).unwrap();
-        let layers = vec![Bytes::from(vec![fill; layout.layer_bytes()]); 2];
-        Object::raw(ChunkKey::from_bytes([fill; 32]), &layout, layers).unwrap()
+        let extents = vec![Bytes::from(vec![fill; layout.layer_bytes()]); 2];
+        Object::raw(ChunkKey::from_bytes([fill; 32]), &layout, extents).unwrap()
     }
 
     fn charge(tier: &MemoryTier, object: Object) -> Result<Arc<Chunk>, Throttled> {
@@ -568,7 +571,7 @@ mod tests {
         let bad = charge(&tier, object(2)).unwrap();
         let chunk = Chunk::new(
             Arc::new(good.header().clone()),
-            bad.layers.clone(),
+            bad.extents.clone(),
             Hints::default(),
             tier.reserve(1).unwrap(),
         );
@@ -576,10 +579,10 @@ mod tests {
         assert!(tier.publish(Arc::new(chunk), 1));
 
         let key = *good.header().key();
-        let all = LayerRange::new(0, 2).unwrap();
+        let all = ExtentRange::new(0, 2).unwrap();
         let reader = tier.open(key).await.unwrap().unwrap();
         assert!(matches!(
-            reader.read_layers(all).await,
+            reader.read_extents(all).await,
             Err(ReadError::Corrupt { .. })
         ));
         assert!(tier.open(key).await.unwrap().is_none());
@@ -598,8 +601,8 @@ mod tests {
             let mut key = [0; 32];
             // Slots in another order than keys.
             key[..2].copy_from_slice(&number.wrapping_mul(7919).to_be_bytes());
-            let layers = vec![Bytes::from_static(&[1, 2])];
-            let object = Object::raw(ChunkKey::from_bytes(key), &layout, layers).unwrap();
+            let extents = vec![Bytes::from_static(&[1, 2])];
+            let object = Object::raw(ChunkKey::from_bytes(key), &layout, extents).unwrap();
             assert!(tier.publish(charge(&tier, object).unwrap(), 1));
         }
         let keys = |after: Option<ChunkKey>, limit| -> Vec<ChunkKey> {

@@ -23,7 +23,7 @@ use std::time::Instant;
 use bytes::Bytes;
 use futures::FutureExt as _;
 use kvasir_codec::Object;
-use kvasir_types::{ByteSize, ChunkKey, DType, Hints, KvLayout, LayerRange, Planes};
+use kvasir_types::{ByteSize, ChunkKey, DType, ExtentRange, Hints, KvLayout, Planes};
 use loom::sync::atomic::AtomicU64;
 use loom::thread;
 
@@ -125,8 +125,8 @@ pub(crate) fn clock() -> Clock {
     Clock::new(move || now)
 }
 
-fn all_layers() -> LayerRange {
-    LayerRange::new(0, LAYERS).unwrap()
+fn all_extents() -> ExtentRange {
+    ExtentRange::new(0, LAYERS).unwrap()
 }
 
 /// A chunk of [`Memory`].
@@ -165,7 +165,7 @@ fn press(tier: &MemoryTier, bytes: u64) -> bool {
 /// Reads all of a chunk and lets go of everything but the bytes.
 fn read(tier: &MemoryTier, key: ChunkKey) -> Option<Vec<Bytes>> {
     let reader = tier.open(key).now_or_never().unwrap().unwrap()?;
-    let layers = reader.read_layers(all_layers()).now_or_never().unwrap();
+    let layers = reader.read_extents(all_extents()).now_or_never().unwrap();
     Some(layers.unwrap())
 }
 
@@ -291,7 +291,7 @@ fn gathered_layers_come_out_whole_and_once_or_give_way() {
             let memory = Bytes::from_owner(Memory::filled(len, 1));
             let charged = reservation.charge(memory).unwrap();
             move || {
-                let range = LayerRange::new(layer, layer + 1).unwrap();
+                let range = ExtentRange::new(layer, layer + 1).unwrap();
                 promotion.add(range, vec![charged]).map_or(0, |layers| {
                     let layers: Vec<_> = layers.iter().map(ChargedBytes::share).collect();
                     assert!(are_filled(&layers, 1));

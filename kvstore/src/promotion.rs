@@ -1,18 +1,18 @@
 //! Layers on their way from disk into memory.
 //!
-//! A lease that reads a chunk from disk gathers its layers; when none is missing,
+//! A lease that reads a chunk from disk gathers its extents; when none is missing,
 //! the chunk moves into the memory tier. What was gathered so far serves nobody
 //! yet, so it gives way to every request for memory that would be refused
 //! otherwise.
 //!
-//! Where memory is full, a gathered layer costs a stored chunk its place. So only as
+//! Where memory is full, a gathered extent costs a stored chunk its place. So only as
 //! many chunks are gathered at once as half of the memory holds: many cold chunks
-//! read side by side, layer by layer, would else drive out all that is stored, and
+//! read side by side, extent by extent, would else drive out all that is stored, and
 //! then each other.
 
 use std::sync::{Arc, PoisonError, Weak};
 
-use kvasir_types::LayerRange;
+use kvasir_types::ExtentRange;
 
 use crate::budget::{Budget, ChargedBytes, Reservation};
 use crate::sync::{Mutex, MutexGuard};
@@ -33,11 +33,11 @@ impl Promotions {
         }
     }
 
-    /// A promotion of a chunk of `layers` layers and `bytes` bytes; it ends with its
+    /// A promotion of a chunk of `extents` extents and `bytes` bytes; it ends with its
     /// last handle. Gathers nothing where too much is being gathered.
-    pub(crate) fn begin(&self, layers: u16, bytes: u64) -> Arc<Promotion> {
+    pub(crate) fn begin(&self, extents: u32, bytes: u64) -> Arc<Promotion> {
         let promise = self.promised.try_reserve(bytes);
-        let promotion = Arc::new(Promotion::new(layers, promise));
+        let promotion = Arc::new(Promotion::new(extents, promise));
         let mut promotions = self.lock();
         if promotions.len() == promotions.capacity() {
             promotions.retain(|promotion| promotion.strong_count() > 0);
@@ -58,13 +58,13 @@ impl Promotions {
     }
 }
 
-/// The layers that a lease has read so far, or read ahead.
+/// The extents that a lease has read so far, or read ahead.
 #[derive(Debug)]
 pub(crate) struct Promotion(Mutex<Gathered>);
 
 #[derive(Debug)]
 struct Gathered {
-    layers: Vec<Slot>,
+    extents: Vec<Slot>,
     /// `None` where nothing is gathered: done, or the memory was needed.
     promise: Option<Reservation>,
 }
@@ -77,9 +77,9 @@ struct Slot {
 }
 
 impl Promotion {
-    fn new(layers: u16, promise: Option<Reservation>) -> Self {
+    fn new(extents: u32, promise: Option<Reservation>) -> Self {
         Self(Mutex::new(Gathered {
-            layers: vec![Slot::default(); usize::from(layers)],
+            extents: vec![Slot::default(); extents as usize],
             promise,
         }))
     }
@@ -88,52 +88,52 @@ impl Promotion {
         self.lock().promise.is_some()
     }
 
-    /// Keeps all layers, of which none was asked for yet.
-    pub(crate) fn read_ahead(&self, layers: Vec<ChargedBytes>) {
+    /// Keeps all extents, of which none was asked for yet.
+    pub(crate) fn read_ahead(&self, extents: Vec<ChargedBytes>) {
         let mut gathered = self.lock();
         if gathered.promise.is_none() {
             return;
         }
-        for (slot, bytes) in gathered.layers.iter_mut().zip(layers) {
+        for (slot, bytes) in gathered.extents.iter_mut().zip(extents) {
             slot.bytes = Some(bytes);
         }
     }
 
-    /// The layers of `range`, where all of them were read ahead or before. Unverified.
-    pub(crate) fn get(&self, range: LayerRange) -> Option<Vec<ChargedBytes>> {
+    /// The extents of `range`, where all of them were read ahead or before. Unverified.
+    pub(crate) fn get(&self, range: ExtentRange) -> Option<Vec<ChargedBytes>> {
         let gathered = self.lock();
-        let range = usize::from(range.start())..usize::from(range.end());
-        let slots = gathered.layers.get(range)?.iter();
+        let range = range.start() as usize..range.end() as usize;
+        let slots = gathered.extents.get(range)?.iter();
         slots.map(|slot| slot.bytes.clone()).collect()
     }
 
-    /// Keeps `layers`; gives all of them, once, when none is left to be read.
+    /// Keeps `extents`; gives all of them, once, when none is left to be read.
     pub(crate) fn add(
         &self,
-        range: LayerRange,
-        layers: Vec<ChargedBytes>,
+        range: ExtentRange,
+        extents: Vec<ChargedBytes>,
     ) -> Option<Vec<ChargedBytes>> {
         let mut gathered = self.lock();
         gathered.promise.as_ref()?;
-        let slots = gathered.layers.iter_mut().skip(range.start().into());
-        for (slot, bytes) in slots.zip(layers) {
+        let slots = gathered.extents.iter_mut().skip(range.start() as usize);
+        for (slot, bytes) in slots.zip(extents) {
             *slot = Slot {
                 bytes: Some(bytes),
                 read: true,
             };
         }
-        if !gathered.layers.iter().all(|slot| slot.read) {
+        if !gathered.extents.iter().all(|slot| slot.read) {
             return None;
         }
         gathered.promise = None;
-        let layers = std::mem::take(&mut gathered.layers).into_iter();
-        layers.map(|slot| slot.bytes).collect()
+        let extents = std::mem::take(&mut gathered.extents).into_iter();
+        extents.map(|slot| slot.bytes).collect()
     }
 
     fn abandon(&self) -> bool {
         let mut gathered = self.lock();
         gathered.promise = None;
-        std::mem::take(&mut gathered.layers)
+        std::mem::take(&mut gathered.extents)
             .iter()
             .any(|slot| slot.bytes.is_some())
     }
@@ -149,19 +149,19 @@ mod tests {
 
     use super::*;
 
-    fn range(start: u16, end: u16) -> LayerRange {
-        LayerRange::new(start, end).unwrap()
+    fn range(start: u32, end: u32) -> ExtentRange {
+        ExtentRange::new(start, end).unwrap()
     }
 
     #[test]
     fn whole_chunks_come_out_once() {
         let budget = Budget::new(100);
         let mut reservation = budget.try_reserve(20).unwrap();
-        let mut layer = || reservation.charge(Bytes::from(vec![0; 5])).unwrap();
+        let mut extent = || reservation.charge(Bytes::from(vec![0; 5])).unwrap();
         let promotion = Promotions::new(20).begin(2, 10);
-        assert!(promotion.add(range(1, 2), vec![layer()]).is_none());
-        assert_eq!(promotion.add(range(0, 1), vec![layer()]).unwrap().len(), 2);
-        assert!(promotion.add(range(0, 1), vec![layer()]).is_none());
+        assert!(promotion.add(range(1, 2), vec![extent()]).is_none());
+        assert_eq!(promotion.add(range(0, 1), vec![extent()]).unwrap().len(), 2);
+        assert!(promotion.add(range(0, 1), vec![extent()]).is_none());
     }
 
     #[test]
@@ -173,8 +173,8 @@ mod tests {
         let promotion = [promotion, promotions.begin(2, 10)];
         for promotion in &promotion {
             let mut reservation = budget.try_reserve(5).unwrap();
-            let layer = reservation.charge(Bytes::from(vec![0; 5])).unwrap();
-            promotion.add(range(0, 1), vec![layer]);
+            let extent = reservation.charge(Bytes::from(vec![0; 5])).unwrap();
+            promotion.add(range(0, 1), vec![extent]);
         }
         // The first was abandoned before it gathered anything, and stays so.
         assert_eq!(budget.used(), 5);
@@ -189,8 +189,8 @@ mod tests {
         let [first, second] = [0, 1].map(|_| promotions.begin(1, 30));
         let add = |promotion: &Promotion| {
             let mut reservation = budget.try_reserve(30).unwrap();
-            let layer = reservation.charge(Bytes::from(vec![0; 30])).unwrap();
-            promotion.add(range(0, 1), vec![layer]).is_some()
+            let extent = reservation.charge(Bytes::from(vec![0; 30])).unwrap();
+            promotion.add(range(0, 1), vec![extent]).is_some()
         };
         assert!(!add(&second));
         assert_eq!(budget.used(), 0);

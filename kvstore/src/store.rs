@@ -23,7 +23,7 @@ use crate::index::Worth;
 use crate::lease::Lease;
 use crate::leases::{LeaseId, LeaseSession, Leases};
 use crate::memory::{Chunk, MemoryTier};
-use crate::payload::{Payload, Received};
+use crate::payload::{Payload, PayloadShape, Received};
 use crate::pins::{PinId, PinRefused};
 use crate::policy::Admission;
 use crate::tier::{DeviceError, Facts, Tier, TierKind, Usage, WriteError, Written};
@@ -222,7 +222,7 @@ impl Store {
 
     /// Bytes of memory that a raw object of this layout takes in the store.
     pub fn charged_bytes_of_raw(layout: &KvLayout) -> u64 {
-        layout.chunk_bytes() + Chunk::overhead_bytes(layout.layers())
+        layout.chunk_bytes() + Chunk::overhead_bytes(layout.layers().into())
     }
 
     /// Stores an object, durably if the store has a disk tier.
@@ -266,11 +266,13 @@ impl Store {
     ///
     /// # Errors
     /// No room, or more than there will ever be: see [`Throttled::wanted`].
-    pub async fn payload(&self, layout: KvLayout) -> Result<Payload, PutError> {
+    pub async fn payload(&self, shape: PayloadShape) -> Result<Payload, PutError> {
         let inner = &*self.0;
-        let bytes = Self::charged_bytes_of_raw(&layout);
+        let bytes = shape
+            .bytes()
+            .saturating_add(Chunk::overhead_bytes(shape.extents()));
         inner.demotions_catch_up(bytes).await;
-        inner.memory.payload(layout).map_err(|error| match error {
+        inner.memory.payload(shape).map_err(|error| match error {
             BufferError::Throttled(throttled) => throttled.into(),
             BufferError::Io(error) => WriteError::from(DeviceError::from(error)).into(),
         })

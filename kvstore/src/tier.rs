@@ -6,8 +6,8 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
-use kvasir_codec::{LayerError, Object, ObjectHeader};
-use kvasir_types::{ChunkKey, KvLayout, LayerRange, LayoutDigest, Level};
+use kvasir_codec::{ExtentError, Object, ObjectHeader};
+use kvasir_types::{ChunkKey, ExtentRange, KvLayout, LayoutDigest, Level};
 
 use crate::budget::Throttled;
 use crate::pins::{PinId, PinRefused};
@@ -72,19 +72,19 @@ pub trait Tier: Send + Sync + fmt::Debug {
     /// Counters and fill level.
     fn usage(&self) -> Usage;
 
-    /// Opens a chunk and reads a range of its layers. A copy that turns out corrupt,
+    /// Opens a chunk and reads a range of its extents. A copy that turns out corrupt,
     /// and a range outside the chunk, are misses.
-    fn read_layers(
+    fn read_extents(
         &self,
         key: ChunkKey,
-        range: LayerRange,
+        range: ExtentRange,
     ) -> BoxFuture<'_, Result<Read, DeviceError>> {
         Box::pin(async move {
             let Some(reader) = self.open(key).await? else {
                 return Ok(Read::Miss);
             };
-            match reader.read_layers(range).await {
-                Ok(layers) => Ok(Read::Layers(layers)),
+            match reader.read_extents(range).await {
+                Ok(extents) => Ok(Read::Extents(extents)),
                 Err(ReadError::OutOfRange { .. } | ReadError::Corrupt { .. }) => Ok(Read::Miss),
                 Err(ReadError::Throttled(throttled)) => Ok(Read::Throttled(throttled)),
                 Err(ReadError::Device(error)) => Err(error),
@@ -98,8 +98,8 @@ pub trait ChunkReader: Send + Sync + fmt::Debug {
     /// The chunk's header, verified against the key it was opened by.
     fn header(&self) -> &ObjectHeader;
 
-    /// The layers of `range`, in order, verified.
-    fn read_layers(&self, range: LayerRange) -> BoxFuture<'_, Result<Vec<Bytes>, ReadError>>;
+    /// The extents of `range`, in order, verified.
+    fn read_extents(&self, range: ExtentRange) -> BoxFuture<'_, Result<Vec<Bytes>, ReadError>>;
 }
 
 /// A storage medium.
@@ -147,6 +147,11 @@ impl Facts {
             bytes: header.object_bytes(),
         }
     }
+
+    /// Extents of the object.
+    pub fn extents(&self) -> u32 {
+        self.level.extents(self.layout.layers())
+    }
 }
 
 /// What became of a write.
@@ -164,8 +169,8 @@ pub enum Written {
 /// What became of a read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Read {
-    /// The layers asked for, in order.
-    Layers(Vec<Bytes>),
+    /// The extents asked for, in order.
+    Extents(Vec<Bytes>),
     /// The tier does not have them.
     Miss,
     /// No memory to read into. The chunk is still there.
@@ -195,13 +200,13 @@ pub enum WriteError {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ReadError {
-    /// The chunk has fewer layers.
-    #[error("layers {range} lie outside the {layers} layers of the chunk")]
+    /// The chunk has fewer extents.
+    #[error("extents {range} lie outside the {extents} extents of the chunk")]
     OutOfRange {
-        /// Layers asked for.
-        range: LayerRange,
-        /// Layers there are.
-        layers: u16,
+        /// Extents asked for.
+        range: ExtentRange,
+        /// Extents there are.
+        extents: u32,
     },
     /// Stored bytes fail their check; this copy is gone. Treat it as a miss.
     #[error("chunk {key} is corrupt in the {tier} tier")]
@@ -212,7 +217,7 @@ pub enum ReadError {
         tier: TierKind,
         /// What was wrong.
         #[source]
-        cause: LayerError,
+        cause: ExtentError,
     },
     /// No memory to read into; the chunk is still there.
     #[error(transparent)]

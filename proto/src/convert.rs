@@ -4,10 +4,11 @@ use std::num::NonZeroU32;
 
 use bytes::Bytes;
 use kvasir_types::{
-    Checksum, ChunkKey, Class, DType, Durability, Hints, KvLayout, LayerRange, Level, Planes,
+    ChunkKey, Class, DType, Durability, ExtentIdx, Hints, KvLayout, LayerRange, Level, Planes,
 };
 
-use crate::{MAX_KEYS, MAX_PIECE_BYTES, v1};
+use crate::sequence::Wanted;
+use crate::{MAX_KEYS, v1};
 
 /// A wire field that cannot be what it says.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -94,6 +95,30 @@ pub fn level(field: &str, code: u32) -> Result<Level, InvalidField> {
     Level::from_code(narrow).map_err(|error| InvalidField::new(field, error))
 }
 
+/// What a get asks for.
+///
+/// # Errors
+/// A range that is none, more levels than there are layers, a code that is no level.
+pub fn wanted(request: &v1::GetRequest) -> Result<Wanted, InvalidField> {
+    let layers = match &request.layers {
+        Some(range) => Some(layer_range("layers", range)?),
+        None => None,
+    };
+    if request.levels.len() > usize::from(u16::MAX) {
+        let problem = "more levels than a chunk may have layers";
+        return Err(InvalidField::new("levels", problem));
+    }
+    let levels = request.levels.iter().map(|&code| level("levels", code));
+    Ok(Wanted {
+        layers,
+        levels: levels.collect::<Result<_, _>>()?,
+        have: match request.have {
+            Some(code) => Some(level("have", code)?),
+            None => None,
+        },
+    })
+}
+
 /// A non-empty range of layers.
 ///
 /// # Errors
@@ -176,7 +201,7 @@ fn durability(field: &str, code: i32) -> Result<Durability, InvalidField> {
 }
 
 /// The parsed first message of a put.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PutHeader {
     /// Key of the chunk that follows.
     pub key: ChunkKey,
@@ -188,6 +213,18 @@ pub struct PutHeader {
     pub durability: Durability,
     /// What it is worth.
     pub hints: Hints,
+    /// Bytes of its extents, in order; none where it is raw.
+    pub extent_bytes: Vec<u64>,
+}
+
+impl PutHeader {
+    /// Bytes of each extent that follows.
+    pub fn extents(&self) -> Vec<u64> {
+        if self.level.is_encoded() {
+            return self.extent_bytes.clone();
+        }
+        vec![self.layout.layer_bytes() as u64; usize::from(self.layout.layers())]
+    }
 }
 
 impl From<&PutHeader> for v1::PutHeader {
@@ -205,6 +242,7 @@ impl From<&PutHeader> for v1::PutHeader {
             parent: hints.parent.as_ref().map(key_to_wire).unwrap_or_default(),
             class: hints.class.number().into(),
             recompute: hints.recompute.map_or(0, NonZeroU32::get),
+            extent_bytes: header.extent_bytes.clone(),
         }
     }
 }
@@ -213,10 +251,14 @@ impl TryFrom<&v1::PutHeader> for PutHeader {
     type Error = InvalidField;
 
     fn try_from(wire: &v1::PutHeader) -> Result<Self, InvalidField> {
+        let layout = layout("header.layout", wire.layout.as_ref())?;
+        let level = level("header.level", wire.level)?;
+        check_extents(&layout, level, &wire.extent_bytes)?;
         Ok(Self {
             key: key("header.key", &wire.key)?,
-            layout: layout("header.layout", wire.layout.as_ref())?,
-            level: level("header.level", wire.level)?,
+            layout,
+            level,
+            extent_bytes: wire.extent_bytes.clone(),
             durability: durability("header.durability", wire.durability)?,
             hints: Hints {
                 parent: match wire.parent.as_ref() {
@@ -231,129 +273,30 @@ impl TryFrom<&v1::PutHeader> for PutHeader {
     }
 }
 
-/// A whole layer that arrived.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct WholeLayer {
-    /// Index of the layer.
-    pub layer: u16,
-    /// Its bytes.
-    pub data: Bytes,
-    /// The checksum its sender states for it.
-    pub checksum: Checksum,
-}
-
-impl WholeLayer {
-    /// Compares the checksum with the bytes.
-    ///
-    /// # Errors
-    /// They do not match (field `piece.checksum`).
-    pub fn verify(&self) -> Result<(), InvalidField> {
-        check(self.layer, self.checksum, Checksum::of(&self.data))
+/// Whether the extents of a put have lengths that its layout and level allow.
+fn check_extents(layout: &KvLayout, level: Level, lengths: &[u64]) -> Result<(), InvalidField> {
+    let expected = if level.is_encoded() {
+        level.extents(layout.layers())
+    } else {
+        0
+    };
+    if lengths.len() as u64 != u64::from(expected) {
+        let problem = format!(
+            "a chunk of {} layers at level {level} states {expected} lengths, not {}",
+            layout.layers(),
+            lengths.len()
+        );
+        return Err(InvalidField::new("header.extent_bytes", problem));
     }
-}
-
-/// Whether a layer has the checksum that its sender states for it.
-///
-/// # Errors
-/// It has not (field `piece.checksum`).
-pub fn check(layer: u16, stated: Checksum, actual: Checksum) -> Result<(), InvalidField> {
-    if stated == actual {
-        return Ok(());
+    for (extent, &len) in (0..).map(ExtentIdx).zip(lengths) {
+        let [least, most] = layout.extent_bounds(level, extent);
+        if len < least || len > most {
+            let field = format!("header.extent_bytes[{extent}]");
+            let problem = format!("{len} is not from {least} to {most}");
+            return Err(InvalidField::new(field, problem));
+        }
     }
-    let problem = format!("the bytes of layer {layer} do not match their CRC-64/NVME");
-    Err(InvalidField::new("piece.checksum", problem))
-}
-
-/// Cuts a layer into pieces of at most [`MAX_PIECE_BYTES`], without copying.
-pub fn pieces(layer: u16, data: Bytes, checksum: Checksum) -> impl Iterator<Item = v1::LayerPiece> {
-    let total = data.len();
-    let count = total.div_ceil(MAX_PIECE_BYTES).max(1);
-    (0..count).map(move |index| {
-        let start = index * MAX_PIECE_BYTES;
-        let end = total.min(start + MAX_PIECE_BYTES);
-        v1::LayerPiece {
-            layer: layer.into(),
-            offset: start as u64,
-            data: data.slice(start..end),
-            layer_bytes: total as u64,
-            checksum: checksum.as_u64(),
-        }
-    })
-}
-
-/// Puts the pieces of one layer together again.
-///
-/// A layer that came as one piece, which is the usual case, is handed on without
-/// a copy. No more than `expected_bytes` is ever held.
-#[derive(Debug, Default)]
-pub struct LayerAssembly {
-    partial: Vec<u8>,
-}
-
-impl LayerAssembly {
-    /// Takes the next piece; returns the layer when it is whole, not yet
-    /// [verified](WholeLayer::verify).
-    ///
-    /// # Errors
-    /// A piece of another layer than `layer`, of another total than
-    /// `expected_bytes`, out of order, empty, or beyond the layer's end.
-    pub fn push(
-        &mut self,
-        piece: v1::LayerPiece,
-        layer: u16,
-        expected_bytes: usize,
-    ) -> Result<Option<WholeLayer>, InvalidField> {
-        if piece.layer != u32::from(layer) {
-            return Err(InvalidField::new(
-                "piece.layer",
-                format!("layer {} came where layer {layer} was due", piece.layer),
-            ));
-        }
-        if piece.layer_bytes != expected_bytes as u64 {
-            return Err(InvalidField::new(
-                "piece.layer_bytes",
-                format!(
-                    "the layout gives {expected_bytes} bytes per layer, not {}",
-                    piece.layer_bytes
-                ),
-            ));
-        }
-        if piece.offset != self.partial.len() as u64 {
-            return Err(InvalidField::new(
-                "piece.offset",
-                format!(
-                    "offset {} came where {} was due",
-                    piece.offset,
-                    self.partial.len()
-                ),
-            ));
-        }
-        let received = self.partial.len() + piece.data.len();
-        if piece.data.is_empty() || received > expected_bytes {
-            return Err(InvalidField::new(
-                "piece.data",
-                format!("{received} bytes of a layer of {expected_bytes}"),
-            ));
-        }
-        let checksum = Checksum::from_u64(piece.checksum);
-        let data = if received == expected_bytes && self.partial.is_empty() {
-            piece.data
-        } else {
-            if self.partial.is_empty() {
-                self.partial.reserve_exact(expected_bytes);
-            }
-            self.partial.extend_from_slice(&piece.data);
-            if received < expected_bytes {
-                return Ok(None);
-            }
-            Bytes::from(std::mem::take(&mut self.partial))
-        };
-        Ok(Some(WholeLayer {
-            layer,
-            data,
-            checksum,
-        }))
-    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -398,41 +341,5 @@ mod tests {
         };
         let error = PutHeader::try_from(&wire).unwrap_err();
         assert_eq!(error.field, "header.layout.kv_heads");
-    }
-
-    #[test]
-    fn layers_are_cut_and_joined() {
-        let data = Bytes::from(vec![7u8; MAX_PIECE_BYTES * 2 + 5]);
-        let mut assembly = LayerAssembly::default();
-        let mut whole = None;
-        let checksum = Checksum::of(&data);
-        for piece in pieces(3, data.clone(), checksum) {
-            assert!(whole.is_none());
-            whole = assembly.push(piece, 3, data.len()).unwrap();
-        }
-        assert_eq!(
-            whole,
-            Some(WholeLayer {
-                layer: 3,
-                data,
-                checksum,
-            })
-        );
-    }
-
-    #[test]
-    fn pieces_out_of_order_are_refused() {
-        let data = Bytes::from(vec![7u8; MAX_PIECE_BYTES + 5]);
-        let parts: Vec<_> = pieces(0, data.clone(), Checksum::from_u64(0)).collect();
-        let mut assembly = LayerAssembly::default();
-        let error = assembly.push(parts[1].clone(), 0, data.len()).unwrap_err();
-        assert_eq!(error.field, "piece.offset");
-        let error = assembly.push(parts[0].clone(), 1, data.len()).unwrap_err();
-        assert_eq!(error.field, "piece.layer");
-        let error = assembly.push(parts[0].clone(), 0, 8).unwrap_err();
-        assert_eq!(error.field, "piece.layer_bytes");
-        assert_eq!(assembly.push(parts[0].clone(), 0, data.len()), Ok(None));
-        let whole = assembly.push(parts[1].clone(), 0, data.len()).unwrap();
-        assert_eq!(whole.unwrap().verify().unwrap_err().field, "piece.checksum");
     }
 }

@@ -5,12 +5,17 @@
 //! either gives a value of `kvasir-types` or an [`InvalidField`] that names the
 //! field and says what is wrong with it.
 //!
+//! [`sequence`] says what a get sends, in which order; [`assembly`] cuts extents into
+//! messages and joins them.
+//!
 //! [`status`] holds the two refusals every server of this protocol speaks:
 //! a malformed field, and "come back later".
 
 #![forbid(unsafe_code)]
 
+pub mod assembly;
 pub mod convert;
+pub mod sequence;
 pub mod status;
 
 /// Generated from `kvasir/v1/cache.proto`.
@@ -36,7 +41,7 @@ pub use convert::InvalidField;
 /// Most keys in one request.
 pub const MAX_KEYS: usize = 16_384;
 
-/// Most payload bytes in one [`v1::LayerPiece`].
+/// Most payload bytes in one [`v1::ExtentPiece`].
 pub const MAX_PIECE_BYTES: usize = 4 << 20;
 
 /// Most bytes in one message: a full piece and room for the fields around it.

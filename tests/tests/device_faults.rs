@@ -14,7 +14,7 @@ use kvasir_server::{Server, ServerConfig};
 use kvasir_store::{DiskConfig, Environment, MemoryConfig, OpenError, ReadError, StoreConfig};
 use kvasir_tests::crash::{Chunks, Got, StoreTarget, Target as _, allocated, count_from_env};
 use kvasir_tests::faulty::{Faults, Faulty};
-use kvasir_types::{ByteSize, ChunkKey, DType, Durability, KvLayout, LayerRange, Planes};
+use kvasir_types::{ByteSize, ChunkKey, DType, Durability, ExtentRange, KvLayout, Planes};
 use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
 
@@ -76,7 +76,7 @@ fn chunk(number: u8) -> Chunk {
         key: key(number),
         layout: layout(),
         level: object.header().level(),
-        layers: object.layers().to_vec(),
+        extents: object.extents().to_vec(),
     }
 }
 
@@ -251,18 +251,18 @@ async fn read_and_repair(seed: u64, reads: u64, target: &StoreTarget, chunks: &C
             target.put(number, Durability::Durable).await;
             continue;
         };
-        let layers = lease.layout().layers();
+        let layers = u32::from(lease.layout().layers());
         // Seldom all of it: that moves the chunk into memory.
         let start = random.random_range(0..layers);
         let range = match random.random_bool(0.01) {
-            true => LayerRange::new(0, layers),
-            false => LayerRange::new(start, start + 1),
+            true => ExtentRange::new(0, layers),
+            false => ExtentRange::new(start, start + 1),
         };
         let range = range.unwrap();
-        match lease.read_layers(range).await {
+        match lease.read_extents(range).await {
             Ok(got) => {
-                let wanted = usize::from(range.start())..usize::from(range.end());
-                let wanted = &chunks.object(number).layers()[wanted];
+                let wanted = range.start() as usize..range.end() as usize;
+                let wanted = &chunks.object(number).extents()[wanted];
                 assert_eq!(got, wanted, "chunk {number}");
                 right += 1;
             }

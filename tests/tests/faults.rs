@@ -284,7 +284,7 @@ async fn a_wrong_layout_under_the_right_name_is_a_miss() {
         key: keys[2],
         layout,
         level: Level::RAW,
-        layers,
+        extents: layers,
     };
     client.put(&chunk).await.unwrap();
     assert_eq!(

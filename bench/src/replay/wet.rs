@@ -22,7 +22,7 @@ use kvasir_store::{
     Clock, DiskConfig, Environment, MemoryConfig, PutError, PutOptions, Store, StoreConfig,
     TierKind,
 };
-use kvasir_types::{ByteSize, ChunkKey, DType, Durability, Hints, KvLayout, LayerRange, Planes};
+use kvasir_types::{ByteSize, ChunkKey, DType, Durability, ExtentRange, Hints, KvLayout, Planes};
 
 use super::dry::{Outcome, Setup};
 use super::trace::{Request, Trace};
@@ -112,10 +112,10 @@ async fn serve(
     let outcome = &mut replayed.outcome;
     outcome.hit_tokens += request.tokens_of(leases.len());
     outcome.hit_blocks += leases.len() as u64;
-    let all = LayerRange::new(0, layout.layers())?;
+    let all = ExtentRange::new(0, layout.layers().into())?;
     for (lease, &block) in leases.iter().zip(&request.blocks) {
         outcome.memory_hit_blocks += u64::from(lease.tier() == TierKind::Memory);
-        let layers = lease.read_layers(all).await?;
+        let layers = lease.read_extents(all).await?;
         ensure!(layers == [payload(block, layout)], "block {block} is wrong");
     }
     for &block in &request.blocks[leases.len()..] {

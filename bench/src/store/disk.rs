@@ -11,7 +11,7 @@ use futures::TryStreamExt as _;
 use kvasir_codec::Object;
 use kvasir_store::policy::PolicyKind;
 use kvasir_store::{DiskConfig, Lease, MemoryConfig, PutOutcome, Store, StoreConfig, TierKind};
-use kvasir_types::{ByteSize, LayerIdx, LayerRange};
+use kvasir_types::{ByteSize, ExtentIdx, ExtentRange};
 use rand::SeedableRng as _;
 use rand::seq::SliceRandom as _;
 use rand_chacha::ChaCha8Rng;
@@ -104,7 +104,7 @@ pub(super) fn set_bytes(size: &Size, wanted: u64) -> u64 {
 struct Bench<'a> {
     runtime: &'a Handle,
     size: &'a Size,
-    layers: LayerRange,
+    layers: ExtentRange,
     payload: Payload,
     store: Store,
     /// How many objects the set has.
@@ -139,7 +139,7 @@ impl<'a> Bench<'a> {
         Ok(Self {
             runtime,
             size,
-            layers: size.all_layers()?,
+            layers: size.all_extents()?,
             payload: Payload::random(size, count.min(PAYLOAD_OBJECTS))?,
             store: runtime.block_on(Store::open(config))?,
             count,
@@ -162,7 +162,7 @@ impl<'a> Bench<'a> {
     }
 
     async fn stored(&self, index: usize) -> anyhow::Result<()> {
-        let layers = self.payload.object(index).layers().to_vec();
+        let layers = self.payload.object(index).extents().to_vec();
         let object = Object::raw(key(index as u64), &self.size.layout, layers)?;
         let outcome = self.store.put(object).await?;
         ensure!(outcome == PutOutcome::Stored, "a new key was there already");
@@ -197,7 +197,7 @@ impl<'a> Bench<'a> {
         for index in &order[order.len() / 2..] {
             let lease = self.store.lease(key(*index as u64));
             let lease = self.runtime.block_on(lease).context("a chunk is gone")?;
-            self.runtime.block_on(lease.read_layers(self.layers))?;
+            self.runtime.block_on(lease.read_extents(self.layers))?;
         }
         Ok(())
     }
@@ -214,7 +214,7 @@ impl<'a> Bench<'a> {
             let lease = self.store.lease(key(index as u64)).await;
             let lease = lease.context("a chunk is gone")?;
             ensure!(lease.tier() == TierKind::Disk, "a chunk was in memory");
-            let layers = lease.read_layers(self.layers).await?;
+            let layers = lease.read_extents(self.layers).await?;
             Ok((lease, layers))
         })
     }
@@ -228,7 +228,7 @@ impl<'a> Bench<'a> {
             let (lease, layers) = self.get(index)?;
             let read = begun.elapsed();
             for (layer, bytes) in (0..).zip(&layers) {
-                lease.header().verify_layer(LayerIdx(layer), bytes)?;
+                lease.header().verify_extent(ExtentIdx(layer), bytes)?;
             }
             reads.push(read.as_secs_f64());
             checks.push((begun.elapsed() - read).as_secs_f64());

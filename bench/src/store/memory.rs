@@ -8,7 +8,7 @@ use anyhow::{Context as _, ensure};
 use bytes::Bytes;
 use kvasir_codec::Object;
 use kvasir_store::{MemoryConfig, PutOutcome, Store, StoreConfig, TierKind};
-use kvasir_types::{ByteSize, LayerIdx, LayerRange};
+use kvasir_types::{ByteSize, ExtentIdx, ExtentRange};
 use redis::Connection;
 use tokio::runtime::Handle;
 
@@ -110,7 +110,7 @@ struct Bench<'a> {
     payload: &'a Payload,
     redis: &'a RedisServer,
     window: Duration,
-    layers: LayerRange,
+    layers: ExtentRange,
     /// Holds the set.
     readable: Store,
     /// Holds as many bytes as the set has, and evicts for every object that is put.
@@ -145,7 +145,7 @@ impl<'a> Bench<'a> {
             payload,
             redis,
             window,
-            layers: size.all_layers()?,
+            layers: size.all_extents()?,
             readable: open()?,
             writable: open()?,
             handed_out: Vec::new(),
@@ -176,7 +176,7 @@ impl<'a> Bench<'a> {
         series.copy.push(
             at,
             self.work().drive(buffers, |buffer, index| {
-                copy(self.payload.object(index).layers(), buffer);
+                copy(self.payload.object(index).extents(), buffer);
                 Ok(())
             })?,
         );
@@ -237,7 +237,7 @@ impl<'a> Bench<'a> {
         self.runtime.block_on(async {
             let lease = self.readable.lease(*key).await.context("a chunk is gone")?;
             ensure!(lease.tier() == TierKind::Memory, "there is no other tier");
-            Ok(lease.read_layers(self.layers).await?)
+            Ok(lease.read_extents(self.layers).await?)
         })
     }
 
@@ -257,15 +257,15 @@ impl<'a> Bench<'a> {
 
     fn verify(&self, index: usize) -> anyhow::Result<()> {
         let object = self.payload.object(index);
-        for (layer, bytes) in (0..).zip(object.layers()) {
-            object.header().verify_layer(LayerIdx(layer), bytes)?;
+        for (layer, bytes) in (0..).zip(object.extents()) {
+            object.header().verify_extent(ExtentIdx(layer), bytes)?;
         }
         Ok(())
     }
 
     /// Puts the object under a key of its own.
     fn put(&self, index: usize, copied: bool) -> anyhow::Result<()> {
-        let layers = self.payload.object(index).layers();
+        let layers = self.payload.object(index).extents();
         let layers = if copied {
             layers.iter().map(|l| Bytes::copy_from_slice(l)).collect()
         } else {

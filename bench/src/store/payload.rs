@@ -3,7 +3,7 @@
 use anyhow::ensure;
 use bytes::Bytes;
 use kvasir_codec::Object;
-use kvasir_types::{ChunkKey, DType, KvLayout, LayerRange, Planes};
+use kvasir_types::{ChunkKey, DType, ExtentRange, KvLayout, Planes};
 use rand::{RngCore as _, SeedableRng as _};
 use rand_chacha::ChaCha8Rng;
 
@@ -25,8 +25,8 @@ impl Size {
         Ok(usize::try_from(bytes / self.bytes())?)
     }
 
-    pub(super) fn all_layers(&self) -> anyhow::Result<LayerRange> {
-        Ok(LayerRange::new(0, self.layout.layers())?)
+    pub(super) fn all_extents(&self) -> anyhow::Result<ExtentRange> {
+        Ok(ExtentRange::new(0, self.layout.layers().into())?)
     }
 }
 

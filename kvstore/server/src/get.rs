@@ -11,9 +11,10 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures::stream::{self, BoxStream, FuturesOrdered, StreamExt as _};
-use kvasir_proto::{InvalidField, convert, v1};
+use kvasir_proto::sequence::{Place, Sequence, Wanted};
+use kvasir_proto::{InvalidField, assembly, convert, v1};
 use kvasir_store::{Lease, LeaseId, ReadError};
-use kvasir_types::{Checksum, ChunkKey, LayerIdx, LayerRange};
+use kvasir_types::{Checksum, ChunkKey, ExtentIdx};
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 use tokio::time::timeout;
 use tokio_stream::wrappers::ReceiverStream;
@@ -33,10 +34,7 @@ pub(crate) async fn serve(
     request: &v1::GetRequest,
 ) -> Result<Messages, Status> {
     let keys = convert::keys("keys", &request.keys)?;
-    let asked = match &request.layers {
-        Some(range) => Some(convert::layer_range("layers", range)?),
-        None => None,
-    };
+    let wanted = convert::wanted(request)?;
     let permit = shared.admission.transfer()?;
     let leases = match request.lease_id.map(LeaseId::from_u64) {
         Some(id) => held(&shared, id, &keys)?,
@@ -45,7 +43,7 @@ pub(crate) async fn serve(
             leases.into_iter().map(Arc::new).collect()
         }
     };
-    let range = layers_of(&leases, asked)?;
+    let sequence = sequence(&leases, wanted)?;
 
     let (sender, receiver) = mpsc::channel(SEND_QUEUE);
     let (end, ended) = oneshot::channel();
@@ -56,7 +54,7 @@ pub(crate) async fn serve(
             sender,
             _permit: permit,
         };
-        if let Err(Stop::Refuse(status)) = transfer.run(range).await {
+        if let Err(Stop::Refuse(status)) = transfer.run(sequence).await {
             // The receiver may be gone too.
             let _ = end.send(status);
         }
@@ -118,24 +116,11 @@ async fn lease_prefix(shared: &Shared, keys: &[ChunkKey]) -> Vec<Lease> {
     leases
 }
 
-/// `None` where there is nothing to send.
-fn layers_of(
-    leases: &[Arc<Lease>],
-    asked: Option<LayerRange>,
-) -> Result<Option<LayerRange>, InvalidField> {
-    let Some(first) = leases.first() else {
-        return Ok(None);
-    };
-    let layers = first.layout().layers();
-    let range = match asked {
-        Some(range) => range,
-        None => LayerRange::new(0, layers).map_err(|error| InvalidField::new("layers", error))?,
-    };
-    if range.end() > layers {
-        let problem = format!("{range} lies outside the {layers} layers of the chunks");
-        return Err(InvalidField::new("layers", problem));
-    }
-    Ok(Some(range))
+/// What is sent of the chunks.
+fn sequence(leases: &[Arc<Lease>], wanted: Wanted) -> Result<Sequence, InvalidField> {
+    let layout = leases.first().map(|first| *first.layout());
+    let levels = leases.iter().map(|lease| lease.level()).collect();
+    Sequence::new(wanted, layout, levels).map_err(|error| InvalidField::new("layers", error))
 }
 
 /// Why a transfer ends before its time.
@@ -154,17 +139,16 @@ struct Transfer {
 }
 
 impl Transfer {
-    async fn run(&self, range: Option<LayerRange>) -> Result<(), Stop> {
+    async fn run(&self, mut places: Sequence) -> Result<(), Stop> {
         let chunks = self.leases.iter().map(|lease| info(lease)).collect();
         self.send(Message::Header(v1::GetHeader { chunks })).await?;
-        let (Some(range), Some(first)) = (range, self.leases.first()) else {
+        let Some(first) = self.leases.first() else {
             return Ok(());
         };
         let ahead = self.shared.limits.read_ahead.as_u64() / first.layout().layer_bytes() as u64;
         let mut ahead = usize::try_from(ahead)
             .unwrap_or(MAX_READS)
             .clamp(2, MAX_READS);
-        let mut places = Places::new(range, self.leases.len());
         let mut reads = FuturesOrdered::new();
         let mut due = VecDeque::new();
         loop {
@@ -182,26 +166,26 @@ impl Transfer {
                 None => {
                     reads = FuturesOrdered::new();
                     due.clear();
-                    places.back_to_after(place);
+                    places.resume_after(&place);
                     Err(Reason::Device)
                 }
             };
-            if place.chunk >= places.live {
+            if place.chunk >= places.live() {
                 continue;
             }
             if matches!(read, Err(Reason::Throttled)) {
-                // Layers read ahead may hold the very memory that this one needs.
+                // Extents read ahead may hold the very memory that this one needs.
                 reads = FuturesOrdered::new();
                 due.clear();
-                places.back_to_after(place);
+                places.resume_after(&place);
                 ahead = (ahead / 2).max(1);
                 let patient = self.wait_for(self.read_patiently(place)).await?;
                 read = patient.unwrap_or(Err(Reason::Device));
             }
             match read {
-                Ok((data, checksum)) => self.send_layer(place, data, checksum).await?,
+                Ok((data, checksum)) => self.send_extent(place, data, checksum).await?,
                 Err(reason) => {
-                    places.live = place.chunk;
+                    places.lose(place.chunk);
                     self.send(Message::Lost(v1::ChunkLost {
                         chunk: wire_index(place.chunk),
                         reason: reason.into(),
@@ -222,9 +206,9 @@ impl Transfer {
         }
     }
 
-    async fn send_layer(&self, place: Place, data: Bytes, checksum: Checksum) -> Result<(), Stop> {
+    async fn send_extent(&self, place: Place, data: Bytes, checksum: Checksum) -> Result<(), Stop> {
         let bytes = data.len();
-        for piece in convert::pieces(place.layer, data, checksum) {
+        for piece in assembly::pieces(place.extent, data, checksum) {
             self.send(Message::Piece(v1::ChunkPiece {
                 chunk: wire_index(place.chunk),
                 piece: Some(piece),
@@ -255,10 +239,10 @@ impl Transfer {
         }
     }
 
-    /// One layer and the checksum its header states, which the store has compared.
+    /// One extent and the checksum its header states, which the store has compared.
     async fn read(&self, place: Place) -> Result<(Bytes, Checksum), Reason> {
         let lease = self.leases.get(place.chunk).ok_or(Reason::Device)?;
-        let failed = match read_layer(lease, place.layer).await {
+        let failed = match read_extent(lease, place.extent).await {
             Ok(read) => return Ok(read),
             Err(ReadError::Throttled(_)) => return Err(Reason::Throttled),
             Err(error) => error,
@@ -269,11 +253,11 @@ impl Transfer {
             && let Some(other) = self.shared.store.lease(*key).await
             && other.layout() == lease.layout()
             && other.level() == lease.level()
-            && let Ok(read) = read_layer(&other, place.layer).await
+            && let Ok(read) = read_extent(&other, place.extent).await
         {
             return Ok(read);
         }
-        tracing::warn!(%key, layer = place.layer, error = %failed, "a chunk was lost while being sent");
+        tracing::warn!(%key, extent = %place.extent, error = %failed, "a chunk was lost while being sent");
         Err(match failed {
             ReadError::Corrupt { .. } => Reason::Corrupt,
             _ => Reason::Device,
@@ -292,70 +276,14 @@ impl Transfer {
     }
 }
 
-/// A layer of a chunk.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Place {
-    layer: u16,
-    chunk: usize,
-}
-
-/// What is to be read, layer-major.
-#[derive(Debug)]
-struct Places {
-    next: Place,
-    end: u16,
-    /// Chunks that are not lost: the first `live` ones.
-    live: usize,
-}
-
-impl Places {
-    fn new(range: LayerRange, chunks: usize) -> Self {
-        Self {
-            next: Place {
-                layer: range.start(),
-                chunk: 0,
-            },
-            end: range.end(),
-            live: chunks,
-        }
-    }
-
-    fn next(&mut self) -> Option<Place> {
-        if self.next.chunk >= self.live {
-            self.next = Place {
-                layer: self.next.layer.saturating_add(1),
-                chunk: 0,
-            };
-        }
-        if self.next.layer >= self.end || self.live == 0 {
-            return None;
-        }
-        let place = self.next;
-        self.next.chunk += 1;
-        Some(place)
-    }
-
-    fn back_to_after(&mut self, place: Place) {
-        self.next = Place {
-            chunk: place.chunk + 1,
-            ..place
-        };
-    }
-}
-
-async fn read_layer(lease: &Lease, layer: u16) -> Result<(Bytes, Checksum), ReadError> {
-    let range =
-        LayerRange::new(layer, layer.saturating_add(1)).expect("a layer lies below its end");
+async fn read_extent(lease: &Lease, extent: ExtentIdx) -> Result<(Bytes, Checksum), ReadError> {
     let out_of_range = || ReadError::OutOfRange {
-        range,
-        layers: lease.layout().layers(),
+        range: extent.alone(),
+        extents: lease.header().all().end(),
     };
-    let entry = lease
-        .header()
-        .layer(LayerIdx(layer))
-        .ok_or_else(out_of_range)?;
+    let entry = lease.header().extent(extent).ok_or_else(out_of_range)?;
     let checksum = entry.checksum;
-    let data = lease.read_layers(range).await?.pop();
+    let data = lease.read_extents(extent.alone()).await?.pop();
     Ok((data.ok_or_else(out_of_range)?, checksum))
 }
 
@@ -374,7 +302,7 @@ fn wire_index(chunk: usize) -> u32 {
 
 /// Messages between the reads and the socket.
 const SEND_QUEUE: usize = 2;
-/// Most reads in progress for one get, however small the layers are.
+/// Most reads in progress for one get, however small the extents are.
 const MAX_READS: usize = 64;
 const THROTTLED_WAIT: Duration = Duration::from_millis(5);
 /// A quarter of a second in all.

@@ -1,9 +1,10 @@
 //! Receives one chunk.
 
-use kvasir_proto::convert::{self, LayerAssembly, PutHeader};
+use kvasir_proto::assembly::{self, Assembly};
+use kvasir_proto::convert::PutHeader;
 use kvasir_proto::{InvalidField, v1};
-use kvasir_store::{Payload, PutOptions, PutOutcome, Received};
-use kvasir_types::{Checksum, KvLayout};
+use kvasir_store::{Payload, PayloadShape, PutOptions, PutOutcome, Received};
+use kvasir_types::{Checksum, ExtentIdx};
 use tonic::{Status, Streaming};
 use v1::put_request::Message;
 
@@ -11,7 +12,7 @@ use crate::admission::shutting_down;
 use crate::refusal;
 use crate::service::Shared;
 
-/// Header, memory, layers, store: whatever fails on the way leaves nothing.
+/// Header, memory, extents, store: whatever fails on the way leaves nothing.
 pub(crate) async fn receive(
     shared: &Shared,
     messages: Streaming<v1::PutRequest>,
@@ -22,19 +23,21 @@ pub(crate) async fn receive(
         return Err(InvalidField::new("header", "the first message must be the header").into());
     };
     let header = PutHeader::try_from(&header)?;
+    let lengths = header.extents();
+    let shape = PayloadShape::new(header.layout, header.level, lengths.iter().copied());
     let mut payload = shared
         .store
-        .payload(header.layout)
+        .payload(shape)
         .await
         .map_err(|error| refusal::put(&error))?;
-    let checksums = sender.layers(&header.layout, &mut payload).await?;
-    let received = tokio::task::spawn_blocking(move || assemble(&header, payload, &checksums))
-        .await
-        .map_err(|_| Status::internal("the chunk could not be assembled"))??;
+    let checksums = sender.extents(&lengths, &mut payload).await?;
     let options = PutOptions {
         durability: header.durability,
         hints: header.hints,
     };
+    let received = tokio::task::spawn_blocking(move || assemble(&header, payload, &checksums))
+        .await
+        .map_err(|_| Status::internal("the chunk could not be assembled"))??;
     let put = shared
         .store
         .put_received(received, options)
@@ -59,9 +62,9 @@ fn assemble(
     let received = payload
         .into_object(header.key)
         .map_err(|error| InvalidField::new("piece", error))?;
-    let layers = received.object().header().layers().iter();
-    for (index, (entry, stated)) in (0..).zip(layers.zip(checksums)) {
-        convert::check(index, *stated, entry.checksum)?;
+    let extents = received.object().header().extents().iter();
+    for (index, (entry, stated)) in (0..).zip(extents.zip(checksums)) {
+        assembly::check(ExtentIdx(index), *stated, entry.checksum)?;
     }
     Ok(received)
 }
@@ -72,16 +75,16 @@ struct Sender<'a> {
 }
 
 impl Sender<'_> {
-    /// Receives the layers; gives the checksums that the sender states for them.
-    async fn layers(
+    /// Receives extents of these lengths; gives the checksums that the sender states for
+    /// them.
+    async fn extents(
         &mut self,
-        layout: &KvLayout,
+        lengths: &[u64],
         payload: &mut Payload,
     ) -> Result<Vec<Checksum>, Status> {
-        let expected = layout.layer_bytes();
-        let mut checksums = Vec::with_capacity(layout.layers().into());
-        for layer in 0..layout.layers() {
-            let mut assembly = LayerAssembly::default();
+        let mut checksums = Vec::with_capacity(lengths.len());
+        for (extent, &len) in (0..).map(ExtentIdx).zip(lengths) {
+            let mut assembly = Assembly::default();
             let whole = loop {
                 let piece = match self.next().await? {
                     Some(Message::Piece(piece)) => piece,
@@ -89,25 +92,25 @@ impl Sender<'_> {
                         return Err(InvalidField::new("header", "a second header came").into());
                     }
                     None => {
-                        let problem = format!("the stream ended before layer {layer} was whole");
+                        let problem = format!("the stream ended before extent {extent} was whole");
                         return Err(InvalidField::new("piece", problem).into());
                     }
                 };
-                if let Some(whole) = assembly.push(piece, layer, expected)? {
+                if let Some(whole) = assembly.push(piece, extent, [len; 2])? {
                     break whole;
                 }
             };
-            let place = payload.layer_mut(layer);
+            let place = payload.extent_mut(extent);
             place
-                .ok_or_else(|| Status::internal("the chunk has more layers than its layout"))?
+                .ok_or_else(|| Status::internal("the payload has no place for an extent"))?
                 .copy_from_slice(&whole.data);
             checksums.push(whole.checksum);
-            self.shared.counters.received_bytes.add(expected);
+            self.shared.counters.received_bytes.add(whole.data.len());
         }
         match self.next().await? {
             None => Ok(checksums),
             Some(_) => {
-                Err(InvalidField::new("piece", "a message came after the last layer").into())
+                Err(InvalidField::new("piece", "a message came after the last extent").into())
             }
         }
     }

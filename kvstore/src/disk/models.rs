@@ -250,7 +250,7 @@ fn put(tier: &DiskTier, key: ChunkKey) -> bool {
     let layers = vec![layer; usize::from(layout.layers())];
     let object = Object::raw(key, &layout, layers).unwrap();
     let (header, layers) = object.into_parts();
-    let bytes = frame_bytes(layout.layers(), header.object_bytes());
+    let bytes = frame_bytes(&layout, Level::RAW, header.object_bytes());
     assert_eq!(bytes, FRAME_BYTES);
     tier.0
         .store(&header, &layers, &Worth::new(Hints::default()), bytes)

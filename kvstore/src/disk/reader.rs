@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
-use kvasir_codec::{LayerError, ObjectHeader};
+use kvasir_codec::{ExtentError, ObjectHeader};
 use kvasir_mem::AlignedBuffer;
-use kvasir_types::{ChunkKey, LayerIdx, LayerRange};
+use kvasir_types::{ChunkKey, ExtentIdx, ExtentRange};
 use rustix::io::Errno;
 
 use super::medium::{MediumFile, read_full};
@@ -52,11 +52,11 @@ impl Hold {
     }
 
     fn frame_bytes(&self) -> u64 {
-        frame_bytes(self.facts.layout.layers(), self.facts.bytes)
+        frame_bytes(&self.facts.layout, self.facts.level, self.facts.bytes)
     }
 
     fn payload_bytes(&self) -> u64 {
-        let header = ObjectHeader::header_bytes(self.facts.layout.layers());
+        let header = ObjectHeader::header_bytes(&self.facts.layout, self.facts.level);
         self.facts.bytes.saturating_sub(header as u64)
     }
 }
@@ -64,8 +64,8 @@ impl Hold {
 /// A frame that was opened.
 pub(super) struct Opened {
     pub(super) reader: DiskReader,
-    /// All layers, unverified, where they were read too.
-    layers: Option<Vec<ChargedBytes>>,
+    /// All extents, unverified, where they were read too.
+    extents: Option<Vec<ChargedBytes>>,
 }
 
 impl Drop for Hold {
@@ -85,7 +85,7 @@ impl Drop for Hold {
 
 impl DiskTier {
     /// Opens a chunk; `None` is a miss. Where its promotion to memory may gather, a small
-    /// chunk is read whole: the device is asked once, not twice or once a layer.
+    /// chunk is read whole: the device is asked once, not twice or once a extent.
     pub(crate) async fn lease(
         &self,
         key: ChunkKey,
@@ -96,7 +96,7 @@ impl DiskTier {
         let memory = &self.0.memory;
         let promotion = memory
             .promotions()
-            .begin(hold.facts.layout.layers(), hold.payload_bytes());
+            .begin(hold.facts.extents(), hold.payload_bytes());
         let whole = match hold.frame_bytes() {
             bytes if bytes <= READ_WHOLE_BYTES && promotion.gathers() => memory.buffer(bytes).ok(),
             _ => None,
@@ -104,8 +104,8 @@ impl DiskTier {
         let Some(opened) = self.open_held(hold, whole).await? else {
             return Ok(None);
         };
-        if let Some(layers) = opened.layers {
-            promotion.read_ahead(layers);
+        if let Some(extents) = opened.extents {
+            promotion.read_ahead(extents);
         }
         Ok(Some((opened.reader, promotion)))
     }
@@ -169,11 +169,9 @@ impl DiskTier {
             header: Arc::new(header),
             hold: Arc::new(hold),
         };
-        let layers = match (payload, LayerRange::new(0, reader.header.layout().layers())) {
-            (Some(payload), Ok(all)) => Some(reader.cut(all, payload)),
-            _ => None,
-        };
-        Ok(Some(Opened { reader, layers }))
+        let all = reader.header.all();
+        let extents = payload.map(|payload| reader.cut(all, payload));
+        Ok(Some(Opened { reader, extents }))
     }
 }
 
@@ -194,7 +192,7 @@ impl Shared {
         whole: Option<Buffer>,
     ) -> io::Result<(Arc<dyn MediumFile>, Bytes, Option<Bytes>)> {
         let file = self.segments.file(hold.location.segment)?;
-        let len = framed_header_bytes(hold.facts.layout.layers());
+        let len = framed_header_bytes(&hold.facts.layout, hold.facts.level);
         let len = usize::try_from(len).unwrap_or(usize::MAX);
         let start = hold.location.offset();
         let Some(mut buffer) = whole else {
@@ -231,18 +229,18 @@ impl DiskReader {
         &self.header
     }
 
-    /// The layers of `range`, verified, in one buffer charged to the memory budget.
-    pub(crate) async fn read(&self, range: LayerRange) -> Result<Vec<ChargedBytes>, ReadError> {
+    /// The extents of `range`, verified, in one buffer charged to the memory budget.
+    pub(crate) async fn read(&self, range: ExtentRange) -> Result<Vec<ChargedBytes>, ReadError> {
         let entries = self.header.range(range).ok_or(ReadError::OutOfRange {
             range,
-            layers: self.header.layout().layers(),
+            extents: self.header.all().end(),
         })?;
-        let payload =
-            self.hold.location.offset() + framed_header_bytes(self.header.layout().layers());
+        let payload = self.hold.location.offset()
+            + framed_header_bytes(self.header.layout(), self.header.level());
         let (Some(first), Some(last)) = (entries.first(), entries.last()) else {
             return Ok(Vec::new());
         };
-        // Whole blocks that contain the layers, which lie one after another.
+        // Whole blocks that contain the extents, which lie one after another.
         let start = (payload + first.offset) / BLOCK_BYTES * BLOCK_BYTES;
         let end = (payload + last.offset + last.len).next_multiple_of(BLOCK_BYTES);
         let skip = usize::try_from(payload + first.offset - start).unwrap_or(usize::MAX);
@@ -251,25 +249,25 @@ impl DiskReader {
         let reader = self.clone();
         tier.run(move |shared| {
             let bytes = reader.read_blocks(shared, buffer, start)?;
-            let layers = reader.cut(range, bytes.slice(skip.min(bytes.len())..));
-            reader.verified(shared, range, layers)
+            let extents = reader.cut(range, bytes.slice(skip.min(bytes.len())..));
+            reader.verified(shared, range, extents)
         })
         .await?
     }
 
-    /// `layers`, which were read when this was opened, once they are verified.
+    /// `extents`, which were read when this was opened, once they are verified.
     pub(crate) async fn check(
         &self,
-        range: LayerRange,
-        layers: Vec<ChargedBytes>,
+        range: ExtentRange,
+        extents: Vec<ChargedBytes>,
     ) -> Result<Vec<ChargedBytes>, ReadError> {
-        let bytes: usize = layers.iter().map(|layer| layer.as_ref().len()).sum();
+        let bytes: usize = extents.iter().map(|extent| extent.as_ref().len()).sum();
         let shared = Arc::clone(&self.hold.tier.0);
         if bytes <= INLINE_VERIFY_BYTES {
-            return self.verified(&shared, range, layers);
+            return self.verified(&shared, range, extents);
         }
         let reader = self.clone();
-        blocking(move || reader.verified(&shared, range, layers)).await?
+        blocking(move || reader.verified(&shared, range, extents)).await?
     }
 
     /// As many bytes from `start` as fit into the buffer and as the file has.
@@ -289,32 +287,32 @@ impl DiskReader {
         }
     }
 
-    /// Cuts `bytes`, which start with the first layer of `range`, into layers.
-    fn cut(&self, range: LayerRange, mut bytes: Bytes) -> Vec<ChargedBytes> {
-        let layers = range.iter().map(|layer| {
-            let entry = self.header.layer(LayerIdx(layer));
-            // Where the file ends early, less than a layer: the check finds it.
+    /// Cuts `bytes`, which start with the first extent of `range`, into extents.
+    fn cut(&self, range: ExtentRange, mut bytes: Bytes) -> Vec<ChargedBytes> {
+        let extents = range.iter().map(|extent| {
+            let entry = self.header.extent(ExtentIdx(extent));
+            // Where the file ends early, less than a extent: the check finds it.
             let len = entry.map_or(0, |entry| usize::try_from(entry.len).unwrap_or(usize::MAX));
             ChargedBytes::prepaid(bytes.split_to(len.min(bytes.len())))
         });
-        layers.collect()
+        extents.collect()
     }
 
     fn verified(
         &self,
         shared: &Shared,
-        range: LayerRange,
-        layers: Vec<ChargedBytes>,
+        range: ExtentRange,
+        extents: Vec<ChargedBytes>,
     ) -> Result<Vec<ChargedBytes>, ReadError> {
-        for (layer, bytes) in range.iter().zip(&layers) {
-            if let Err(cause) = self.header.verify_layer(LayerIdx(layer), bytes.as_ref()) {
+        for (extent, bytes) in range.iter().zip(&extents) {
+            if let Err(cause) = self.header.verify_extent(ExtentIdx(extent), bytes.as_ref()) {
                 return Err(self.corrupt(shared, cause));
             }
         }
-        Ok(layers)
+        Ok(extents)
     }
 
-    fn corrupt(&self, shared: &Shared, cause: LayerError) -> ReadError {
+    fn corrupt(&self, shared: &Shared, cause: ExtentError) -> ReadError {
         let key = *self.hold.key();
         shared.discard_corrupt(&key, self.hold.location);
         ReadError::Corrupt {
@@ -338,10 +336,10 @@ impl ChunkReader for DiskReader {
         &self.header
     }
 
-    fn read_layers(&self, range: LayerRange) -> BoxFuture<'_, Result<Vec<Bytes>, ReadError>> {
+    fn read_extents(&self, range: ExtentRange) -> BoxFuture<'_, Result<Vec<Bytes>, ReadError>> {
         Box::pin(async move {
-            let layers = self.read(range).await?;
-            Ok(layers.iter().map(ChargedBytes::share).collect())
+            let extents = self.read(range).await?;
+            Ok(extents.iter().map(ChargedBytes::share).collect())
         })
     }
 }

@@ -170,7 +170,12 @@ fn sweep(
 
 fn range_of(record: &Record) -> Range<u64> {
     let start = record.location.offset();
-    start..start.saturating_add(frame_bytes(record.layout.layers(), record.object_bytes))
+    start
+        ..start.saturating_add(frame_bytes(
+            &record.layout,
+            record.level,
+            record.object_bytes,
+        ))
 }
 
 /// Gives back what takes space in `gap`; says how much.

@@ -21,7 +21,7 @@
 #![deny(clippy::indexing_slicing)]
 
 use kvasir_codec::ObjectHeader;
-use kvasir_types::Checksum;
+use kvasir_types::{Checksum, KvLayout, Level};
 
 /// What direct I/O moves at least.
 pub(super) const BLOCK: usize = kvasir_mem::ALIGNMENT;
@@ -50,15 +50,16 @@ impl Location {
     }
 }
 
-/// Bytes of an encoded object header in a frame.
-pub(super) fn framed_header_bytes(layers: u16) -> u64 {
-    (ObjectHeader::header_bytes(layers) as u64).next_multiple_of(BLOCK_BYTES)
+/// Bytes of an object's header in a frame.
+pub(super) fn framed_header_bytes(layout: &KvLayout, level: Level) -> u64 {
+    (ObjectHeader::header_bytes(layout, level) as u64).next_multiple_of(BLOCK_BYTES)
 }
 
 /// Bytes of a frame.
-pub(super) fn frame_bytes(layers: u16, object_bytes: u64) -> u64 {
-    let payload = object_bytes.saturating_sub(ObjectHeader::header_bytes(layers) as u64);
-    framed_header_bytes(layers).saturating_add(payload.next_multiple_of(BLOCK_BYTES))
+pub(super) fn frame_bytes(layout: &KvLayout, level: Level, object_bytes: u64) -> u64 {
+    let header = ObjectHeader::header_bytes(layout, level) as u64;
+    let payload = object_bytes.saturating_sub(header);
+    framed_header_bytes(layout, level).saturating_add(payload.next_multiple_of(BLOCK_BYTES))
 }
 
 /// Why a block is not the header of one of our segments.
@@ -117,7 +118,13 @@ const CHECKED_BYTES: usize = 32;
 #[cfg(test)]
 #[allow(clippy::indexing_slicing, reason = "a test fails by panicking")]
 mod tests {
+    use kvasir_types::{DType, Planes};
+
     use super::*;
+
+    fn layout(layers: u16) -> KvLayout {
+        KvLayout::new(layers, 1, Planes::symmetric(2), 4, DType::F16).unwrap()
+    }
 
     #[test]
     fn headers_are_told_apart() {
@@ -156,11 +163,11 @@ mod tests {
 
     #[test]
     fn frames_are_whole_blocks() {
-        let header = ObjectHeader::header_bytes(4) as u64;
-        assert_eq!(frame_bytes(4, header), 4096);
-        assert_eq!(frame_bytes(4, header + 1), 2 * 4096);
-        assert_eq!(frame_bytes(4, header + 4096), 2 * 4096);
-        assert_eq!(framed_header_bytes(400), 2 * 4096);
-        assert!(frame_bytes(4, u64::MAX) >= 4096);
+        let header = ObjectHeader::header_bytes(&layout(4), Level::RAW) as u64;
+        assert_eq!(frame_bytes(&layout(4), Level::RAW, header), 4096);
+        assert_eq!(frame_bytes(&layout(4), Level::RAW, header + 1), 2 * 4096);
+        assert_eq!(frame_bytes(&layout(4), Level::RAW, header + 4096), 2 * 4096);
+        assert_eq!(framed_header_bytes(&layout(400), Level::RAW), 2 * 4096);
+        assert!(frame_bytes(&layout(4), Level::RAW, u64::MAX) >= 4096);
     }
 }

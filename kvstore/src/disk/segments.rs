@@ -262,7 +262,7 @@ impl NewFrame {
     /// Writes the frame, durably. After an error it must be abandoned: a second sync
     /// would succeed without writing what the first one failed to ("Can Applications
     /// Recover from fsync Failures?", USENIX ATC 2020). Blocks.
-    pub(super) fn write(&mut self, header: &[u8], layers: &[Bytes]) -> io::Result<()> {
+    pub(super) fn write(&mut self, header: &[u8], extents: &[Bytes]) -> io::Result<()> {
         let mut stream = Stream {
             file: &*self.file,
             staging: self.staging.as_mut(),
@@ -271,8 +271,8 @@ impl NewFrame {
         };
         stream.push(header)?;
         stream.pad();
-        for layer in layers {
-            stream.push(layer)?;
+        for extent in extents {
+            stream.push(extent)?;
         }
         stream.pad();
         stream.flush()?;

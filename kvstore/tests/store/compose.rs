@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 
 use kvasir_store::policy::PolicyKind;
 use kvasir_store::{
-    Clock, DiskConfig, Environment, EventKind, MemoryConfig, PinRefused, PutError, PutOptions,
-    PutOutcome, ReadError, Store, StoreConfig, TierKind, WriteError,
+    Clock, DiskConfig, Environment, EventKind, MemoryConfig, PayloadShape, PinRefused, PutError,
+    PutOptions, PutOutcome, ReadError, Store, StoreConfig, TierKind, WriteError,
 };
-use kvasir_types::{ByteSize, DType, Durability, Hints, KvLayout, LayerRange, Planes};
+use kvasir_types::{ByteSize, DType, Durability, ExtentIdx, ExtentRange, Hints, KvLayout, Planes};
 
 use crate::{all, close, disk_takes, get, key, layout, memory_only, object, object_of, on_disk};
 
@@ -65,15 +65,15 @@ async fn writes_go_through_and_reads_promote() {
     assert_eq!((lease.tier(), *lease.layout()), (TierKind::Disk, layout()));
     for (start, end) in [(2, 4), (0, 1), (1, 2)] {
         assert_eq!(tier_of(0), TierKind::Disk);
-        let range = LayerRange::new(start, end).unwrap();
-        let layers = lease.read_layers(range).await.unwrap();
-        let expected = object(0).layers()[usize::from(start)..usize::from(end)].to_vec();
+        let range = ExtentRange::new(start, end).unwrap();
+        let layers = lease.read_extents(range).await.unwrap();
+        let expected = object(0).extents()[start as usize..end as usize].to_vec();
         assert_eq!(layers, expected);
     }
     assert_eq!(tier_of(0), TierKind::Memory);
     drop(lease);
     assert_eq!(store.lease(key(0)).await.unwrap().tier(), TierKind::Memory);
-    assert_eq!(get(&store, 0).await.unwrap(), object(0).layers());
+    assert_eq!(get(&store, 0).await.unwrap(), object(0).extents());
     assert_eq!(store.stats().leases, 0);
     // One of the two was read together with the block of its header.
     assert!(store.stats().memory.bytes <= chunk * 2 + 4096);
@@ -92,11 +92,14 @@ async fn what_was_read_ahead_gives_way() {
     let lease = store.lease(key(0)).await.unwrap();
     let ahead = store.stats().memory.bytes;
     assert!(ahead > layout().chunk_bytes(), "{ahead}");
-    let other = [(); 2].map(|()| store.payload(layout()));
+    let other = [(); 2].map(|()| store.payload(PayloadShape::raw(layout())));
     let other = futures::future::try_join_all(other).await;
     assert!(other.is_ok(), "{other:?}");
     drop(other);
-    assert_eq!(lease.read_layers(all()).await.unwrap(), object(0).layers());
+    assert_eq!(
+        lease.read_extents(all()).await.unwrap(),
+        object(0).extents()
+    );
 }
 
 #[tokio::test]
@@ -129,7 +132,10 @@ async fn deleting_removes_every_copy_but_not_what_is_held() {
     assert!(store.delete(key(1)).await.unwrap());
     assert!(!store.delete(key(1)).await.unwrap());
     assert!(store.lease(key(1)).await.is_none());
-    assert_eq!(lease.read_layers(all()).await.unwrap(), object(1).layers());
+    assert_eq!(
+        lease.read_extents(all()).await.unwrap(),
+        object(1).extents()
+    );
     drop(lease);
     let stats = store.stats();
     assert_eq!(stats.memory.bytes, stats.memory.idle_bytes);
@@ -142,12 +148,19 @@ async fn payload_is_received_in_place() {
     let store = Store::open(memory_only(ByteSize::mib(1))).await.unwrap();
     let mut places = Vec::new();
     for number in 0..2 {
-        let mut payload = store.payload(layout()).await.unwrap();
-        for (layer, bytes) in (0..).zip(object(number).layers()) {
-            payload.layer_mut(layer).unwrap().copy_from_slice(bytes);
+        let mut payload = store.payload(PayloadShape::raw(layout())).await.unwrap();
+        for (layer, bytes) in (0..).zip(object(number).extents()) {
+            payload
+                .extent_mut(ExtentIdx(layer))
+                .unwrap()
+                .copy_from_slice(bytes);
         }
-        assert!(payload.layer_mut(layout().layers()).is_none());
-        places.push(payload.layer_mut(0).unwrap().as_ptr().addr());
+        assert!(
+            payload
+                .extent_mut(ExtentIdx(layout().layers().into()))
+                .is_none()
+        );
+        places.push(payload.extent_mut(ExtentIdx(0)).unwrap().as_ptr().addr());
         let received = payload.into_object(key(number)).unwrap();
         let options = PutOptions {
             durability: Durability::Memory,
@@ -156,14 +169,17 @@ async fn payload_is_received_in_place() {
         let put = store.put_received(received, options);
         assert_eq!(put.await.unwrap().outcome, PutOutcome::Stored);
         let layers = get(&store, number).await.unwrap();
-        assert_eq!(layers, object(number).layers());
+        assert_eq!(layers, object(number).extents());
         assert_eq!(layers[0].as_ptr().addr(), places[number as usize]);
         drop(layers);
         assert!(store.delete(key(number)).await.unwrap());
     }
     assert_eq!(places[0], places[1]);
     let too_large = KvLayout::new(4, 2, Planes::symmetric(512), 512, DType::Bf16).unwrap();
-    let refused = store.payload(too_large).await.unwrap_err();
+    let refused = store
+        .payload(PayloadShape::raw(too_large))
+        .await
+        .unwrap_err();
     let PutError::Throttled(throttled) = refused else {
         panic!("{refused}");
     };
@@ -225,7 +241,10 @@ async fn a_deleted_chunk_does_not_come_back_through_a_lease() {
     let lease = store.lease(key(1)).await.unwrap();
     assert_eq!(lease.tier(), TierKind::Disk);
     assert!(store.delete(key(1)).await.unwrap());
-    assert_eq!(lease.read_layers(all()).await.unwrap(), object(1).layers());
+    assert_eq!(
+        lease.read_extents(all()).await.unwrap(),
+        object(1).extents()
+    );
     assert_eq!(store.lookup(&[key(1)]).prefix, 0);
 }
 
@@ -243,13 +262,13 @@ async fn what_cannot_be_evicted_throttles() {
 
     let error = store.put(object(2)).await.unwrap_err();
     assert!(matches!(error, PutError::Throttled(_)), "{error}");
-    assert!(store.payload(layout()).await.is_err());
+    assert!(store.payload(PayloadShape::raw(layout())).await.is_err());
     assert_eq!(store.stats().memory.evictions, 0);
     assert_eq!(store.lookup(&[key(0), key(1)]).prefix, 2);
 
     assert!(store.unpin(pin));
     assert_eq!(store.put(object(2)).await.unwrap(), PutOutcome::Stored);
-    assert_eq!(held, object(0).layers());
+    assert_eq!(held, object(0).extents());
 
     let large = KvLayout::new(4, 2, Planes::symmetric(128), 128, DType::Bf16).unwrap();
     let error = store.put(object_of(9, &large)).await.unwrap_err();
@@ -269,15 +288,18 @@ async fn a_read_without_memory_is_throttled_and_works_later() {
     let store = Store::open(on_disk(directory.path())).await.unwrap();
     let lease = store.lease(key(1)).await.unwrap();
     let mut everything = Vec::new();
-    while let Ok(payload) = store.payload(layout()).await {
+    while let Ok(payload) = store.payload(PayloadShape::raw(layout())).await {
         everything.push(payload);
     }
     assert!(matches!(
-        lease.read_layers(all()).await,
+        lease.read_extents(all()).await,
         Err(ReadError::Throttled(_))
     ));
     drop(everything);
-    assert_eq!(lease.read_layers(all()).await.unwrap(), object(1).layers());
+    assert_eq!(
+        lease.read_extents(all()).await.unwrap(),
+        object(1).extents()
+    );
 }
 
 #[tokio::test]
@@ -369,9 +391,9 @@ async fn a_cold_scan_leaves_half_of_what_is_hot() {
         leases.push(store.lease(key(number)).await.unwrap());
     }
     for layer in 0..4 {
-        let range = LayerRange::new(layer, layer + 1).unwrap();
+        let range = ExtentRange::new(layer, layer + 1).unwrap();
         for lease in &leases {
-            lease.read_layers(range).await.unwrap();
+            lease.read_extents(range).await.unwrap();
         }
     }
     assert!(in_memory(&hot) >= 3, "{}", in_memory(&hot));

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use kvasir_codec::{Object, ObjectHeader};
 use kvasir_store::{PutOutcome, ReadError, Store, StoreConfig};
-use kvasir_types::{ByteSize, DType, KvLayout, LayerRange, Planes};
+use kvasir_types::{ByteSize, DType, ExtentRange, KvLayout, Level, Planes};
 
 use crate::{
     FRAME, Frame, PAYLOAD, all, close, disk_takes, get, key, layout, object, object_of, on_disk,
@@ -29,18 +29,18 @@ async fn expect_miss(damage: impl FnOnce(&Frame)) {
     assert_eq!(store.lookup(&[key(2)]).prefix, 0);
     let usage = store.stats().disk.unwrap();
     assert_eq!((usage.corrupt, usage.chunks, usage.failures), (1, 1, 0));
-    assert_eq!(get(&store, 1).await.unwrap(), object(1).layers());
+    assert_eq!(get(&store, 1).await.unwrap(), object(1).extents());
 
     // It can be stored again, and stays gone or stored over a restart.
     let _ = store.put(object(2)).await.unwrap();
     close(store).await;
     assert!(frame.is_hole());
     let store = Store::open(on_disk(directory.path())).await.unwrap();
-    assert_eq!(get(&store, 2).await.unwrap(), object(2).layers());
+    assert_eq!(get(&store, 2).await.unwrap(), object(2).extents());
 }
 
 fn header_bytes() -> usize {
-    ObjectHeader::header_bytes(layout().layers())
+    ObjectHeader::header_bytes(&layout(), Level::RAW)
 }
 
 #[tokio::test]
@@ -89,7 +89,7 @@ async fn an_intact_object_of_another_layout() {
 async fn two_layers_swapped() {
     expect_miss(|frame| {
         let object = object(2);
-        let mut layers = object.layers().to_vec();
+        let mut layers = object.extents().to_vec();
         layers.swap(0, 3);
         frame.overwrite(PAYLOAD, &layers.concat());
     })
@@ -110,7 +110,7 @@ async fn a_segment_that_vanished() {
     fs::remove_file(Frame::of(directory.path(), 1).file).unwrap();
     assert_eq!(get(&store, 1).await, None);
     assert_eq!(store.lookup(&[key(1)]).prefix, 0);
-    assert_eq!(get(&store, 2).await.unwrap(), object(2).layers());
+    assert_eq!(get(&store, 2).await.unwrap(), object(2).extents());
     disk_takes(&store, FRAME as u64).await;
 }
 
@@ -135,17 +135,17 @@ async fn damage_behind_an_open_lease() {
     let lease = store.lease(key(1)).await.unwrap();
     Frame::of(directory.path(), 1).flip(FRAME - 1);
 
-    let good = LayerRange::new(0, 3).unwrap();
+    let good = ExtentRange::new(0, 3).unwrap();
     assert_eq!(
-        lease.read_layers(good).await.unwrap(),
-        object(1).layers()[..3]
+        lease.read_extents(good).await.unwrap(),
+        object(1).extents()[..3]
     );
     assert_eq!(store.lookup(&[key(1)]).prefix, 1);
-    let error = lease.read_layers(all()).await.unwrap_err();
+    let error = lease.read_extents(all()).await.unwrap_err();
     assert!(matches!(error, ReadError::Corrupt { .. }), "{error}");
     assert_eq!(store.lookup(&[key(1)]).prefix, 0);
     // A second reader of the same bad copy does not count twice.
-    assert!(lease.read_layers(all()).await.is_err());
+    assert!(lease.read_extents(all()).await.is_err());
     assert_eq!(store.stats().disk.unwrap().corrupt, 1);
 }
 
@@ -163,8 +163,11 @@ async fn damage_behind_a_lease_that_read_ahead() {
         Frame::of(directory.path(), number).flip(FRAME - 1);
     }
     let late = store.lease(key(2)).await.unwrap();
-    assert_eq!(early.read_layers(all()).await.unwrap(), object(1).layers());
-    let error = late.read_layers(all()).await.unwrap_err();
+    assert_eq!(
+        early.read_extents(all()).await.unwrap(),
+        object(1).extents()
+    );
+    let error = late.read_extents(all()).await.unwrap_err();
     assert!(matches!(error, ReadError::Corrupt { .. }), "{error}");
     assert_eq!(store.lookup(&[key(1)]).prefix, 1);
     assert_eq!(store.lookup(&[key(2)]).prefix, 0);
@@ -186,8 +189,8 @@ async fn a_stale_lease_does_not_drop_a_newer_copy() {
     assert!(store.delete(key(1)).await.unwrap());
     let replacement: Object = object(1);
     let _ = store.put(replacement.clone()).await.unwrap();
-    assert!(stale.read_layers(all()).await.is_err());
-    assert_eq!(get(&store, 1).await.unwrap(), replacement.layers());
+    assert!(stale.read_extents(all()).await.is_err());
+    assert_eq!(get(&store, 1).await.unwrap(), replacement.extents());
     assert_eq!(store.stats().disk.unwrap().corrupt, 0);
 }
 
@@ -211,7 +214,7 @@ async fn a_segment_that_cannot_be_read() {
     assert_eq!(store.put(object(1)).await.unwrap(), PutOutcome::Stored);
     close(store).await;
     let store = Store::open(on_disk(directory.path())).await.unwrap();
-    assert_eq!(get(&store, 1).await.unwrap(), object(1).layers());
+    assert_eq!(get(&store, 1).await.unwrap(), object(1).extents());
     assert_eq!(store.stats().disk.unwrap().bytes, FRAME as u64);
 }
 
@@ -230,7 +233,10 @@ async fn space_is_free_when_the_last_reader_is_gone() {
     let used = || store.stats().disk.unwrap().bytes;
     assert_eq!(used(), FRAME as u64);
     drop(first);
-    assert_eq!(second.read_layers(all()).await.unwrap(), object(1).layers());
+    assert_eq!(
+        second.read_extents(all()).await.unwrap(),
+        object(1).extents()
+    );
     drop(second);
     while used() > 0 {
         tokio::task::yield_now().await;

@@ -83,7 +83,7 @@ async fn what_memory_evicts_is_on_disk_by_then() {
         assert!(tier_of(&store, number).is_some(), "{number}");
     }
     for number in (0..100).filter(|number| is_on_disk(&store, *number)) {
-        assert_eq!(get(&store, number).await.unwrap(), object(number).layers());
+        assert_eq!(get(&store, number).await.unwrap(), object(number).extents());
     }
 }
 
@@ -118,7 +118,7 @@ async fn closing_keeps_what_is_in_memory_alone() {
     drop(held);
     let store = Store::open(on_disk(directory.path())).await.unwrap();
     for number in 0..8 {
-        assert_eq!(get(&store, number).await.unwrap(), object(number).layers());
+        assert_eq!(get(&store, number).await.unwrap(), object(number).extents());
     }
 }
 

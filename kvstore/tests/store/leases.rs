@@ -28,8 +28,8 @@ async fn a_name_reads_what_was_leased_whatever_becomes_of_it() {
     }
     for number in [0, 1] {
         let lease = store.leased(id, &key(number)).unwrap();
-        let layers = lease.read_layers(all()).await.unwrap();
-        assert_eq!(layers, object(number).layers());
+        let layers = lease.read_extents(all()).await.unwrap();
+        assert_eq!(layers, object(number).extents());
     }
     assert!(store.leased(id, &key(2)).is_none(), "it was not leased");
     assert!(session.was_used() && !session.was_used());

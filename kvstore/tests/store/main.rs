@@ -15,15 +15,15 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use kvasir_codec::{Object, ObjectHeader};
 use kvasir_store::{DiskConfig, MemoryConfig, Store, StoreConfig};
-use kvasir_types::{ByteSize, ChunkKey, DType, KvLayout, LayerRange, Planes};
+use kvasir_types::{ByteSize, ChunkKey, DType, ExtentRange, KvLayout, Planes};
 
 /// 4 layers of 4 KiB.
 fn layout() -> KvLayout {
     KvLayout::new(4, 2, Planes::symmetric(32), 16, DType::Bf16).unwrap()
 }
 
-fn all() -> LayerRange {
-    LayerRange::new(0, layout().layers()).unwrap()
+fn all() -> ExtentRange {
+    ExtentRange::new(0, layout().layers().into()).unwrap()
 }
 
 fn key(number: u8) -> ChunkKey {
@@ -63,7 +63,7 @@ fn on_disk(path: &Path) -> StoreConfig {
 /// The chunk's layers, if the store has it and it is whole.
 async fn get(store: &Store, number: u8) -> Option<Vec<Bytes>> {
     let lease = store.lease(key(number)).await?;
-    lease.read_layers(all()).await.ok()
+    lease.read_extents(all()).await.ok()
 }
 
 /// Waits until chunks take so many bytes on disk: space is given back in the background.
@@ -124,7 +124,7 @@ impl Frame {
     /// The object's header padded to a block, then the payload, as it lies there.
     fn put(&self, object: &Object) {
         self.overwrite(0, &object.header().encode());
-        self.overwrite(PAYLOAD, &object.layers().concat());
+        self.overwrite(PAYLOAD, &object.extents().concat());
     }
 
     /// Cuts the file `at` bytes after the start of the frame.

@@ -26,7 +26,7 @@ async fn a_restarted_store_is_warm() {
     assert_eq!(store.stats().disk.unwrap().chunks, 9);
     assert_eq!(store.snapshot().copies.len(), 9);
     for number in 0..10 {
-        let expected = (number != 3).then(|| object(number).layers().to_vec());
+        let expected = (number != 3).then(|| object(number).extents().to_vec());
         let tier = store.lookup(&[key(number)]).found[0].map(|found| found.tier);
         assert_eq!(tier, expected.as_ref().map(|_| TierKind::Disk));
         assert_eq!(get(&store, number).await, expected);
@@ -48,7 +48,7 @@ async fn an_acknowledged_chunk_needs_no_clean_shutdown() {
     let crashed = tempfile::tempdir().unwrap();
     copy(directory.path(), crashed.path());
     let recovered = Store::open(on_disk(crashed.path())).await.unwrap();
-    assert_eq!(get(&recovered, 1).await.unwrap(), object(1).layers());
+    assert_eq!(get(&recovered, 1).await.unwrap(), object(1).extents());
 }
 
 #[tokio::test]
@@ -112,7 +112,7 @@ async fn leftovers_are_swept_and_foreign_files_are_not() {
     let found = store.lookup(&[1, 2, 3, 4].map(key)).found;
     let there: Vec<bool> = found.iter().map(Option::is_some).collect();
     assert_eq!(there, [true, false, true, true], "one by one");
-    assert_eq!(get(&store, 1).await.unwrap(), object(1).layers());
+    assert_eq!(get(&store, 1).await.unwrap(), object(1).extents());
     assert_eq!(
         allocated(&first),
         4096 + 3 * FRAME as u64,
@@ -201,7 +201,7 @@ async fn a_directory_of_the_previous_version_is_taken_over() {
     for _ in 0..2 {
         let store = Store::open(on_disk(directory.path())).await.unwrap();
         for (number, whole) in [(1, true), (2, true), (3, false), (4, false)] {
-            let expected = whole.then(|| object(number).layers().to_vec());
+            let expected = whole.then(|| object(number).extents().to_vec());
             assert_eq!(get(&store, number).await, expected);
         }
         assert_eq!(store.stats().disk.unwrap().chunks, 2);
@@ -247,7 +247,7 @@ async fn a_closed_store_refuses_writes() {
     store.close().await.unwrap();
     let error = store.put(object(2)).await.unwrap_err();
     assert!(matches!(error, PutError::Write(_)), "{error}");
-    assert_eq!(get(&store, 1).await.unwrap(), object(1).layers());
+    assert_eq!(get(&store, 1).await.unwrap(), object(1).extents());
 }
 
 fn copy(from: &std::path::Path, to: &std::path::Path) {

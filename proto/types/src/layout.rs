@@ -4,7 +4,8 @@ use std::fmt;
 use std::ops::Range;
 
 use crate::canonical::{Canonical, write_hex};
-use crate::range::HeadRange;
+use crate::level::Level;
+use crate::range::{ExtentIdx, HeadRange};
 
 /// Element type of stored keys and values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
@@ -143,6 +144,9 @@ impl KvLayout {
     /// `usize`, and lets readers reject hostile headers before they allocate.
     pub const MAX_CHUNK_BYTES: u64 = 1 << 30;
 
+    /// Largest prelude of an encoded object, in bytes.
+    pub const MAX_PRELUDE_BYTES: u64 = 64 << 10;
+
     /// Bytes of [`encode`](Self::encode).
     pub const ENCODED_BYTES: usize = 16;
 
@@ -237,6 +241,18 @@ impl KvLayout {
     /// Bytes of the whole chunk.
     pub const fn chunk_bytes(&self) -> u64 {
         self.layers as u64 * self.layer_bytes() as u64
+    }
+
+    /// Fewest and most bytes of an extent of an object at `level`: a raw layer has its
+    /// bytes, a prelude at most 64 KiB, and no part more bytes than its raw layer, because
+    /// an encoder leaves raw what it cannot make smaller.
+    pub const fn extent_bounds(&self, level: Level, extent: ExtentIdx) -> [u64; 2] {
+        let layer_bytes = self.layer_bytes() as u64;
+        match (level.is_encoded(), extent.0) {
+            (false, _) => [layer_bytes, layer_bytes],
+            (true, 0) => [0, Self::MAX_PRELUDE_BYTES],
+            (true, _) => [0, layer_bytes],
+        }
     }
 
     /// Where `heads` of `plane` lie inside a layer's bytes; `None` when the layout

@@ -12,6 +12,26 @@ impl fmt::Display for LayerIdx {
     }
 }
 
+/// An extent of a stored object, counted from 0: what is read, and checked, at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ExtentIdx(pub u32);
+
+impl fmt::Display for ExtentIdx {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.0)
+    }
+}
+
+impl ExtentIdx {
+    /// The range of this extent alone.
+    pub const fn alone(self) -> ExtentRange {
+        ExtentRange {
+            start: self.0,
+            end: self.0.saturating_add(1),
+        }
+    }
+}
+
 /// A range that is empty or runs backwards.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{what} range {start}..{end} is empty; the end must lie beyond the start")]
@@ -84,6 +104,10 @@ macro_rules! range {
 range!(
     /// Consecutive transformer layers.
     LayerRange, u16, "layer"
+);
+range!(
+    /// Consecutive extents of a stored object.
+    ExtentRange, u32, "extent"
 );
 range!(
     /// Consecutive tokens of a chunk.

@@ -18,7 +18,7 @@ use bytes::Bytes;
 use kvasir_codec::Object;
 use kvasir_store::policy::PolicyKind;
 use kvasir_store::{Clock, Read, Tier, Written};
-use kvasir_types::{ByteSize, ChunkKey, DType, KvLayout, LayerRange, Planes};
+use kvasir_types::{ByteSize, ChunkKey, DType, ExtentRange, KvLayout, Planes};
 
 /// How a tier under test is to be opened: empty, and with these limits.
 #[derive(Clone, Debug)]
@@ -159,8 +159,8 @@ fn layout() -> KvLayout {
     KvLayout::new(4, 2, Planes::symmetric(16), 16, DType::Bf16).unwrap()
 }
 
-fn all_layers(layout: &KvLayout) -> LayerRange {
-    LayerRange::new(0, layout.layers()).unwrap()
+fn all_extents(layout: &KvLayout) -> ExtentRange {
+    ExtentRange::new(0, layout.layers().into()).unwrap()
 }
 
 fn key(number: u64) -> ChunkKey {
@@ -200,8 +200,8 @@ async fn write(fixture: &Fixture, object: Object) -> Written {
 }
 
 async fn read(fixture: &Fixture, number: u64) -> Read {
-    let all = all_layers(&layout());
-    fixture.tier.read_layers(key(number), all).await.unwrap()
+    let all = all_extents(&layout());
+    fixture.tier.read_extents(key(number), all).await.unwrap()
 }
 
 /// Stored and whole, with the content of `object`.
@@ -209,10 +209,10 @@ async fn assert_holds(fixture: &Fixture, object: &Object) {
     let header = object.header();
     let read = fixture
         .tier
-        .read_layers(*header.key(), all_layers(header.layout()))
+        .read_extents(*header.key(), all_extents(header.layout()))
         .await
         .unwrap();
-    assert_eq!(read, Read::Layers(object.layers().to_vec()));
+    assert_eq!(read, Read::Extents(object.extents().to_vec()));
 }
 
 fn is_there(fixture: &Fixture, number: u64) -> bool {

@@ -76,14 +76,14 @@ impl Chunks {
     /// Bytes that it takes on disk.
     pub fn frame_bytes(&self, number: u32) -> u64 {
         let header = self.object(number).header();
-        let head = ObjectHeader::header_bytes(header.layout().layers()) as u64;
+        let head = ObjectHeader::header_bytes(header.layout(), header.level()) as u64;
         head.next_multiple_of(BLOCK_BYTES) + header.payload_bytes().next_multiple_of(BLOCK_BYTES)
     }
 
     /// Whether what a read gave is all of the chunk.
     pub fn compare(&self, number: u32, layout: &KvLayout, layers: &[Bytes]) -> Got {
         let object = self.object(number);
-        if object.header().layout() == layout && object.layers() == layers {
+        if object.header().layout() == layout && object.extents() == layers {
             Got::Right
         } else {
             Got::Wrong

@@ -99,7 +99,7 @@ impl Target for DaemonTarget {
             key: self.chunks.key(number),
             layout: *object.header().layout(),
             level: object.header().level(),
-            layers: object.layers().to_vec(),
+            extents: object.extents().to_vec(),
         };
         let options = PutOptions {
             durability,
@@ -120,7 +120,8 @@ impl Target for DaemonTarget {
         let mut layers: Vec<Bytes> = Vec::new();
         loop {
             match stream.next().await {
-                Ok(Some(GetEvent::Layer { data, .. })) => layers.push(data),
+                Ok(Some(GetEvent::Prelude { .. })) => (),
+                Ok(Some(GetEvent::Layer { parts, .. })) => layers.extend(parts),
                 Ok(Some(GetEvent::Lost { reason, .. })) => {
                     return match reason {
                         LostReason::Corrupt => Got::Miss,

@@ -13,7 +13,7 @@ use kvasir_store::policy::PolicyKind;
 use kvasir_store::{
     DiskConfig, Environment, MemoryConfig, OpenError, PutOptions, ReadError, Store, StoreConfig,
 };
-use kvasir_types::{ByteSize, Durability, LayerRange};
+use kvasir_types::{ByteSize, Durability};
 use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
 use tokio::time::Instant;
@@ -205,10 +205,7 @@ pub async fn get(store: &Store, chunks: &Chunks, number: u32) -> Got {
     let Some(lease) = store.lease(chunks.key(number)).await else {
         return Got::Miss;
     };
-    let Ok(all) = LayerRange::new(0, lease.layout().layers()) else {
-        return Got::Wrong;
-    };
-    match lease.read_layers(all).await {
+    match lease.read_extents(lease.header().all()).await {
         Ok(layers) => chunks.compare(number, lease.layout(), &layers),
         Err(ReadError::Corrupt { .. }) => Got::Miss,
         Err(_) => Got::Failed,

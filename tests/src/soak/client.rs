@@ -9,8 +9,8 @@ use kvasir_client::{
     PinId, PutOptions, WatchedChange,
 };
 use kvasir_proto::v1::cache_client::CacheClient;
-use kvasir_proto::{convert, v1};
-use kvasir_types::{Checksum, Durability, LayerRange};
+use kvasir_proto::{assembly, convert, v1};
+use kvasir_types::{Checksum, Durability, ExtentIdx, LayerRange};
 use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
 use tokio::task::JoinSet;
@@ -92,7 +92,13 @@ impl Target {
         }
         for _ in 0..limit {
             match stream.next().await? {
-                Some(GetEvent::Layer { chunk, layer, data }) => {
+                Some(GetEvent::Prelude { .. }) => (),
+                Some(GetEvent::Layer {
+                    chunk,
+                    layer,
+                    parts,
+                }) => {
+                    let data = parts.concat();
                     self.tally.add("read/bytes", data.len() as u64);
                     if !self.set.is_layer(numbers[chunk], layer.0, &data) {
                         let key = self.set.key(numbers[chunk]);
@@ -144,9 +150,10 @@ impl Target {
                 level: chunk.level.code().into(),
                 ..v1::PutHeader::default()
             });
-            let half = (0..).zip(&chunk.layers[..chunk.layers.len() / 2]);
-            let pieces = half.flat_map(|(layer, data)| {
-                convert::pieces(layer, data.clone(), Checksum::of(data)).map(Message::Piece)
+            let half = (0..).zip(&chunk.extents[..chunk.extents.len() / 2]);
+            let pieces = half.flat_map(|(extent, data)| {
+                let checksum = Checksum::of(data);
+                assembly::pieces(ExtentIdx(extent), data.clone(), checksum).map(Message::Piece)
             });
             let messages: Vec<_> = std::iter::once(header)
                 .chain(pieces)

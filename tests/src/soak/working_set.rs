@@ -89,7 +89,7 @@ impl WorkingSet {
             key,
             layout,
             level: Level::RAW,
-            layers: (0..layout.layers()).map(layer).collect(),
+            extents: (0..layout.layers()).map(layer).collect(),
         }
     }
 
@@ -133,7 +133,7 @@ mod tests {
         for number in [0, 9, set.count() - 1] {
             let chunk = set.chunk(number);
             assert_eq!(set.number(&chunk.key), Some(number));
-            for (layer, bytes) in (0..).zip(&chunk.layers) {
+            for (layer, bytes) in (0..).zip(&chunk.extents) {
                 assert!(set.is_layer(number, layer, bytes));
                 assert!(!set.is_layer(number, layer + 1, bytes));
                 assert!(!set.is_layer(number ^ 32, layer, bytes));

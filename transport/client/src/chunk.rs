@@ -2,26 +2,27 @@
 
 use bytes::Bytes;
 use futures::Stream;
-use kvasir_proto::convert::{self, PutHeader};
-use kvasir_proto::{InvalidField, v1};
-use kvasir_types::{Checksum, ChunkKey, Durability, Hints, KvLayout, Level};
+use kvasir_proto::convert::PutHeader;
+use kvasir_proto::{InvalidField, assembly, v1};
+use kvasir_types::{Checksum, ChunkKey, Durability, ExtentIdx, Hints, KvLayout, Level};
 
 use crate::error::{CallError, ProtocolError, broken, invalid};
 
 /// One chunk to store.
 ///
-/// Layers are shared, not copied, so that a retry costs no second buffer.
+/// Extents are shared, not copied, so that a retry costs no second buffer.
 #[derive(Clone, Debug)]
 pub struct Chunk {
     /// Its key.
     pub key: ChunkKey,
     /// Its layout.
     pub layout: KvLayout,
-    /// Codec level of `layers`.
+    /// Codec level of `extents`.
     pub level: Level,
-    /// One buffer per layer, in order; each of
-    /// [`KvLayout::layer_bytes`] bytes when the level is raw.
-    pub layers: Vec<Bytes>,
+    /// Of a raw chunk one buffer a layer, in order, each of [`KvLayout::layer_bytes`]
+    /// bytes. Of any other what `kvasir_codec::Object` holds: the prelude, the first part
+    /// of every layer, the second of every layer, and so on.
+    pub extents: Vec<Bytes>,
 }
 
 /// How a chunk is to be stored. The default is the strongest promise, and no hints.
@@ -53,27 +54,36 @@ pub enum PutOutcome {
 
 impl Chunk {
     pub(crate) fn check(&self) -> Result<(), CallError> {
-        let layers = usize::from(self.layout.layers());
-        if self.layers.len() != layers {
-            return Err(invalid(InvalidField::new(
-                "layers",
-                format!(
-                    "the layout has {layers} layers, the chunk {}",
-                    self.layers.len()
-                ),
-            )));
+        let expected = self.level.extents(self.layout.layers());
+        if self.extents.len() as u64 != u64::from(expected) {
+            let problem = format!(
+                "{} layers at level {} have {expected} extents, the chunk {}",
+                self.layout.layers(),
+                self.level,
+                self.extents.len()
+            );
+            return Err(invalid(InvalidField::new("extents", problem)));
         }
-        let expected = self.layout.layer_bytes();
-        match self.layers.iter().position(|data| data.len() != expected) {
-            None => Ok(()),
-            Some(index) => Err(invalid(InvalidField::new(
-                format!("layers[{index}]"),
-                format!("the layout gives {expected} bytes per layer"),
-            ))),
+        for (extent, data) in (0..).map(ExtentIdx).zip(&self.extents) {
+            let [least, most] = self.layout.extent_bounds(self.level, extent);
+            if !(least..=most).contains(&(data.len() as u64)) {
+                let problem = format!("{} bytes are not from {least} to {most}", data.len());
+                let field = format!("extents[{extent}]");
+                return Err(invalid(InvalidField::new(field, problem)));
+            }
         }
+        Ok(())
     }
 
-    /// The chunk as a stream of messages; a layer's checksum is computed when its
+    /// Bytes of each extent, which the layout does not say of an encoded chunk.
+    fn extent_bytes(&self) -> Vec<u64> {
+        if !self.level.is_encoded() {
+            return Vec::new();
+        }
+        self.extents.iter().map(|data| data.len() as u64).collect()
+    }
+
+    /// The chunk as a stream of messages; an extent's checksum is computed when its
     /// turn comes.
     pub(crate) fn messages(
         &self,
@@ -86,11 +96,12 @@ impl Chunk {
             level: self.level,
             durability: options.durability,
             hints: options.hints,
+            extent_bytes: self.extent_bytes(),
         });
-        let layers = self.layers.clone();
-        let pieces = (0u16..).zip(layers).flat_map(|(layer, data)| {
+        let extents = self.extents.clone();
+        let pieces = (0..).zip(extents).flat_map(|(index, data)| {
             let checksum = Checksum::of(&data);
-            convert::pieces(layer, data, checksum).map(Message::Piece)
+            assembly::pieces(ExtentIdx(index), data, checksum).map(Message::Piece)
         });
         let messages = std::iter::once(Message::Header(header)).chain(pieces);
         futures::stream::iter(messages.map(|message| v1::PutRequest {
@@ -141,24 +152,24 @@ mod tests {
             key: ChunkKey::from_bytes([1; 32]),
             layout,
             level: Level::RAW,
-            layers: vec![whole.clone(), whole.slice(1..)],
+            extents: vec![whole.clone(), whole.slice(1..)],
         };
         assert!(
             chunk
                 .check()
                 .unwrap_err()
                 .to_string()
-                .starts_with("layers[1]:")
+                .starts_with("extents[1]:")
         );
-        chunk.layers = vec![whole.clone()];
+        chunk.extents = vec![whole.clone()];
         assert!(
             chunk
                 .check()
                 .unwrap_err()
                 .to_string()
-                .starts_with("layers:")
+                .starts_with("extents:")
         );
-        chunk.layers = vec![whole.clone(), whole];
+        chunk.extents = vec![whole.clone(), whole];
         assert!(chunk.check().is_ok());
     }
 }

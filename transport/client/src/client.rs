@@ -4,6 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use kvasir_proto::sequence::Wanted;
 use kvasir_proto::v1::cache_client::CacheClient;
 use kvasir_proto::{InvalidField, MAX_FRAME_BYTES, MAX_KEYS, MAX_MESSAGE_BYTES, convert, v1};
 use kvasir_types::ChunkKey;
@@ -240,6 +241,8 @@ impl Client {
                 end: range.end().into(),
             }),
             lease_id: options.lease.map(|id| id.0),
+            levels: options.levels.iter().map(|it| it.code().into()).collect(),
+            have: options.have.map(|level| level.code().into()),
         };
         let stream = self
             .call(deadline, Repeat::Always, |mut grpc| {
@@ -247,7 +250,12 @@ impl Client {
                 async move { grpc.get(request).await }
             })
             .await?;
-        LayerStream::open(self.origin(), deadline, stream, keys.len(), options.layers).await
+        let wanted = Wanted {
+            layers: options.layers,
+            levels: options.levels,
+            have: options.have,
+        };
+        LayerStream::open(self.origin(), deadline, stream, keys.len(), wanted).await
     }
 
     /// Begins a session that holds chunks by name, for gets that must find the same

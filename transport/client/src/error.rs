@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use kvasir_proto::{InvalidField, status};
-use kvasir_types::LayerIdx;
+use kvasir_types::ExtentIdx;
 use tonic::{Code, Status};
 
 use crate::{Endpoint, ParseEndpointError};
@@ -78,23 +78,23 @@ pub enum ProtocolError {
     /// A message without content.
     #[error("an empty message came")]
     Empty,
-    /// A layer of another chunk than the next in layer-major order.
-    #[error("chunk {got} came where chunk {due} of layer {layer} was due")]
+    /// An extent of another chunk than the next in layer-major order.
+    #[error("chunk {got} came where extent {extent} of chunk {due} was due")]
     Order {
-        /// The layer being received.
-        layer: LayerIdx,
+        /// The extent that was due.
+        extent: ExtentIdx,
         /// The chunk that came.
         got: u32,
         /// The chunk that was due.
         due: usize,
     },
     /// The stream ended before everything it announced.
-    #[error("the stream ended before layer {layer} of chunk {chunk}")]
+    #[error("the stream ended before extent {extent} of chunk {chunk}")]
     Truncated {
         /// The chunk that was due.
         chunk: usize,
-        /// The layer that was due.
-        layer: LayerIdx,
+        /// The extent that was due.
+        extent: ExtentIdx,
     },
     /// The chunks of one get have different layouts.
     #[error("chunk {0} has another layout than the chunks before it")]

@@ -5,8 +5,9 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use futures::{Stream, StreamExt as _};
-use kvasir_proto::convert::{self, LayerAssembly};
-use kvasir_proto::{InvalidField, v1};
+use kvasir_proto::assembly::Assembly;
+use kvasir_proto::sequence::{Place, Sequence, Wanted};
+use kvasir_proto::{InvalidField, convert, v1};
 use kvasir_types::{KvLayout, LayerIdx, LayerRange, Level};
 use tonic::Status;
 use v1::get_response::Message;
@@ -17,10 +18,17 @@ use crate::hold::LeaseId;
 use crate::stats::Tier;
 
 /// What to get, and by when.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct GetOptions {
     /// Which layers. Default: all.
     pub layers: Option<LayerRange>,
+    /// The finest level wanted of each layer, from the first of `layers` on; the last one
+    /// also of all that follow. What is stored at a nested level comes up to this one, and
+    /// anything else as it is. Default: as stored.
+    pub levels: Vec<Level>,
+    /// A nested level that is here already: what chunks at nested levels have up to this
+    /// one does not come again, their preludes neither. Default: none.
+    pub have: Option<Level>,
     /// When the whole stream must be over. Default:
     /// [`ClientConfig::transfer_timeout`](crate::ClientConfig::transfer_timeout)
     /// from the call.
@@ -34,7 +42,7 @@ pub struct GetOptions {
 pub struct ChunkInfo {
     /// Its layout.
     pub layout: KvLayout,
-    /// Codec level of its layers.
+    /// The level that it is stored at.
     pub level: Level,
     /// Tier it is read from.
     pub tier: Tier,
@@ -43,14 +51,23 @@ pub struct ChunkInfo {
 /// What came next.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum GetEvent {
-    /// A whole layer whose bytes match their checksum.
+    /// What decoding an encoded chunk takes besides its layers, which come later. Its bytes
+    /// match their checksum.
+    Prelude {
+        /// Index into the requested keys.
+        chunk: usize,
+        /// The prelude; see `kvasir_codec::Prelude`.
+        data: Bytes,
+    },
+    /// A whole layer, as far as it was asked for, whose bytes match their checksums.
     Layer {
         /// Index into the requested keys.
         chunk: usize,
         /// The layer.
         layer: LayerIdx,
-        /// Its bytes.
-        data: Bytes,
+        /// Its parts, from the coarsest on, without those that were here already. One of
+        /// a chunk that is not stored at a nested level; of a raw one, the layer's bytes.
+        parts: Vec<Bytes>,
     },
     /// This chunk and every later one will not be completed; drop what came of
     /// them. Earlier chunks go on.
@@ -93,8 +110,10 @@ pub struct LayerStream {
     deadline: Deadline,
     messages: Messages,
     chunks: Vec<ChunkInfo>,
-    cursor: Cursor,
-    assembly: LayerAssembly,
+    sequence: Sequence,
+    assembly: Assembly,
+    /// Parts of the layer that is due.
+    parts: Vec<Bytes>,
 }
 
 type Messages = futures::stream::BoxStream<'static, Result<v1::GetResponse, Status>>;
@@ -106,7 +125,7 @@ impl LayerStream {
         deadline: Deadline,
         messages: impl Stream<Item = Result<v1::GetResponse, Status>> + Send + 'static,
         keys: usize,
-        layers: Option<LayerRange>,
+        wanted: Wanted,
     ) -> Result<Self, CallError> {
         let mut messages = messages.boxed();
         let first = deadline
@@ -129,26 +148,36 @@ impl LayerStream {
             }
             .into());
         }
-        let cursor = Cursor::new(&chunks, layers)?;
+        let layout = chunks.first().map(|first| first.layout);
+        let differs = |chunk: &ChunkInfo| Some(chunk.layout) != layout;
+        if let Some(index) = chunks.iter().position(differs) {
+            return Err(ProtocolError::MixedLayouts(index).into());
+        }
+        let levels = chunks.iter().map(|chunk| chunk.level).collect();
+        let sequence = Sequence::new(wanted, layout, levels)
+            .map_err(|error| broken(InvalidField::new("layers", error)))?;
         Ok(Self {
             origin,
             deadline,
             messages,
             chunks,
-            cursor,
-            assembly: LayerAssembly::default(),
+            sequence,
+            assembly: Assembly::default(),
+            parts: Vec::new(),
         })
     }
 
     /// The answer to a request for nothing.
     pub(crate) fn empty(origin: Origin, deadline: Deadline) -> Self {
+        let nothing = Sequence::new(Wanted::default(), None, Vec::new());
         Self {
             origin,
             deadline,
             messages: futures::stream::empty().boxed(),
             chunks: Vec::new(),
-            cursor: Cursor::empty(),
-            assembly: LayerAssembly::default(),
+            sequence: nothing.expect("no layers are asked for"),
+            assembly: Assembly::default(),
+            parts: Vec::new(),
         }
     }
 
@@ -166,7 +195,7 @@ impl LayerStream {
     /// came before is valid, but no chunk is complete.
     pub async fn next(&mut self) -> Result<Option<GetEvent>, CallError> {
         loop {
-            let Some(due) = self.cursor.due() else {
+            let Some(due) = self.sequence.peek() else {
                 return Ok(None);
             };
             let message = self
@@ -175,7 +204,7 @@ impl LayerStream {
                 .await?
                 .ok_or(ProtocolError::Truncated {
                     chunk: due.chunk,
-                    layer: LayerIdx(due.layer),
+                    extent: due.extent,
                 })?
                 .message;
             let event = match message.ok_or(ProtocolError::Empty)? {
@@ -201,58 +230,64 @@ impl LayerStream {
     }
 
     fn give_up(&mut self, chunk: usize, reason: LostReason) -> Option<GetEvent> {
-        let before = self.cursor.due();
-        if !self.cursor.lose(chunk) {
+        let before = self.sequence.peek();
+        if !self.sequence.lose(chunk) {
             return None;
         }
-        if self.cursor.due() != before {
-            self.assembly = LayerAssembly::default();
+        if self.sequence.peek() != before {
+            self.assembly = Assembly::default();
+            self.parts.clear();
         }
         Some(GetEvent::Lost { chunk, reason })
     }
 
-    fn piece(&mut self, due: Due, piece: v1::ChunkPiece) -> Result<Option<GetEvent>, CallError> {
+    fn piece(&mut self, due: Place, piece: v1::ChunkPiece) -> Result<Option<GetEvent>, CallError> {
         let chunk = piece.chunk as usize;
-        if chunk >= self.cursor.live {
+        if chunk >= self.sequence.live() {
             if chunk >= self.chunks.len() {
-                return Err(self.order(due, piece.chunk));
+                return Err(out_of_order(due, piece.chunk));
             }
             // Still under way when its loss was found.
             return Ok(None);
         }
         if chunk != due.chunk {
-            return Err(self.order(due, piece.chunk));
+            return Err(out_of_order(due, piece.chunk));
         }
         let Some(piece) = piece.piece else {
             return Err(ProtocolError::Empty.into());
         };
         let whole = self
             .assembly
-            .push(piece, due.layer, self.cursor.layer_bytes)
+            .push(piece, due.extent, self.sequence.bounds(&due))
             .map_err(broken)?;
         let Some(whole) = whole else {
             return Ok(None);
         };
         if whole.verify().is_err() {
-            tracing::warn!(chunk, layer = due.layer, "a layer arrived corrupt");
+            tracing::warn!(chunk, extent = %due.extent, "an extent arrived corrupt");
             return Ok(self.give_up(chunk, LostReason::Corrupt));
         }
-        self.cursor.advance();
-        Ok(Some(GetEvent::Layer {
+        self.sequence.resume_after(&due);
+        let Some(layer) = due.layer else {
+            let data = whole.data;
+            return Ok(Some(GetEvent::Prelude { chunk, data }));
+        };
+        self.parts.push(whole.data);
+        Ok(due.last.then(|| GetEvent::Layer {
             chunk,
-            layer: LayerIdx(whole.layer),
-            data: whole.data,
+            layer,
+            parts: std::mem::take(&mut self.parts),
         }))
     }
+}
 
-    fn order(&self, due: Due, got: u32) -> CallError {
-        ProtocolError::Order {
-            layer: LayerIdx(due.layer),
-            got,
-            due: due.chunk,
-        }
-        .into()
+fn out_of_order(due: Place, got: u32) -> CallError {
+    ProtocolError::Order {
+        extent: due.extent,
+        got,
+        due: due.chunk,
     }
+    .into()
 }
 
 impl fmt::Debug for LayerStream {
@@ -260,89 +295,8 @@ impl fmt::Debug for LayerStream {
         f.debug_struct("LayerStream")
             .field("origin", &self.origin)
             .field("deadline", &self.deadline)
-            .field("cursor", &self.cursor)
+            .field("sequence", &self.sequence)
             .finish_non_exhaustive()
-    }
-}
-
-/// What must come next.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Due {
-    layer: u16,
-    chunk: usize,
-}
-
-/// Position of a stream in layer-major order.
-#[derive(Debug)]
-struct Cursor {
-    layer_bytes: usize,
-    end: u16,
-    /// Chunks that are not lost: the first `live` ones.
-    live: usize,
-    next: Due,
-}
-
-impl Cursor {
-    fn empty() -> Self {
-        Self {
-            layer_bytes: 0,
-            end: 0,
-            live: 0,
-            next: Due { layer: 0, chunk: 0 },
-        }
-    }
-
-    fn new(chunks: &[ChunkInfo], layers: Option<LayerRange>) -> Result<Self, CallError> {
-        let Some(first) = chunks.first() else {
-            return Ok(Self::empty());
-        };
-        let layout = first.layout;
-        if let Some(index) = chunks.iter().position(|chunk| chunk.layout != layout) {
-            return Err(ProtocolError::MixedLayouts(index).into());
-        }
-        let (start, end) =
-            layers.map_or((0, layout.layers()), |range| (range.start(), range.end()));
-        if end > layout.layers() {
-            let problem = format!("the stored chunks have {} layers", layout.layers());
-            return Err(broken(InvalidField::new("layers", problem)));
-        }
-        Ok(Self {
-            layer_bytes: layout.layer_bytes(),
-            end,
-            live: chunks.len(),
-            next: Due {
-                layer: start,
-                chunk: 0,
-            },
-        })
-    }
-
-    fn due(&self) -> Option<Due> {
-        (self.next.layer < self.end && self.live > 0).then_some(self.next)
-    }
-
-    fn advance(&mut self) {
-        self.next.chunk += 1;
-        self.wrap();
-    }
-
-    /// Whether that changed anything.
-    fn lose(&mut self, chunk: usize) -> bool {
-        if chunk >= self.live {
-            return false;
-        }
-        self.live = chunk;
-        self.wrap();
-        true
-    }
-
-    fn wrap(&mut self) {
-        if self.next.chunk >= self.live {
-            self.next = Due {
-                layer: self.next.layer + 1,
-                chunk: 0,
-            };
-        }
     }
 }
 

@@ -25,16 +25,19 @@
 //! let client = Client::connect("127.0.0.1:7420").await?;
 //! let layers = vec![Bytes::from(vec![0; layout.layer_bytes()]); 16];
 //! client
-//!     .put(&Chunk { key: keys[0], layout, level: Level::RAW, layers })
+//!     .put(&Chunk { key: keys[0], layout, level: Level::RAW, extents: layers })
 //!     .await?;
 //!
 //! let mut stream = client.get(&keys, GetOptions::default()).await?;
 //! println!("{} of {} chunks are here", stream.chunks().len(), keys.len());
 //! while let Some(event) = stream.next().await? {
 //!     match event {
-//!         GetEvent::Layer { chunk, layer, data } => {
-//!             println!("chunk {chunk}, layer {layer}: {} bytes", data.len());
+//!         // One part, because the chunk is raw: the layer's bytes.
+//!         GetEvent::Layer { chunk, layer, parts } => {
+//!             println!("chunk {chunk}, layer {layer}: {} bytes", parts[0].len());
 //!         }
+//!         // Only encoded chunks have one.
+//!         GetEvent::Prelude { .. } => (),
 //!         // This chunk and every later one must be computed instead.
 //!         GetEvent::Lost { chunk, reason } => println!("chunk {chunk}: {reason}"),
 //!     }

@@ -3,8 +3,8 @@
 use bytes::Bytes;
 use futures::stream;
 use kvasir_client::{CallError, Chunk, Client, ClientConfig, GetOptions, ListOptions, RetryConfig};
-use kvasir_proto::{convert, status, v1};
-use kvasir_types::{ByteSize, Checksum, DType, KvLayout, LayerRange, Level, Planes};
+use kvasir_proto::{assembly, convert, status, v1};
+use kvasir_types::{ByteSize, Checksum, DType, ExtentIdx, KvLayout, LayerRange, Level, Planes};
 use tonic::{Code, Status};
 use v1::put_request::Message;
 
@@ -35,10 +35,10 @@ fn header() -> v1::PutHeader {
     }
 }
 
-fn pieces(index: u16) -> Vec<v1::LayerPiece> {
+fn pieces(index: u16) -> Vec<v1::ExtentPiece> {
     let data = layer(1, index);
     let checksum = Checksum::of(&data);
-    convert::pieces(index, data, checksum).collect()
+    assembly::pieces(ExtentIdx(index.into()), data, checksum).collect()
 }
 
 /// Every message of a valid put.
@@ -114,7 +114,7 @@ async fn malformed_puts_are_named_and_leave_nothing() {
         edit(&mut header);
         vec![Message::Header(header)]
     };
-    let edit_piece = |edit: fn(&mut v1::LayerPiece)| {
+    let edit_piece = |edit: fn(&mut v1::ExtentPiece)| {
         let mut all = messages();
         if let Message::Piece(piece) = &mut all[1] {
             edit(piece);
@@ -148,11 +148,11 @@ async fn malformed_puts_are_named_and_leave_nothing() {
             edit_header(|header| header.layout.as_mut().unwrap().tokens = 0),
         ),
         ("header.level", edit_header(|header| header.level = 77)),
-        ("piece.layer", edit_piece(|piece| piece.layer = 1)),
+        ("piece.extent", edit_piece(|piece| piece.extent = 1)),
         ("piece.offset", edit_piece(|piece| piece.offset = 1)),
         (
-            "piece.layer_bytes",
-            edit_piece(|piece| piece.layer_bytes = 1),
+            "piece.extent_bytes",
+            edit_piece(|piece| piece.extent_bytes = 1),
         ),
         ("piece.data", edit_piece(|piece| piece.data = Bytes::new())),
         ("piece.checksum", edit_piece(|piece| piece.checksum ^= 1)),
@@ -190,7 +190,7 @@ async fn a_refusal_reaches_a_sender_with_much_left_to_send() {
         key: key(1),
         layout,
         level: Level::RAW,
-        layers: vec![Bytes::from(vec![1; layout.layer_bytes()]); 8],
+        extents: vec![Bytes::from(vec![1; layout.layer_bytes()]); 8],
     };
     for _ in 0..20 {
         let error = client.put(&large).await.unwrap_err();

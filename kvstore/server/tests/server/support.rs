@@ -35,7 +35,7 @@ pub(crate) fn chunk(number: u8) -> Chunk {
         key: key(number),
         layout: layout(),
         level: Level::RAW,
-        layers: (0..LAYERS).map(|index| layer(number, index)).collect(),
+        extents: (0..LAYERS).map(|index| layer(number, index)).collect(),
     }
 }
 
@@ -105,7 +105,14 @@ pub(crate) async fn events(mut stream: LayerStream) -> Events {
     };
     while let Some(event) = stream.next().await.unwrap() {
         match event {
-            GetEvent::Layer { chunk, layer, data } => {
+            GetEvent::Prelude { .. } => unreachable!("raw chunks have none"),
+            GetEvent::Layer {
+                chunk,
+                layer,
+                mut parts,
+            } => {
+                let data = parts.pop().unwrap();
+                assert!(parts.is_empty());
                 events.order.push(Seen::Layer(layer.0, chunk));
                 events.layers.push((chunk, layer.0, data));
             }

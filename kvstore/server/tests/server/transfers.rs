@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use futures::stream;
 use kvasir_client::{CallError, Chunk, GetOptions, LostReason, PutOutcome, Tier};
-use kvasir_proto::{convert, v1};
-use kvasir_types::{ByteSize, DType, KvLayout, LayerRange, Level, Planes};
+use kvasir_proto::{assembly, convert, v1};
+use kvasir_types::{ByteSize, DType, ExtentIdx, KvLayout, LayerRange, Level, Planes};
 use v1::put_request::Message;
 
 use crate::support::*;
@@ -50,7 +50,7 @@ async fn layers_longer_than_a_message_arrive_whole() {
         key: key(1),
         layout,
         level: Level::RAW,
-        layers: vec![data.clone(), data.clone()],
+        extents: vec![data.clone(), data.clone()],
     };
     client.put(&chunk).await.unwrap();
     let stream = client.get(&[key(1)], GetOptions::default()).await.unwrap();
@@ -69,7 +69,7 @@ async fn a_get_stops_before_another_layout() {
         key: key(2),
         layout,
         level: Level::RAW,
-        layers: vec![Bytes::from(vec![1; layout.layer_bytes()])],
+        extents: vec![Bytes::from(vec![1; layout.layer_bytes()])],
     };
     client.put(&other).await.unwrap();
     assert_eq!(read_all(&client, &[1, 2]).await, 1);
@@ -88,7 +88,7 @@ async fn a_put_cut_in_the_middle_leaves_nothing() {
     });
     let data = layer(1, 0);
     let checksum = kvasir_types::Checksum::of(&data);
-    let piece = convert::pieces(0, data, checksum)
+    let piece = assembly::pieces(ExtentIdx(0), data, checksum)
         .next()
         .map(Message::Piece);
     let begun = [Some(header), piece].map(|message| v1::PutRequest { message });

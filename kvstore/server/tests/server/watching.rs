@@ -80,7 +80,7 @@ async fn a_listener_that_lags_gets_a_snapshot() {
     // More changes than the queue and the connection hold, while nobody reads.
     let object = |number| {
         let chunk = chunk(number);
-        kvasir_codec::Object::raw(chunk.key, &chunk.layout, chunk.layers).unwrap()
+        kvasir_codec::Object::raw(chunk.key, &chunk.layout, chunk.extents).unwrap()
     };
     let object = object(1);
     for _ in 0..EventLog::CAPACITY * 20 {

@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 use futures::FutureExt;
 use futures::future::join_all;
 use kvasir_store::{Facts, PinId, PinRefused, Read, ReadError, Written};
-use kvasir_types::{DType, KvLayout, LayerRange, Planes};
+use kvasir_types::{DType, ExtentRange, KvLayout, Planes};
 
 use super::{
-    Fixture, Setup, Suite, all_layers, assert_holds, is_there, key, layout, object, object_with,
+    Fixture, Setup, Suite, all_extents, assert_holds, is_there, key, layout, object, object_with,
     read, write,
 };
 
@@ -41,13 +41,14 @@ where
         assert_eq!(facts, Facts::of(object.header()));
         let reader = fixture.tier.open(key(number)).await.unwrap().unwrap();
         assert_eq!(reader.header(), object.header());
-        for start in 0..layout.layers().min(4) {
-            let range = LayerRange::new(start, layout.layers()).unwrap();
-            let layers = reader.read_layers(range).await.unwrap();
-            assert_eq!(layers, &object.layers()[usize::from(start)..]);
-            let range = LayerRange::new(start, start + 1).unwrap();
-            let layers = reader.read_layers(range).await.unwrap();
-            assert_eq!(layers, [&object.layers()[usize::from(start)]]);
+        let layers = u32::from(layout.layers());
+        for start in 0..layers.min(4) {
+            let range = ExtentRange::new(start, layers).unwrap();
+            let layers = reader.read_extents(range).await.unwrap();
+            assert_eq!(layers, &object.extents()[start as usize..]);
+            let range = ExtentRange::new(start, start + 1).unwrap();
+            let layers = reader.read_extents(range).await.unwrap();
+            assert_eq!(layers, [&object.extents()[start as usize]]);
         }
     }
 }
@@ -89,11 +90,11 @@ where
     let fixture = suite.roomy().await;
     let object = object(1);
     assert_eq!(write(&fixture, object.clone()).await, Written::Stored);
-    let range = LayerRange::new(2, layout().layers() + 1).unwrap();
-    let read = fixture.tier.read_layers(key(1), range).await.unwrap();
+    let range = ExtentRange::new(2, u32::from(layout().layers()) + 1).unwrap();
+    let read = fixture.tier.read_extents(key(1), range).await.unwrap();
     assert_eq!(read, Read::Miss);
     let reader = fixture.tier.open(key(1)).await.unwrap().unwrap();
-    let error = reader.read_layers(range).await.unwrap_err();
+    let error = reader.read_extents(range).await.unwrap_err();
     assert!(matches!(error, ReadError::OutOfRange { .. }));
     // The question was wrong, not the chunk.
     assert_holds(&fixture, &object).await;
@@ -154,8 +155,8 @@ where
             // Asked before reading: what was there must be readable.
             let was_there = is_there(&fixture, number);
             match read(&fixture, number).await {
-                Read::Layers(layers) => {
-                    assert_eq!(layers, object.layers());
+                Read::Extents(layers) => {
+                    assert_eq!(layers, object.extents());
                     break;
                 }
                 Read::Miss => assert!(!was_there, "listed, and then missing"),
@@ -204,7 +205,7 @@ where
     assert_eq!(write(&fixture, old.clone()).await, Written::Stored);
     let reader = fixture.tier.open(key(1)).await.unwrap().unwrap();
     let first = reader
-        .read_layers(LayerRange::new(0, 1).unwrap())
+        .read_extents(ExtentRange::new(0, 1).unwrap())
         .await
         .unwrap();
 
@@ -216,9 +217,9 @@ where
     );
     assert_eq!(write(&fixture, new.clone()).await, Written::Stored);
 
-    assert_eq!(first, &old.layers()[..1]);
-    let all = reader.read_layers(all_layers(&layout())).await.unwrap();
-    assert_eq!(all, old.layers());
+    assert_eq!(first, &old.extents()[..1]);
+    let all = reader.read_extents(all_extents(&layout())).await.unwrap();
+    assert_eq!(all, old.extents());
     assert_holds(&fixture, &new).await;
     drop((reader, first, all));
     // Space on a device is given back in the background.

@@ -9,7 +9,7 @@ use kvasir_store::{Facts, PinId, PinRefused, Read, WriteError, Written};
 use kvasir_types::{ByteSize, ChunkKey, DType, KvLayout, Planes};
 
 use super::{
-    Fixture, Setup, Suite, VirtualTime, all_layers, assert_holds, is_there, key, layout, object,
+    Fixture, Setup, Suite, VirtualTime, all_extents, assert_holds, is_there, key, layout, object,
     object_with, read, write,
 };
 
@@ -22,7 +22,7 @@ where
 {
     let fixture = full(suite, 4).await;
     // Reading 0 and writing 1 again are uses; 2 and then 3 are the oldest.
-    assert!(matches!(read(&fixture, 0).await, Read::Layers(_)));
+    assert!(matches!(read(&fixture, 0).await, Read::Extents(_)));
     assert_eq!(write(&fixture, object(1)).await, Written::AlreadyPresent);
     assert_eq!(write(&fixture, object(4)).await, Written::Stored);
     assert_eq!(write(&fixture, object(5)).await, Written::Stored);
@@ -68,12 +68,12 @@ where
                 let written = tier.write(object.clone()).await.unwrap();
                 assert!(tier.usage().bytes <= capacity, "{written:?}");
                 let read = tier
-                    .read_layers(key(number), all_layers(&layout()))
+                    .read_extents(key(number), all_extents(&layout()))
                     .await
                     .unwrap();
                 assert!(tier.usage().bytes <= capacity);
-                if let Read::Layers(layers) = read {
-                    assert_eq!(layers, object.layers());
+                if let Read::Extents(layers) = read {
+                    assert_eq!(layers, object.extents());
                     held.push((number, layers));
                 }
                 if let Some(reader) = tier.open(key(number)).await.unwrap() {
@@ -86,7 +86,7 @@ where
             }
             // What was held all the while has not changed.
             for (number, layers) in held {
-                assert_eq!(layers, super::object(number).layers());
+                assert_eq!(layers, super::object(number).extents());
             }
         })
     });

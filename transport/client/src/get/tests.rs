@@ -1,6 +1,7 @@
 use std::time::Duration;
 
-use kvasir_types::{Checksum, DType, Planes};
+use kvasir_proto::assembly;
+use kvasir_types::{Checksum, DType, ExtentIdx, Planes};
 
 use super::*;
 use crate::Endpoint;
@@ -23,7 +24,7 @@ fn header(chunks: usize) -> Message {
 fn layer(layer: u16, chunk: u32) -> Message {
     let data = Bytes::from(vec![7; layout().layer_bytes()]);
     let checksum = Checksum::of(&data);
-    let piece = convert::pieces(layer, data, checksum).next();
+    let piece = assembly::pieces(ExtentIdx(layer.into()), data, checksum).next();
     Message::Piece(v1::ChunkPiece { chunk, piece })
 }
 
@@ -42,10 +43,7 @@ fn lost(chunk: u32) -> Message {
     })
 }
 
-async fn open(
-    messages: Vec<Message>,
-    layers: Option<LayerRange>,
-) -> Result<LayerStream, CallError> {
+async fn open(messages: Vec<Message>, wanted: Wanted) -> Result<LayerStream, CallError> {
     let stream = futures::stream::iter(messages.into_iter().map(|message| {
         Ok(v1::GetResponse {
             message: Some(message),
@@ -53,16 +51,17 @@ async fn open(
     }));
     let origin = Origin(Endpoint::default());
     let deadline = Deadline::after(Duration::from_secs(5));
-    LayerStream::open(origin, deadline, stream, 3, layers).await
+    LayerStream::open(origin, deadline, stream, 3, wanted).await
 }
 
 /// The events as text: `layer/chunk`, or `-chunk` for a loss.
 async fn events(messages: Vec<Message>) -> Result<String, CallError> {
-    let mut stream = open(messages, None).await?;
+    let mut stream = open(messages, Wanted::default()).await?;
     let mut seen = Vec::new();
     while let Some(event) = stream.next().await? {
         seen.push(match event {
             GetEvent::Layer { chunk, layer, .. } => format!("{layer}/{chunk}"),
+            GetEvent::Prelude { chunk, .. } => format!("p/{chunk}"),
             GetEvent::Lost { chunk, .. } => format!("-{chunk}"),
         });
     }
@@ -127,14 +126,14 @@ async fn broken_streams_are_told_apart() {
     let wrong = vec![header(2), layer(1, 0)];
     assert!(matches!(
         protocol(events(wrong).await),
-        ProtocolError::Field(field) if field.field == "piece.layer"
+        ProtocolError::Field(field) if field.field == "piece.extent"
     ));
     let short = vec![header(1), layer(0, 0)];
     assert_eq!(
         protocol(events(short).await),
         ProtocolError::Truncated {
             chunk: 0,
-            layer: LayerIdx(1)
+            extent: ExtentIdx(1)
         }
     );
     let twice = vec![header(1), header(1)];
@@ -149,15 +148,16 @@ async fn broken_streams_are_told_apart() {
 
 #[tokio::test]
 async fn only_the_asked_layers_are_due() {
-    let range = LayerRange::new(1, 2).unwrap();
-    let mut stream = open(vec![header(1), layer(1, 0)], Some(range))
-        .await
-        .unwrap();
+    let wanted = |start, end| Wanted {
+        layers: LayerRange::new(start, end).ok(),
+        ..Wanted::default()
+    };
+    let messages = vec![header(1), layer(1, 0)];
+    let mut stream = open(messages, wanted(1, 2)).await.unwrap();
     assert!(stream.next().await.unwrap().is_some());
     assert_eq!(stream.next().await.unwrap(), None);
-    let range = LayerRange::new(1, 3).unwrap();
     assert!(matches!(
-        protocol(open(vec![header(1)], Some(range)).await),
+        protocol(open(vec![header(1)], wanted(1, 3)).await),
         ProtocolError::Field(field) if field.field == "layers"
     ));
 }
@@ -170,7 +170,7 @@ async fn a_silent_daemon_does_not_outlast_the_deadline() {
     let stream = futures::stream::iter([Ok(first)]).chain(futures::stream::pending());
     let origin = Origin(Endpoint::default());
     let deadline = Deadline::after(Duration::from_millis(30));
-    let mut stream = LayerStream::open(origin, deadline, stream, 1, None)
+    let mut stream = LayerStream::open(origin, deadline, stream, 1, Wanted::default())
         .await
         .unwrap();
     for _ in 0..2 {

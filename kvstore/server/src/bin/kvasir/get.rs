@@ -1,5 +1,6 @@
 //! `kvasir get`.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
@@ -9,7 +10,7 @@ use bytes::Bytes;
 use clap::Args;
 use kvasir_client::{ChunkInfo, Client, GetEvent, GetOptions};
 use kvasir_codec::{Object, ObjectHeader};
-use kvasir_types::{ChunkKey, Level};
+use kvasir_types::ChunkKey;
 use serde_json::json;
 
 use crate::context::Context;
@@ -27,14 +28,8 @@ pub(crate) struct Arguments {
 pub(crate) async fn run(context: &Context, arguments: &Arguments) -> anyhow::Result<()> {
     let client = context.connect().await?;
     let key = arguments.key;
-    let (info, layers) = fetch(context, &client, key).await?;
-    if info.level != Level::RAW {
-        bail!(
-            "the chunk is stored at level {}, which this version cannot write to a file",
-            info.level
-        );
-    }
-    let object = Object::raw(key, &info.layout, layers)?;
+    let (info, extents) = fetch(context, &client, key).await?;
+    let object = Object::new(key, &info.layout, info.level, extents)?;
     let path = &arguments.output;
     write_whole(path, &object).with_context(|| format!("cannot write {}", path.display()))?;
     let bytes = object.header().object_bytes();
@@ -60,18 +55,25 @@ async fn fetch(
         bail!("chunk {key} is not stored; `kvasir ls` lists what is");
     };
     let progress = context.progress(info.layout.chunk_bytes());
-    let mut layers = Vec::new();
+    let layers = info.layout.layers();
+    let mut extents = BTreeMap::new();
     while let Some(event) = stream.next().await? {
         match event {
-            GetEvent::Layer { data, .. } => {
-                progress.inc(data.len() as u64);
-                layers.push(data);
+            GetEvent::Prelude { data, .. } => {
+                extents.insert(info.level.prelude(), data);
+            }
+            GetEvent::Layer { layer, parts, .. } => {
+                for (part, data) in (0..).zip(parts) {
+                    progress.inc(data.len() as u64);
+                    let extent = info.level.part_extent(layers, layer.0, part);
+                    extents.insert(extent, data);
+                }
             }
             GetEvent::Lost { reason, .. } => bail!("chunk {key} was lost on the way: {reason}"),
         }
     }
     progress.finish_and_clear();
-    Ok((info, layers))
+    Ok((info, extents.into_values().collect()))
 }
 
 /// The file is there whole or not at all.
@@ -82,8 +84,8 @@ fn write_whole(path: &Path, object: &Object) -> std::io::Result<()> {
     let write = || {
         let mut file = File::create(&partial)?;
         file.write_all(&ObjectHeader::encode(object.header()))?;
-        for layer in object.layers() {
-            file.write_all(layer)?;
+        for extent in object.extents() {
+            file.write_all(extent)?;
         }
         fs::rename(&partial, path)
     };

@@ -103,11 +103,11 @@ fn read(path: &Path) -> anyhow::Result<Chunk> {
             path.display()
         )
     })?;
-    let (header, layers) = object.into_parts();
+    let (header, extents) = object.into_parts();
     Ok(Chunk {
         key: *header.key(),
         layout: *header.layout(),
         level: header.level(),
-        layers,
+        extents,
     })
 }
