@@ -47,19 +47,23 @@
 #![deny(unsafe_code)]
 
 mod cell;
+mod chunk;
 mod classes;
 mod header;
 mod layer;
 mod lossless;
 mod object;
+mod prelude;
 mod rans;
 mod rotation;
 mod rows;
 
 pub use cell::{CELL_TOKENS, CellError, LADDER};
+pub use chunk::{ChunkDecoder, ChunkError, EncodeError, Encoding};
 pub use header::{Extent, ExtentError, HeaderError, IdentityError, ObjectHeader};
 pub use layer::{DecodeError, EncodedLayer, LayerCodec, UnsupportedLayout};
 pub use lossless::{LosslessError, decode_lossless, encode_lossless};
 pub use object::{Object, ObjectError};
+pub use prelude::{KeyRotation, Prelude, PreludeError};
 pub use rans::StreamError;
 pub use rotation::{Pairing, Rotation};

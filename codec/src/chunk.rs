@@ -1,0 +1,248 @@
+//! Whole chunks at any level: raw layers in, an [`Object`] out, and back layer by layer.
+
+#![deny(clippy::indexing_slicing)]
+
+use bytes::Bytes;
+use kvasir_types::{ChunkKey, KvLayout, Level};
+
+use crate::cell::LADDER;
+use crate::header::HeaderError;
+use crate::layer::{DecodeError, LayerCodec, UnsupportedLayout};
+use crate::lossless::{LosslessError, decode_lossless, encode_lossless};
+use crate::object::Object;
+use crate::prelude::{Prelude, PreludeError};
+use crate::rotation::Rotation;
+
+/// How chunks are encoded.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Encoding {
+    /// The level.
+    pub level: Level,
+    /// Steps of [`Level::L0`] by layer, of keys and of values, in deviations of the layer's
+    /// values from the means of their channels. The last one also of all layers that
+    /// follow.
+    pub steps: Vec<[f32; 2]>,
+}
+
+/// Decodes the layers of one chunk.
+#[derive(Debug)]
+pub struct ChunkDecoder {
+    layout: KvLayout,
+    level: Level,
+    rotation: Option<Rotation>,
+}
+
+/// Why a chunk could not be encoded.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum EncodeError {
+    /// The level cannot be of such a layout.
+    #[error(transparent)]
+    Layout(#[from] UnsupportedLayout),
+    /// This version decodes the level, but does not encode it.
+    #[error("chunks cannot be encoded at level {0}; use raw, lossless, l0, l1 or l2")]
+    Level(Level),
+    /// A step is zero, negative or no number.
+    #[error("steps must be positive numbers, and there must be one")]
+    Steps,
+    /// Layers that are not those of the layout.
+    #[error(transparent)]
+    Header(#[from] HeaderError),
+}
+
+/// Why a chunk could not be decoded.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ChunkError {
+    /// The level cannot be of such a layout.
+    #[error(transparent)]
+    Layout(#[from] UnsupportedLayout),
+    /// The prelude is damaged, or needs a newer reader.
+    #[error(transparent)]
+    Prelude(#[from] PreludeError),
+    /// The chunk was encoded with a profile that is not here.
+    #[error("the chunk needs a profile that is not here")]
+    Profile,
+    /// No layer has so many parts at its level.
+    #[error("a layer at level {level} cannot have {parts} parts here")]
+    Parts {
+        /// The level it is stored at.
+        level: Level,
+        /// Parts given.
+        parts: usize,
+    },
+    /// A raw layer of another length.
+    #[error("a raw layer has {actual} bytes, expected {expected}")]
+    Length {
+        /// Bytes of a raw layer.
+        expected: usize,
+        /// Bytes given.
+        actual: usize,
+    },
+    /// Its bytes are no exactly coded layer.
+    #[error(transparent)]
+    Lossless(#[from] LosslessError),
+    /// Its parts are no lossy layer.
+    #[error(transparent)]
+    Layer(#[from] DecodeError),
+}
+
+impl Encoding {
+    /// At a level, with the steps that are best for most models.
+    pub fn at(level: Level) -> Self {
+        Self {
+            level,
+            steps: vec![DEFAULT_STEPS],
+        }
+    }
+
+    /// Encodes a chunk: `layers` are raw, in order. A chunk of which a layer would take more
+    /// bytes than it has is left exact instead: lossless where that is smaller, else raw.
+    ///
+    /// # Errors
+    /// The level cannot be of the layout, or the layers are not of the layout.
+    pub fn encode(
+        &self,
+        key: ChunkKey,
+        layout: &KvLayout,
+        prelude: &Prelude,
+        layers: Vec<Bytes>,
+    ) -> Result<Object, EncodeError> {
+        let whole = |layer: &Bytes| layer.len() == layout.layer_bytes();
+        let raw = self.level == Level::RAW || !layers.iter().all(whole);
+        if raw || layers.len() != usize::from(layout.layers()) {
+            return Ok(Object::raw(key, layout, layers)?);
+        }
+        let parts: Vec<Vec<Vec<u8>>> = match self.level {
+            Level::LOSSLESS => lossless(layout, &layers),
+            level if level.is_nested() => self.nested(layout, prelude, &layers)?,
+            level => return Err(EncodeError::Level(level)),
+        };
+        let most = layout.layer_bytes();
+        if parts.iter().flatten().any(|part| part.len() > most) {
+            let exact = match self.level {
+                Level::LOSSLESS => Level::RAW,
+                _ => Level::LOSSLESS,
+            };
+            return Self::at(exact).encode(key, layout, prelude, layers);
+        }
+        // Each layer's parts in turn become each part of all layers.
+        let mut extents = vec![Bytes::from(prelude.encode())];
+        let mut parts: Vec<_> = parts.into_iter().map(Vec::into_iter).collect();
+        for _ in 0..self.level.parts() {
+            let part = parts.iter_mut().filter_map(Iterator::next);
+            extents.extend(part.map(Bytes::from));
+        }
+        Ok(Object::new(key, layout, self.level, extents)?)
+    }
+
+    fn nested(
+        &self,
+        layout: &KvLayout,
+        prelude: &Prelude,
+        layers: &[Bytes],
+    ) -> Result<Vec<Vec<Vec<u8>>>, EncodeError> {
+        let steps = |step: &[f32; 2]| step.iter().all(|step| step.is_normal() && *step > 0.0);
+        if self.steps.is_empty() || !self.steps.iter().all(steps) {
+            return Err(EncodeError::Steps);
+        }
+        let tokens = layout.tokens();
+        let rotation = prelude.rotation.as_ref().map(|of| of.angles(tokens));
+        let codec = LayerCodec::new(*layout, rotation.as_ref())?;
+        let mut steps = self.steps.iter().copied();
+        let mut last = DEFAULT_STEPS;
+        let encoded = layers.iter().map(|layer| {
+            last = steps.next().unwrap_or(last);
+            let deviations = codec.deviations(layer);
+            let step = |plane: usize| {
+                let [deviation, factor] = [deviations, last].map(|of| of.get(plane).copied());
+                let step = deviation.unwrap_or(1.0) * factor.unwrap_or(1.0);
+                // Of a plane that is all the same, or full of what is no number.
+                if step.is_normal() {
+                    step
+                } else {
+                    f32::MIN_POSITIVE
+                }
+            };
+            let mut parts = Vec::from(codec.encode(layer, [step(0), step(1)]).parts);
+            parts.truncate(self.level.parts().into());
+            parts
+        });
+        Ok(encoded.collect())
+    }
+}
+
+impl ChunkDecoder {
+    /// For a chunk that is stored at `level`, and has this prelude; a raw chunk has none.
+    ///
+    /// # Errors
+    /// The prelude is damaged, or says that this version cannot decode the chunk.
+    pub fn new(layout: KvLayout, level: Level, prelude: &[u8]) -> Result<Self, ChunkError> {
+        let prelude = Prelude::parse(prelude, &layout)?;
+        if prelude.profile.is_some() {
+            return Err(ChunkError::Profile);
+        }
+        let rotation = prelude.rotation.filter(|_| level.is_nested());
+        let rotation = rotation.map(|of| of.angles(layout.tokens()));
+        if level.is_nested() {
+            LayerCodec::new(layout, rotation.as_ref())?;
+        }
+        Ok(Self {
+            layout,
+            level,
+            rotation,
+        })
+    }
+
+    /// Decodes a layer into its raw form, as exactly as the parts allow that are there: of
+    /// a nested level its first part and any number of those that follow, of any other
+    /// level its one part.
+    ///
+    /// # Errors
+    /// Parts that are damaged, or not of this chunk; `raw` then holds anything.
+    ///
+    /// # Panics
+    /// `raw` has not the bytes that the layout says.
+    pub fn layer(&self, parts: &[impl AsRef<[u8]>], raw: &mut [u8]) -> Result<(), ChunkError> {
+        assert_eq!(
+            raw.len(),
+            self.layout.layer_bytes(),
+            "a layer of the layout"
+        );
+        let parts: Vec<&[u8]> = parts.iter().map(AsRef::as_ref).collect();
+        let wrong = ChunkError::Parts {
+            level: self.level,
+            parts: parts.len(),
+        };
+        if self.level.is_nested() {
+            if !(1..=LADDER.min(self.level.parts().into())).contains(&parts.len()) {
+                return Err(wrong);
+            }
+            let codec = LayerCodec::new(self.layout, self.rotation.as_ref())?;
+            return Ok(codec.decode(&parts, raw)?);
+        }
+        let &[part] = parts.as_slice() else {
+            return Err(wrong);
+        };
+        match self.level {
+            Level::RAW if part.len() == raw.len() => raw.copy_from_slice(part),
+            Level::RAW => {
+                return Err(ChunkError::Length {
+                    expected: raw.len(),
+                    actual: part.len(),
+                });
+            }
+            Level::LOSSLESS => decode_lossless(&self.layout, part, raw)?,
+            _ => return Err(wrong),
+        }
+        Ok(())
+    }
+}
+
+fn lossless(layout: &KvLayout, layers: &[Bytes]) -> Vec<Vec<Vec<u8>>> {
+    let encoded = layers.iter().map(|raw| vec![encode_lossless(layout, raw)]);
+    encoded.collect()
+}
+
+/// Of keys and of values.
+const DEFAULT_STEPS: [f32; 2] = [3.0, 3.0];
