@@ -6,6 +6,7 @@ use bytes::Bytes;
 use kvasir_types::{ChunkKey, KvLayout, Level};
 
 use crate::cell::LADDER;
+use crate::fixed::{FixedCodec, FixedError, FixedRate, UnsupportedFixed};
 use crate::header::HeaderError;
 use crate::layer::{DecodeError, LayerCodec, UnsupportedLayout};
 use crate::lossless::{LosslessError, decode_lossless, encode_lossless};
@@ -39,9 +40,9 @@ pub enum EncodeError {
     /// The level cannot be of such a layout.
     #[error(transparent)]
     Layout(#[from] UnsupportedLayout),
-    /// This version decodes the level, but does not encode it.
-    #[error("chunks cannot be encoded at level {0}; use raw, lossless, l0, l1 or l2")]
-    Level(Level),
+    /// A fixed rate cannot be of such a layout.
+    #[error(transparent)]
+    Fixed(#[from] UnsupportedFixed),
     /// A step is zero, negative or no number.
     #[error("steps must be positive numbers, and there must be one")]
     Steps,
@@ -57,6 +58,9 @@ pub enum ChunkError {
     /// The level cannot be of such a layout.
     #[error(transparent)]
     Layout(#[from] UnsupportedLayout),
+    /// A fixed rate cannot be of such a layout.
+    #[error(transparent)]
+    FixedLayout(#[from] UnsupportedFixed),
     /// The prelude is damaged, or needs a newer reader.
     #[error(transparent)]
     Prelude(#[from] PreludeError),
@@ -82,6 +86,9 @@ pub enum ChunkError {
     /// Its bytes are no exactly coded layer.
     #[error(transparent)]
     Lossless(#[from] LosslessError),
+    /// Its bytes are no layer at a fixed rate.
+    #[error(transparent)]
+    Fixed(#[from] FixedError),
     /// Its parts are no lossy layer.
     #[error(transparent)]
     Layer(#[from] DecodeError),
@@ -116,7 +123,7 @@ impl Encoding {
         let parts: Vec<Vec<Vec<u8>>> = match self.level {
             Level::LOSSLESS => lossless(layout, &layers),
             level if level.is_nested() => self.nested(layout, prelude, &layers)?,
-            level => return Err(EncodeError::Level(level)),
+            level => fixed(layout, level, &layers)?,
         };
         let most = layout.layer_bytes();
         if parts.iter().flatten().any(|part| part.len() > most) {
@@ -184,8 +191,10 @@ impl ChunkDecoder {
         }
         let rotation = prelude.rotation.filter(|_| level.is_nested());
         let rotation = rotation.map(|of| of.angles(layout.tokens()));
-        if level.is_nested() {
-            LayerCodec::new(layout, rotation.as_ref())?;
+        match level {
+            Level::RAW | Level::LOSSLESS => (),
+            level if level.is_nested() => drop(LayerCodec::new(layout, rotation.as_ref())?),
+            level => drop(FixedCodec::new(layout, rate_of(level))?),
         }
         Ok(Self {
             layout,
@@ -233,9 +242,26 @@ impl ChunkDecoder {
                 });
             }
             Level::LOSSLESS => decode_lossless(&self.layout, part, raw)?,
-            _ => return Err(wrong),
+            level => FixedCodec::new(self.layout, rate_of(level))?.decode(part, raw)?,
         }
         Ok(())
+    }
+}
+
+fn fixed(
+    layout: &KvLayout,
+    level: Level,
+    layers: &[Bytes],
+) -> Result<Vec<Vec<Vec<u8>>>, UnsupportedFixed> {
+    let codec = FixedCodec::new(*layout, rate_of(level))?;
+    Ok(layers.iter().map(|raw| vec![codec.encode(raw)]).collect())
+}
+
+/// Of a level that is neither exact nor nested.
+fn rate_of(level: Level) -> FixedRate {
+    match level {
+        Level::INT4 => FixedRate::Int4Hadamard,
+        _ => FixedRate::Int8,
     }
 }
 

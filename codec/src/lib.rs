@@ -39,6 +39,9 @@
 //! The parts are not in the container yet: objects are raw. What a layer takes, how exact
 //! it stays and how fast it is coded: `kvasir-bench codec`.
 //!
+//! # Other codings
+//! * [`FixedCodec`]: every row takes the same bytes, INT8 or INT4, for pages.
+//!
 //! Code that is `unsafe` is in the kernels of the entropy coder, and nowhere else; a scalar
 //! twin says what each computes, and tests compare them.
 //!
@@ -49,6 +52,8 @@
 mod cell;
 mod chunk;
 mod classes;
+mod elements;
+mod fixed;
 mod header;
 mod layer;
 mod lossless;
@@ -60,6 +65,7 @@ mod rows;
 
 pub use cell::{CELL_TOKENS, CellError, LADDER};
 pub use chunk::{ChunkDecoder, ChunkError, EncodeError, Encoding};
+pub use fixed::{FixedCodec, FixedError, FixedRate, UnsupportedFixed};
 pub use header::{Extent, ExtentError, HeaderError, IdentityError, ObjectHeader};
 pub use layer::{DecodeError, EncodedLayer, LayerCodec, UnsupportedLayout};
 pub use lossless::{LosslessError, decode_lossless, encode_lossless};
