@@ -193,8 +193,12 @@ impl ChunkDecoder {
         let rotation = rotation.map(|of| of.angles(layout.tokens()));
         match level {
             Level::RAW | Level::LOSSLESS => (),
-            level if level.is_nested() => drop(LayerCodec::new(layout, rotation.as_ref())?),
-            level => drop(FixedCodec::new(layout, rate_of(level))?),
+            level if level.is_nested() => {
+                LayerCodec::new(layout, rotation.as_ref())?;
+            }
+            level => {
+                FixedCodec::new(layout, rate_of(level))?;
+            }
         }
         Ok(Self {
             layout,
@@ -270,5 +274,7 @@ fn lossless(layout: &KvLayout, layers: &[Bytes]) -> Vec<Vec<Vec<u8>>> {
     encoded.collect()
 }
 
+/// Far from where a ninth of it, or its reciprocal, is no number any more.
+const SMALLEST_STEP: f32 = 1e-30;
 /// Of keys and of values.
 const DEFAULT_STEPS: [f32; 2] = [3.0, 3.0];
