@@ -165,10 +165,10 @@ impl Encoding {
                 let [deviation, factor] = [deviations, last].map(|of| of.get(plane).copied());
                 let step = deviation.unwrap_or(1.0) * factor.unwrap_or(1.0);
                 // Of a plane that is all the same, or full of what is no number.
-                if step.is_normal() {
-                    step
+                if step.is_finite() {
+                    step.max(SMALLEST_STEP)
                 } else {
-                    f32::MIN_POSITIVE
+                    SMALLEST_STEP
                 }
             };
             let mut parts = Vec::from(codec.encode(layer, [step(0), step(1)]).parts);
