@@ -103,6 +103,27 @@ impl Encoding {
         }
     }
 
+    /// Whether chunks of `layout` can be encoded like this.
+    ///
+    /// # Errors
+    /// What is wrong: the level cannot be of the layout, or steps are none.
+    pub fn check(&self, layout: &KvLayout) -> Result<(), EncodeError> {
+        match self.level {
+            Level::RAW | Level::LOSSLESS => (),
+            level if level.is_nested() => {
+                LayerCodec::new(*layout, None)?;
+                let steps = |step: &[f32; 2]| step.iter().all(|it| it.is_normal() && *it > 0.0);
+                if self.steps.is_empty() || !self.steps.iter().all(steps) {
+                    return Err(EncodeError::Steps);
+                }
+            }
+            level => {
+                FixedCodec::new(*layout, rate_of(level))?;
+            }
+        }
+        Ok(())
+    }
+
     /// Encodes a chunk: `layers` are raw, in order. A chunk of which a layer would take more
     /// bytes than it has is left exact instead: lossless where that is smaller, else raw.
     ///
@@ -120,6 +141,7 @@ impl Encoding {
         if raw || layers.len() != usize::from(layout.layers()) {
             return Ok(Object::raw(key, layout, layers)?);
         }
+        self.check(layout)?;
         let parts: Vec<Vec<Vec<u8>>> = match self.level {
             Level::LOSSLESS => lossless(layout, &layers),
             level if level.is_nested() => self.nested(layout, prelude, &layers)?,
@@ -149,10 +171,6 @@ impl Encoding {
         prelude: &Prelude,
         layers: &[Bytes],
     ) -> Result<Vec<Vec<Vec<u8>>>, EncodeError> {
-        let steps = |step: &[f32; 2]| step.iter().all(|step| step.is_normal() && *step > 0.0);
-        if self.steps.is_empty() || !self.steps.iter().all(steps) {
-            return Err(EncodeError::Steps);
-        }
         let tokens = layout.tokens();
         let rotation = prelude.rotation.as_ref().map(|of| of.angles(tokens));
         let codec = LayerCodec::new(*layout, rotation.as_ref())?;

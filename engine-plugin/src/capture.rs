@@ -4,12 +4,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
-use kvasir_client::{Chunk, Client, PutOptions};
-use kvasir_types::{ChunkKey, Hints, Level, Namespace};
+use kvasir_client::{Client, PutOptions};
+use kvasir_types::{ChunkKey, Hints};
 use tokio::sync::mpsc;
 use tracing::warn;
 
 use crate::PluginConfig;
+use crate::coding::Coder;
 
 /// Gauge: chunks that wait to be stored.
 const WAITING: &str = "kvasir_plugin_chunks_waiting";
@@ -19,6 +20,8 @@ const WAITING: &str = "kvasir_plugin_chunks_waiting";
 pub struct ChunkCopy {
     /// Its key.
     pub key: ChunkKey,
+    /// Position of its first token.
+    pub start: u64,
     /// Its layers, in order, each in the canonical order of the namespace's layout.
     pub layers: Vec<Bytes>,
     /// What it is worth. With the key of the chunk before it as its parent, the cache
@@ -70,7 +73,7 @@ impl CaptureQueue {
     pub(crate) fn start(
         runtime: &tokio::runtime::Handle,
         client: Client,
-        namespace: Namespace,
+        coder: Arc<Coder>,
         config: &PluginConfig,
     ) -> Self {
         let (sender, mut chunks) = mpsc::unbounded_channel::<ChunkCopy>();
@@ -87,12 +90,7 @@ impl CaptureQueue {
                     durability,
                     hints: chunk.hints,
                 };
-                let chunk = Chunk {
-                    key,
-                    layout: *namespace.layout(),
-                    level: Level::RAW,
-                    extents: chunk.layers,
-                };
+                let chunk = coder.encode(chunk).await;
                 let put = client.put_with(&chunk, options);
                 let counter = match tokio::time::timeout(timeout, put).await {
                     Ok(Ok(_)) => &shared.stored,

@@ -4,12 +4,16 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use kvasir_client::{CallError, Client, GetEvent, GetOptions};
-use kvasir_types::LayerIdx;
+use futures::StreamExt as _;
+use futures::future::Either;
+use futures::stream::FuturesOrdered;
+use kvasir_client::{CallError, Client, GetEvent, GetOptions, LayerStream};
+use kvasir_types::{LayerIdx, Level};
 use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
 use tracing::{debug, warn};
 
+use crate::coding::Decoding;
 use crate::{Decision, EngineBackend, FetchObservation, Happened, LoadPolicy, Prompt, Shared};
 
 /// A prefix on its way into the engine's pages.
@@ -36,6 +40,8 @@ pub struct Prefetch {
     landed: Vec<u16>,
     /// Chunks that are still expected to become whole; shrinks, never grows.
     target: usize,
+    /// The level that each planned chunk comes at.
+    levels: Vec<Level>,
     present: usize,
     bytes: u64,
 }
@@ -56,10 +62,15 @@ enum Arrival {
         load: usize,
         budget: Duration,
     },
+    /// The level that each of the leading chunks comes at.
+    Levels(Vec<Level>),
     Layer {
         chunk: usize,
         layer: LayerIdx,
+        /// Raw.
         data: Bytes,
+        /// Bytes that came for it.
+        received: u64,
     },
     /// This chunk and all later ones will not come.
     Lost { chunk: usize },
@@ -131,6 +142,7 @@ pub(crate) fn start(shared: &Arc<Shared>, prompt: &Prompt) -> Prefetch {
         stage: if skip { Stage::Done } else { Stage::Deciding },
         landed: Vec::new(),
         target: 0,
+        levels: Vec::new(),
         present: 0,
         bytes: 0,
     }
@@ -148,9 +160,24 @@ impl Prefetch {
         self.target
     }
 
-    /// Payload bytes landed so far.
+    /// Payload bytes that came for the layers landed so far, as they were sent.
     pub fn bytes(&self) -> u64 {
         self.bytes
+    }
+
+    /// The level that each of the [target](Self::target) chunks comes at, as far as that is
+    /// known.
+    pub fn levels(&self) -> &[Level] {
+        self.levels.get(..self.target).unwrap_or(&self.levels)
+    }
+
+    /// Whether what is computed over these chunks may be stored. Not where they came
+    /// coarser than chunks are stored.
+    pub fn may_capture(&self) -> bool {
+        let coder = &self.shared.coder;
+        self.levels()
+            .iter()
+            .all(|level| coder.may_store_over(*level))
     }
 
     /// Lands what has arrived, without waiting.
@@ -277,7 +304,13 @@ impl Prefetch {
                 self.patience = budget;
                 self.stage = Stage::Loading;
             }
-            Arrival::Layer { chunk, layer, data } => {
+            Arrival::Levels(levels) => self.levels = levels,
+            Arrival::Layer {
+                chunk,
+                layer,
+                data,
+                received,
+            } => {
                 // Chunks beyond a loss may still be in the channel.
                 if chunk >= self.target {
                     return;
@@ -285,7 +318,7 @@ impl Prefetch {
                 match backend.write_layer(pages, chunk, layer, &data) {
                     Ok(()) => {
                         self.landed[chunk] = layer.0 + 1;
-                        self.bytes += data.len() as u64;
+                        self.bytes += received;
                     }
                     Err(error) => {
                         warn!(%error, chunk, %layer, "a fetched layer does not fit the pages");
@@ -390,11 +423,9 @@ impl Fetch {
             .await?;
         let present = lookup.prefix_chunks;
         let available = present.min(Client::MAX_GET_KEYS);
-        let bytes = lookup.found[..available]
-            .iter()
-            .flatten()
-            .map(|found| found.bytes)
-            .sum();
+        let found = lookup.found[..available].iter().flatten();
+        let stored = found.map(|found| found.bytes).sum();
+        let bytes = shared.coder.expected_bytes(stored);
         let tokens = self.prompt.resume_at(available);
         let decision = match shared.config.load {
             LoadPolicy::WhenFaster => shared.cost().decide(tokens, bytes, Instant::now()),
@@ -421,64 +452,129 @@ impl Fetch {
             return Ok(End::Abandoned);
         }
         shared.stats.note(Happened::Load);
+        let finest = shared.coder.config().fetch;
         let options = GetOptions {
             deadline: Some(Instant::now() + shared.config.fetch_timeout),
+            levels: finest.into_iter().collect(),
             ..GetOptions::default()
         };
-        let mut stream = shared.client.get(&keys[..load], options).await?;
+        let stream = shared.client.get(&keys[..load], options).await?;
         let fitting = stream
             .chunks()
             .iter()
             .take_while(|chunk| chunk.layout == *shared.namespace.layout())
             .count();
+        let level = |stored: Level| finest.map_or(stored, |finest| stored.at_most(finest));
+        let levels = stream.chunks()[..fitting]
+            .iter()
+            .map(|chunk| level(chunk.level));
+        if !self.hand_over(Arrival::Levels(levels.collect())).await {
+            return Ok(End::Abandoned);
+        }
         if fitting < load {
             debug!(fitting, load, "fewer fitting chunks than looked up");
             if !self.hand_over(Arrival::Lost { chunk: fitting }).await {
                 return Ok(End::Abandoned);
             }
         }
-        let mut first = None;
-        let mut after_first = 0u64;
-        let mut busy = Duration::ZERO;
-        while let Some(event) = stream.next().await? {
-            let arrival = match event {
-                GetEvent::Prelude { .. } => continue,
-                GetEvent::Layer {
-                    chunk,
-                    layer,
-                    mut parts,
-                } => {
-                    let data = parts.pop().unwrap_or_default();
-                    if first.is_none() {
-                        first = Some(Instant::now());
-                    } else {
-                        after_first += data.len() as u64;
-                    }
-                    Arrival::Layer { chunk, layer, data }
-                }
-                GetEvent::Lost { chunk, reason } => {
-                    warn!(
-                        chunk,
-                        ?reason,
-                        "a cached chunk was lost; computing it instead"
-                    );
-                    Arrival::Lost { chunk }
-                }
-            };
-            let handed = Instant::now();
-            if !self.hand_over(arrival).await {
-                return Ok(End::Abandoned);
-            }
-            busy += handed.elapsed();
+        let mut received = Received::default();
+        if !self.receive(stream, &mut received).await? {
+            return Ok(End::Abandoned);
         }
-        if let Some(first) = first {
+        shared.coder.note_received(received.bytes, stored);
+        if let Some(first) = received.first {
             let observation = FetchObservation {
                 latency: first - begun,
-                bytes: after_first,
-                elapsed: first.elapsed().saturating_sub(busy),
+                bytes: received.after_first,
+                elapsed: first.elapsed().saturating_sub(received.busy),
             };
             shared.cost().observe_fetch(observation, Instant::now());
         }
         Ok(End::Completed)
+    }
+
+    /// Decodes layers while further ones arrive, and hands them over in order. False when
+    /// nobody waits any more.
+    async fn receive(
+        &self,
+        mut stream: LayerStream,
+        received: &mut Received,
+    ) -> Result<bool, CallError> {
+        let coder = &self.shared.coder;
+        let stored = stream.chunks().iter().map(|chunk| chunk.level);
+        let raw = |level| Arc::new(Decoding::new(level, Bytes::new()));
+        let mut decodings: Vec<Arc<Decoding>> = stored.map(raw).collect();
+        let decode = async |decoding, chunk, layer, parts: Vec<Bytes>| {
+            let bytes = parts.iter().map(|part| part.len() as u64).sum();
+            let failed = match coder.decode(decoding, parts).await {
+                Some(Ok(data)) => {
+                    return Arrival::Layer {
+                        chunk,
+                        layer,
+                        data,
+                        received: bytes,
+                    };
+                }
+                Some(Err(error)) => error.to_string(),
+                None => "the runtime is shutting down".to_owned(),
+            };
+            warn!(chunk, %layer, error = failed, "a cached chunk cannot be decoded; computing it");
+            Arrival::Lost { chunk }
+        };
+        let most = 2 * coder.config().threads.max(1);
+        let mut decodes = FuturesOrdered::new();
+        let mut ended = false;
+        loop {
+            let arrival = tokio::select! {
+                biased;
+                Some(arrival) = decodes.next(), if !decodes.is_empty() => arrival,
+                event = stream.next(), if !ended && decodes.len() < most => {
+                    match event? {
+                        None => ended = true,
+                        Some(GetEvent::Prelude { chunk, data }) => {
+                            let level = stream.chunks()[chunk].level;
+                            decodings[chunk] = Arc::new(Decoding::new(level, data));
+                        }
+                        Some(GetEvent::Layer { chunk, layer, parts }) => {
+                            received.note(parts.iter().map(Bytes::len).sum());
+                            let decoding = Arc::clone(&decodings[chunk]);
+                            decodes.push_back(Either::Left(decode(decoding, chunk, layer, parts)));
+                        }
+                        Some(GetEvent::Lost { chunk, reason }) => {
+                            warn!(chunk, ?reason, "a cached chunk was lost; computing it instead");
+                            let lost = std::future::ready(Arrival::Lost { chunk });
+                            decodes.push_back(Either::Right(lost));
+                        }
+                    }
+                    continue;
+                }
+                else => return Ok(true),
+            };
+            let handed = Instant::now();
+            if !self.hand_over(arrival).await {
+                return Ok(false);
+            }
+            received.busy += handed.elapsed();
+        }
+    }
+}
+
+/// What came of a stream, for the cost model.
+#[derive(Debug, Default)]
+struct Received {
+    bytes: u64,
+    first: Option<Instant>,
+    after_first: u64,
+    /// Time in which the engine was busy.
+    busy: Duration,
+}
+
+impl Received {
+    fn note(&mut self, bytes: usize) {
+        self.bytes += bytes as u64;
+        match self.first {
+            None => self.first = Some(Instant::now()),
+            Some(_) => self.after_first += bytes as u64,
+        }
     }
 }

@@ -5,11 +5,11 @@
 //! bytes and its pages, and measured prefill times. It gets back, for each prompt:
 //!
 //! ```text
-//! prefetch   lookup ─ decide (cost model) ─ get ─▶ layers, in order      [async task]
+//! prefetch   lookup ─ decide (cost model) ─ get, decode ─▶ layers         [async task]
 //!                                                     │ bounded channel
 //! engine     admit ─ land layer l into pages ─ attention of layer l       [engine thread]
 //!                                                     │ after the first token
-//! capture    copy new chunks out of pages ─▶ bounded queue ─ put          [async task]
+//! capture    copy new chunks out of pages ─▶ bounded queue ─ encode, put  [async task]
 //! ```
 //!
 //! Promises to the request in front of us:
@@ -18,6 +18,8 @@
 //!   as cached only when every layer of every one of its chunks has landed.
 //! * **Never slower.** Fetching starts only if [`CostModel`] expects it to beat
 //!   computing, and ends at a deadline that is at most the time computing would take.
+//! * **Never worse than it says.** What was computed over chunks that came coarser than
+//!   chunks are stored ([`CodecConfig`]) is not stored: [`Prefetch::may_capture`].
 //! * **Never failing.** A miss, an error, a late or broken daemon all become
 //!   "compute that part". After a failure the daemon is left alone for a while
 //!   ([`PluginConfig::cooldown`]), so that an outage costs one deadline, not one per
@@ -34,6 +36,7 @@
 mod backend;
 mod breaker;
 mod capture;
+mod coding;
 mod cost;
 mod fetch;
 mod prompt;
@@ -46,15 +49,18 @@ use kvasir_client::{Client, ClientConfig};
 use kvasir_types::{ByteSize, Durability, Namespace};
 
 pub use kvasir_client::ParseEndpointError;
+pub use kvasir_codec::{EncodeError, Encoding, KeyRotation, Pairing};
 
 pub use backend::{BackendError, EngineBackend};
 pub use capture::{CaptureOutcome, CaptureStats, ChunkCopy};
+pub use coding::CodecConfig;
 pub use cost::{CostModel, Decision, FetchObservation};
 pub use fetch::{FetchOutcome, LayerWait, Prefetch};
 pub use prompt::Prompt;
 
 use breaker::Breaker;
 use capture::CaptureQueue;
+use coding::Coder;
 
 /// When a cached prefix is loaded.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -92,6 +98,8 @@ pub struct PluginConfig {
     /// How long the daemon is left alone after it failed; doubles with each failure
     /// up to 32 times this. Default: 1 s.
     pub cooldown: Duration,
+    /// In which form chunks are stored and fetched. Default: raw.
+    pub codec: CodecConfig,
 }
 
 impl Default for PluginConfig {
@@ -105,6 +113,7 @@ impl Default for PluginConfig {
             durability: Durability::default(),
             store_timeout: Duration::from_secs(10),
             cooldown: Duration::from_secs(1),
+            codec: CodecConfig::default(),
         }
     }
 }
@@ -124,6 +133,7 @@ pub(crate) struct Shared {
     cost: Mutex<CostModel>,
     breaker: Mutex<Breaker>,
     capture: CaptureQueue,
+    coder: Arc<Coder>,
     stats: FetchCounters,
 }
 
@@ -183,7 +193,8 @@ impl CachePlugin {
         namespace: Namespace,
         config: PluginConfig,
     ) -> Self {
-        let capture = CaptureQueue::start(&runtime, client.clone(), namespace, &config);
+        let coder = Arc::new(Coder::new(config.codec.clone(), *namespace.layout()));
+        let queue = CaptureQueue::start(&runtime, client.clone(), Arc::clone(&coder), &config);
         Self {
             shared: Arc::new(Shared {
                 client,
@@ -191,7 +202,8 @@ impl CachePlugin {
                 namespace,
                 cost: Mutex::new(CostModel::default()),
                 breaker: Mutex::new(Breaker::new(config.cooldown)),
-                capture,
+                capture: queue,
+                coder,
                 stats: FetchCounters::default(),
                 config,
             }),

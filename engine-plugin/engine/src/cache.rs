@@ -1,6 +1,6 @@
 //! The engine's pages as the cache plugin sees them, and what its KV is.
 
-use kvasir_plugin::{BackendError, EngineBackend};
+use kvasir_plugin::{BackendError, EngineBackend, KeyRotation, Pairing};
 use kvasir_types::{DType, KvLayout, LayerIdx, LayoutError, ModelIdentity, Namespace, Planes};
 
 use crate::config::ModelConfig;
@@ -51,6 +51,17 @@ pub fn namespace(
         rope: model.config().rope.canonical(),
     };
     Namespace::new(&identity, None, layout, tokenizer, tenant_salt)
+}
+
+/// How this model turns its keys.
+pub fn rotation(config: &ModelConfig) -> KeyRotation {
+    let frequencies = config.rope.frequencies(config.head_dim);
+    KeyRotation {
+        pairing: Pairing::Halves,
+        factor: frequencies.attention_factor,
+        start: 0,
+        frequencies: frequencies.radians,
+    }
 }
 
 /// A [`KvPool`] that exchanges chunks of a fixed layout.

@@ -23,7 +23,8 @@
 //! ```
 //!
 //! Responses hold `kvasir` beside `usage`: `cached_tokens`, `fetched_bytes`,
-//! `ttft_ms` (of the slowest prompt) and, if asked for, `logits_digests`, the
+//! `cached_level` (the coarsest codec level that they came at, or null), `ttft_ms` (of
+//! the slowest prompt) and, if asked for, `logits_digests`, the
 //! BLAKE3 of the logits of every generated token in hexadecimal. A stream
 //! carries both objects in its last chunk when `stream_options.include_usage`
 //! is set.

@@ -17,8 +17,8 @@ use kvasir_engine::http::{self, Defaults, Front, Limits, Preparation};
 use kvasir_engine::scheduler::{Engine, EngineConfig};
 use kvasir_engine::tokenizer::Tokenizer;
 use kvasir_engine::{BLOCK_TOKENS, KvDtype, Model, metrics};
-use kvasir_plugin::{CachePlugin, PluginConfig};
-use kvasir_types::ByteSize;
+use kvasir_plugin::{CachePlugin, CodecConfig, Encoding, PluginConfig};
+use kvasir_types::{ByteSize, Level};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::oneshot;
@@ -61,6 +61,13 @@ struct ServeArgs {
     /// Keeps this engine's chunks apart from those of engines with another salt.
     #[arg(long, default_value = "", hide_default_value = true)]
     tenant_salt: String,
+    /// Level at which chunks are stored: raw and lossless are exact; l2, l1 and l0 take
+    /// ever fewer bytes, and hold all coarser ones.
+    #[arg(long, default_value_t = Level::RAW)]
+    cache_level: Level,
+    /// The finest of the levels l0 to l2 that is fetched. Default: as stored.
+    #[arg(long)]
+    fetch_level: Option<Level>,
     /// Memory for KV pages. Default: enough for eight sequences of the model's full
     /// context, at most 1 GiB.
     #[arg(long)]
@@ -138,7 +145,19 @@ async fn serve(args: ServeArgs) -> anyhow::Result<()> {
         let salt = args.tenant_salt.as_bytes();
         let namespace = cache::namespace(&model, layout, &tokenizer.digest(), salt);
         let runtime = tokio::runtime::Handle::current();
-        let config = PluginConfig::default();
+        let codec = CodecConfig {
+            encoding: Encoding::at(args.cache_level),
+            fetch: args.fetch_level,
+            rotation: Some(cache::rotation(model.config())),
+            ..CodecConfig::default()
+        };
+        codec
+            .check(&layout)
+            .with_context(|| format!("--cache-level {} is not for this model", args.cache_level))?;
+        let config = PluginConfig {
+            codec,
+            ..PluginConfig::default()
+        };
         Some(CachePlugin::connect(
             &args.kvasir,
             runtime,

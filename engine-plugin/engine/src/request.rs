@@ -5,6 +5,8 @@
 
 use std::time::Duration;
 
+use kvasir_types::Level;
+
 use crate::sampling::SamplingParams;
 
 /// One sequence to continue.
@@ -75,8 +77,10 @@ pub struct Usage {
     pub completion_tokens: usize,
     /// Prompt tokens whose KV came from the cache instead of prefill.
     pub cached_tokens: usize,
-    /// Payload bytes fetched from the cache.
+    /// Payload bytes fetched from the cache, as they were sent.
     pub fetched_bytes: u64,
+    /// The coarsest level among the chunks that these tokens came in, if any.
+    pub cached_level: Option<Level>,
     /// From admission to the queue until the first token was chosen.
     pub ttft: Duration,
 }

@@ -31,7 +31,8 @@ async fn completion_is_openais() {
         "prompt_tokens": prompt.len(), "completion_tokens": generated,
         "total_tokens": prompt.len() + generated, "prompt_tokens_details": {"cached_tokens": 3}});
     assert_eq!(answer["usage"], usage);
-    let kvasir = json!({"cached_tokens": 3, "fetched_bytes": 1000, "ttft_ms": 250.0});
+    let kvasir =
+        json!({"cached_tokens": 3, "fetched_bytes": 1000, "cached_level": "l1", "ttft_ms": 250.0});
     assert_eq!(answer["kvasir"], kvasir);
 
     let request = server.requests().remove(0);

@@ -69,6 +69,21 @@ impl Level {
         self.0 <= Self::LOSSLESS.0
     }
 
+    /// The coarsest of some levels, by the errors that are expected of them.
+    pub fn coarsest(levels: impl IntoIterator<Item = Self>) -> Option<Self> {
+        let order = [
+            Self::L0,
+            Self::INT4,
+            Self::L1,
+            Self::L2,
+            Self::INT8,
+            Self::LOSSLESS,
+            Self::RAW,
+        ];
+        let place = |level: &Self| order.iter().position(|other| other == level);
+        levels.into_iter().min_by_key(place)
+    }
+
     /// Whether this is one of [`L0`](Self::L0) to [`L2`](Self::L2).
     pub const fn is_nested(self) -> bool {
         self.0 >= Self::L0.0
@@ -193,6 +208,15 @@ mod tests {
         assert_eq!(Level::L2.at_most(Level::L0), Level::L0);
         assert_eq!(Level::L0.at_most(Level::L2), Level::L0);
         assert_eq!(Level::RAW.at_most(Level::L0), Level::RAW);
+    }
+
+    #[test]
+    fn exact_levels_are_the_finest() {
+        assert_eq!(Level::coarsest(Level::ALL), Some(Level::L0));
+        let exact = [Level::RAW, Level::LOSSLESS];
+        assert_eq!(Level::coarsest(exact), Some(Level::LOSSLESS));
+        assert_eq!(Level::coarsest([Level::RAW, Level::L2]), Some(Level::L2));
+        assert_eq!(Level::coarsest([]), None);
     }
 
     #[test]

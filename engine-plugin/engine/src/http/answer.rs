@@ -15,6 +15,7 @@ use axum::extract::rejection::BytesRejection;
 use axum::response::sse::{self, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use futures::stream::{self, SelectAll, Stream, StreamExt};
+use kvasir_types::Level;
 use serde_json::{Map, Value, json};
 
 use super::Front;
@@ -199,9 +200,11 @@ impl Tally {
     fn kvasir(&self) -> Value {
         let fetched: u64 = self.ended.iter().map(|cost| cost.fetched_bytes).sum();
         let ttft = self.ended.iter().map(|cost| cost.ttft).max();
+        let level = Level::coarsest(self.ended.iter().filter_map(|cost| cost.cached_level));
         let mut kvasir = json!({
             "cached_tokens": self.cached_tokens(),
             "fetched_bytes": fetched,
+            "cached_level": level.map(|level| level.to_string()),
             "ttft_ms": ttft.as_ref().map(Duration::as_secs_f64).map(|s| s * 1e3),
         });
         if let Some(digests) = &self.digests {

@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use ::metrics::{counter, histogram};
+use kvasir_types::Level;
 use tokio::sync::mpsc;
 
 use super::Front;
@@ -36,6 +37,7 @@ pub(super) struct Cost {
     pub(super) completion_tokens: usize,
     pub(super) cached_tokens: usize,
     pub(super) fetched_bytes: u64,
+    pub(super) cached_level: Option<Level>,
     /// The scheduler's, or else the front's own measurement.
     pub(super) ttft: Duration,
 }
@@ -187,6 +189,7 @@ impl Generation {
             completion_tokens: usage.completion_tokens,
             cached_tokens: usage.cached_tokens,
             fetched_bytes: usage.fetched_bytes,
+            cached_level: usage.cached_level,
             ttft: usage.ttft,
         };
     }

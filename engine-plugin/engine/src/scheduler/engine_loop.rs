@@ -476,7 +476,12 @@ impl EngineLoop {
                     parent: chunk.checked_sub(1).map(|before| keys[before]),
                     ..Hints::default()
                 };
-                let copy = ChunkCopy { key, layers, hints };
+                let copy = ChunkCopy {
+                    key,
+                    start: (chunk * prompt.chunk_tokens()) as u64,
+                    layers,
+                    hints,
+                };
                 if plugin.capture(copy) == CaptureOutcome::Dropped {
                     tracing::debug!(%key, "a chunk was not captured: too many wait");
                 }

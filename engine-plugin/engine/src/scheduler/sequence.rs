@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use kvasir_plugin::{FetchOutcome, Prefetch, Prompt};
+use kvasir_types::Level;
 use tokio::sync::mpsc;
 
 use crate::kv::BlockId;
@@ -118,8 +119,12 @@ impl Sequence {
         self.position = prompt.resume_at(chunks);
         self.usage.cached_tokens = self.position;
         self.usage.fetched_bytes = prefetch.bytes();
+        self.usage.cached_level = Level::coarsest(prefetch.levels().iter().copied());
         // What the cache holds need not be stored again.
         self.capture.start = prefetch.present().max(chunks).min(self.capture.end);
+        if !prefetch.may_capture() {
+            self.capture.end = self.capture.start;
+        }
         self.phase = Phase::Prefill;
     }
 
@@ -131,6 +136,7 @@ impl Sequence {
             Err(_) if self.usage.cached_tokens > 0 && self.usage.completion_tokens == 0 => {
                 tracing::warn!("logits over fetched KV are not finite; computing everything");
                 self.usage.cached_tokens = 0;
+                self.usage.cached_level = None;
                 self.capture = 0..0;
                 self.position = 0;
                 self.phase = Phase::Prefill;

@@ -10,6 +10,7 @@ use kvasir_engine::http::{Defaults, Front, Limits, Preparation, serve};
 use kvasir_engine::metrics;
 use kvasir_engine::request::{Event, FinishReason, GenerateRequest, RequestError, Usage};
 use kvasir_engine::tokenizer::Tokenizer;
+use kvasir_types::Level;
 use metrics_exporter_prometheus::PrometheusHandle;
 use reqwest::{Response, StatusCode};
 use serde_json::Value;
@@ -250,6 +251,7 @@ impl Engine {
             completion_tokens: ids.len(),
             cached_tokens: 3,
             fetched_bytes: 1000,
+            cached_level: Some(Level::L1),
             ttft: Duration::from_millis(250),
         };
         events.send(Event::Finished { reason, usage }).await

@@ -1,0 +1,204 @@
+//! Encoding captured chunks and decoding fetched layers, on a bounded number of threads.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use bytes::Bytes;
+use kvasir_client::Chunk;
+use kvasir_codec::{ChunkDecoder, ChunkError, EncodeError, Encoding, KeyRotation, Prelude};
+use kvasir_types::{KvLayout, Level};
+use tokio::sync::Semaphore;
+use tracing::warn;
+
+use crate::ChunkCopy;
+
+/// In which form chunks are stored and fetched.
+#[derive(Clone, Debug)]
+pub struct CodecConfig {
+    /// How captured chunks are encoded. Default: not at all, [`Level::RAW`].
+    pub encoding: Encoding,
+    /// The finest level that is fetched of chunks which are stored at a nested level.
+    /// Default: as stored.
+    pub fetch: Option<Level>,
+    /// How the engine turns keys, for nested levels: without RoPE they take fewer bits. Its
+    /// `start` counts for nothing. Default: not at all.
+    pub rotation: Option<KeyRotation>,
+    /// Tokens at the start of a prompt that stay exact at nested levels: much attention
+    /// goes to them (Xiao et al., arXiv 2309.17453), and none of the levels would do them
+    /// justice. Default: 4.
+    pub exact_tokens: u32,
+    /// Most threads that encode or decode at once. Default: one per core.
+    pub threads: usize,
+}
+
+impl Default for CodecConfig {
+    fn default() -> Self {
+        Self {
+            encoding: Encoding::at(Level::RAW),
+            fetch: None,
+            rotation: None,
+            exact_tokens: 4,
+            threads: std::thread::available_parallelism().map_or(1, usize::from),
+        }
+    }
+}
+
+impl CodecConfig {
+    /// Whether chunks of `layout` can be encoded like this.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn check(&self, layout: &KvLayout) -> Result<(), EncodeError> {
+        self.encoding.check(layout)
+    }
+}
+
+/// Encodes and decodes.
+#[derive(Debug)]
+pub(crate) struct Coder {
+    config: CodecConfig,
+    layout: KvLayout,
+    threads: Semaphore,
+    /// What came of what was stored, in thousandths: less than all where chunks are fetched
+    /// coarser than they are stored.
+    share: AtomicU32,
+}
+
+/// How a chunk under way is decoded; found out when it is first needed.
+#[derive(Debug)]
+pub(crate) struct Decoding {
+    level: Level,
+    prelude: Bytes,
+    decoder: OnceLock<Result<ChunkDecoder, ChunkError>>,
+}
+
+impl Decoding {
+    pub(crate) fn new(level: Level, prelude: Bytes) -> Self {
+        Self {
+            level,
+            prelude,
+            decoder: OnceLock::new(),
+        }
+    }
+}
+
+impl Coder {
+    pub(crate) fn new(config: CodecConfig, layout: KvLayout) -> Self {
+        Self {
+            threads: Semaphore::new(config.threads.max(1)),
+            config,
+            layout,
+            share: AtomicU32::new(WHOLE),
+        }
+    }
+
+    pub(crate) fn config(&self) -> &CodecConfig {
+        &self.config
+    }
+
+    /// Bytes that are expected to come of chunks that take so many in the store.
+    pub(crate) fn expected_bytes(&self, stored: u64) -> u64 {
+        let share = u64::from(self.share.load(Ordering::Relaxed));
+        stored.saturating_mul(share) / u64::from(WHOLE)
+    }
+
+    /// So many came.
+    pub(crate) fn note_received(&self, received: u64, stored: u64) {
+        let share = received.saturating_mul(WHOLE.into()).checked_div(stored);
+        let share = share.map_or(WHOLE, |share| u32::try_from(share).unwrap_or(WHOLE));
+        self.share.store(share.min(WHOLE), Ordering::Relaxed);
+    }
+
+    /// Whether what was computed over chunks that came at `level` may be stored: it is no
+    /// better than they are, and nobody could tell.
+    pub(crate) fn may_store_over(&self, level: Level) -> bool {
+        let stored = self.config.encoding.level;
+        level.is_exact() || level.serves(stored)
+    }
+
+    /// A chunk in the form that it is stored in. One that cannot be encoded stays raw.
+    pub(crate) async fn encode(self: &Arc<Self>, copy: ChunkCopy) -> Chunk {
+        let raw = |copy: ChunkCopy, layout: KvLayout| Chunk {
+            key: copy.key,
+            layout,
+            level: Level::RAW,
+            extents: copy.layers,
+        };
+        if !self.config.encoding.level.is_encoded() {
+            return raw(copy, self.layout);
+        }
+        let coder = Arc::clone(self);
+        let job = {
+            let copy = copy.clone();
+            move || coder.encode_now(copy)
+        };
+        match self.run(job).await {
+            Some(Ok(chunk)) => chunk,
+            Some(Err(error)) => {
+                warn!(key = %copy.key, %error, "a chunk cannot be encoded; storing it raw");
+                raw(copy, self.layout)
+            }
+            None => raw(copy, self.layout),
+        }
+    }
+
+    fn encode_now(&self, copy: ChunkCopy) -> Result<Chunk, EncodeError> {
+        let config = &self.config;
+        let rotation = config.rotation.clone().map(|rotation| KeyRotation {
+            start: copy.start,
+            ..rotation
+        });
+        let exact = u64::from(config.exact_tokens).saturating_sub(copy.start);
+        let prelude = Prelude {
+            rotation,
+            exact_tokens: u32::try_from(exact).map_or(0, |it| it.min(self.layout.tokens())),
+            ..Prelude::default()
+        };
+        let object = config
+            .encoding
+            .encode(copy.key, &self.layout, &prelude, copy.layers)?;
+        let level = object.header().level();
+        let (header, extents) = object.into_parts();
+        Ok(Chunk {
+            key: *header.key(),
+            layout: self.layout,
+            level,
+            extents,
+        })
+    }
+
+    /// A raw layer from its parts. `None` where the runtime is shutting down.
+    pub(crate) async fn decode(
+        self: &Arc<Self>,
+        decoding: Arc<Decoding>,
+        parts: Vec<Bytes>,
+    ) -> Option<Result<Bytes, ChunkError>> {
+        let layer_bytes = self.layout.layer_bytes();
+        if !decoding.level.is_encoded()
+            && let [layer] = parts.as_slice()
+            && layer.len() == layer_bytes
+        {
+            return Some(Ok(layer.clone()));
+        }
+        let layout = self.layout;
+        self.run(move || {
+            let Decoding { level, prelude, .. } = &*decoding;
+            let decoder = || ChunkDecoder::new(layout, *level, prelude);
+            let decoder = decoding.decoder.get_or_init(decoder);
+            let mut raw = vec![0; layer_bytes];
+            match decoder {
+                Ok(decoder) => decoder.layer(&parts, &mut raw).map(|()| raw.into()),
+                Err(error) => Err(error.clone()),
+            }
+        })
+        .await
+    }
+
+    async fn run<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> Option<T> {
+        let _thread = self.threads.acquire().await.ok()?;
+        tokio::task::spawn_blocking(work).await.ok()
+    }
+}
+
+/// In thousandths.
+const WHOLE: u32 = 1000;
