@@ -15,6 +15,7 @@ use kvasir_types::{ChunkKey, Class, Hints};
 
 use crate::budget::Budget;
 use crate::events::{EventKind, EventLog};
+use crate::levels::LevelUsages;
 use crate::pins::{PinId, PinRefused, Pins};
 use crate::policy::{ChunkFacts, ClassLimits, Policy, PolicyKind, Prospect, Slot};
 use crate::tier::{Facts, TierKind, Usage};
@@ -55,6 +56,7 @@ pub(crate) struct Index<E> {
     policy: Policy,
     pins: Pins,
     events: EventLog,
+    levels: LevelUsages,
 }
 
 impl<E: Entry> Index<E> {
@@ -75,6 +77,7 @@ impl<E: Entry> Index<E> {
             policy: Policy::new(policy, capacity, now),
             pins: Pins::new(tier, pin_limit),
             events,
+            levels: LevelUsages::default(),
         }
     }
 
@@ -119,6 +122,7 @@ impl<E: Entry> Index<E> {
         let key = *entry.key();
         debug_assert!(!self.contains(&key), "callers check for presence first");
         let hints = &worth.hints;
+        self.levels.add(&entry.facts());
         let facts = ChunkFacts {
             key_hash: self.hasher.hash_one(key),
             bytes: entry.charged_bytes(),
@@ -254,6 +258,7 @@ impl<E: Entry> Index<E> {
         let (slot, _) = found.remove();
         let entry = self.entries.get_mut(slot as usize)?.take()?;
         self.free.push(slot);
+        self.levels.remove(&entry.facts());
         self.pins.forget(key);
         self.events.publish(EventKind::Removed, *key, self.tier);
         Some((slot, entry))
@@ -292,6 +297,7 @@ impl<E: Entry> Index<E> {
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         Usage {
             chunks: self.slots.len() as u64,
+            levels: self.levels,
             bytes: budget.used(),
             idle_bytes: 0,
             peak_bytes: budget.peak(),

@@ -62,6 +62,7 @@ mod events;
 mod index;
 mod lease;
 mod leases;
+mod levels;
 mod memory;
 #[cfg(all(test, kvasir_loom))]
 mod models;
@@ -81,6 +82,7 @@ pub use environment::Environment;
 pub use events::{Event, EventKind, EventLog, Snapshot};
 pub use lease::Lease;
 pub use leases::{HoldRefused, LeaseId, LeaseSession};
+pub use levels::{LevelUsage, LevelUsages};
 pub use memory::MemoryTier;
 pub use payload::{Payload, PayloadShape, Received};
 pub use pins::{PinId, PinRefused};

@@ -10,6 +10,7 @@ use kvasir_codec::{ExtentError, Object, ObjectHeader};
 use kvasir_types::{ChunkKey, ExtentRange, KvLayout, LayoutDigest, Level};
 
 use crate::budget::Throttled;
+use crate::levels::LevelUsages;
 use crate::pins::{PinId, PinRefused};
 
 /// One storage level: [`MemoryTier`](crate::MemoryTier), [`DiskTier`](crate::DiskTier).
@@ -247,6 +248,8 @@ pub enum DeviceError {
 pub struct Usage {
     /// Chunks stored.
     pub chunks: u64,
+    /// The same, by level.
+    pub levels: LevelUsages,
     /// Bytes charged: chunks, their index entries, and what readers and writers hold.
     pub bytes: u64,
     /// Of these, in buffers that wait for their next use.

@@ -153,6 +153,8 @@ pub enum Use {
     Write,
     /// Reads.
     Read,
+    /// Reads, and stores what it had to compute.
+    Both,
 }
 
 /// The namespace of the shipped model's KV.
@@ -162,7 +164,8 @@ pub fn namespace(model: &Model, tokenizer: &Tokenizer) -> Namespace {
     kvasir_engine::cache::namespace(model, layout, &tokenizer.digest(), b"")
 }
 
-/// A prompt of `tokens` tokens out of the shipped documents, different for each `seed`.
+/// A prompt of `tokens` tokens out of the shipped documents, from that of question `seed` on.
+/// Several questions in a row are of one document.
 pub fn prompt(tokens: usize, seed: usize) -> Vec<u32> {
     let text = std::fs::read_to_string(model_dir().join("questions.jsonl"))
         .expect("the shipped questions are there");
@@ -239,8 +242,8 @@ impl Rig {
                 max_tokens: 4,
                 sampling: SamplingParams::greedy(),
                 stop_tokens: Vec::new(),
-                read_cache: cache == Use::Read,
-                write_cache: cache == Use::Write,
+                read_cache: matches!(cache, Use::Read | Use::Both),
+                write_cache: matches!(cache, Use::Write | Use::Both),
                 logits_digest: true,
             })
             .ok()?;

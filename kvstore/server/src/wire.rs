@@ -1,7 +1,8 @@
 //! The store's values as messages.
 
 use kvasir_proto::{convert, v1};
-use kvasir_store::{Listed, TierKind, Usage};
+use kvasir_store::{LevelUsage, Listed, TierKind, Usage};
+use kvasir_types::Level;
 
 /// Unspecified for a tier that the protocol cannot name.
 pub(crate) const fn tier(kind: TierKind) -> v1::Tier {
@@ -34,5 +35,15 @@ pub(crate) fn usage(kind: TierKind, usage: &Usage) -> v1::TierStats {
         evictions: usage.evictions,
         corrupt: usage.corrupt,
         throttled: usage.throttled,
+        levels: usage.levels.iter().map(level).collect(),
+    }
+}
+
+fn level((level, usage): (Level, LevelUsage)) -> v1::LevelStats {
+    v1::LevelStats {
+        level: level.code().into(),
+        chunks: usage.chunks,
+        bytes: usage.bytes,
+        raw_bytes: usage.raw_bytes,
     }
 }

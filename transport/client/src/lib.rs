@@ -93,5 +93,5 @@ pub use error::{CallError, ConnectError, ProtocolError};
 pub use get::{ChunkInfo, GetEvent, GetOptions, LayerStream, LostReason};
 pub use hold::{Held, Hold, LeaseId};
 pub use list::{ListOptions, ListedChunk, Listing};
-pub use stats::{Stats, Tier, TierStats};
+pub use stats::{LevelStats, Stats, Tier, TierStats};
 pub use watch::{Watch, WatchEvent, WatchedChange};

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use kvasir_proto::v1;
+use kvasir_proto::{convert, v1};
 use serde::{Deserialize, Serialize};
 
 /// A storage medium of the daemon.
@@ -89,6 +89,21 @@ pub struct TierStats {
     pub corrupt: u64,
     /// Requests turned away because the budget was exhausted.
     pub throttled: u64,
+    /// Levels that anything is stored at.
+    pub levels: Vec<LevelStats>,
+}
+
+/// What a tier holds at one codec level.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LevelStats {
+    /// Name of the level.
+    pub level: String,
+    /// Chunks.
+    pub chunks: u64,
+    /// Bytes of their objects, headers included.
+    pub bytes: u64,
+    /// Bytes that they would have raw.
+    pub raw_bytes: u64,
 }
 
 impl Stats {
@@ -127,6 +142,8 @@ impl From<v1::StatsResponse> for Stats {
 fn tier_stats(wire: v1::TierStats) -> Option<TierStats> {
     Some(TierStats {
         tier: Tier::from_wire(wire.tier())?,
+        // As with tiers, levels that this version cannot name are left out.
+        levels: wire.levels.iter().filter_map(level_stats).collect(),
         chunks: wire.chunks,
         bytes: wire.bytes,
         capacity_bytes: wire.capacity_bytes,
@@ -136,5 +153,14 @@ fn tier_stats(wire: v1::TierStats) -> Option<TierStats> {
         evictions: wire.evictions,
         corrupt: wire.corrupt,
         throttled: wire.throttled,
+    })
+}
+
+fn level_stats(wire: &v1::LevelStats) -> Option<LevelStats> {
+    Some(LevelStats {
+        level: convert::level("level", wire.level).ok()?.to_string(),
+        chunks: wire.chunks,
+        bytes: wire.bytes,
+        raw_bytes: wire.raw_bytes,
     })
 }

@@ -92,6 +92,16 @@ pub(crate) fn percent(part: u64, whole: u64) -> String {
     format!("{share:.1}%")
 }
 
+/// `4.13x`, or `-` of nothing.
+pub(crate) fn times(whole: u64, part: u64) -> String {
+    if part == 0 {
+        return "-".into();
+    }
+    #[expect(clippy::cast_precision_loss, reason = "printed with two decimals")]
+    let times = whole as f64 / part as f64;
+    format!("{times:.2}x")
+}
+
 pub(crate) fn duration(milliseconds: u64) -> String {
     let seconds = milliseconds / 1000;
     let (days, hours, minutes) = (seconds / 86_400, seconds / 3600 % 24, seconds / 60 % 60);

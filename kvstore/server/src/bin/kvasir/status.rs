@@ -6,7 +6,7 @@ use kvasir_client::Stats;
 use serde::Serialize;
 
 use crate::context::Context;
-use crate::output::{duration, percent, size};
+use crate::output::{duration, percent, size, times};
 
 #[derive(Serialize)]
 struct Report<'a> {
@@ -59,7 +59,32 @@ fn print(out: &mut dyn Write, report: &Report<'_>) -> io::Result<()> {
         stats.pins
     )?;
     writeln!(out)?;
-    write!(out, "{}", tiers(stats))
+    write!(out, "{}", tiers(stats))?;
+    let mut levels = stats.tiers.iter().flat_map(|tier| {
+        let levels = tier.levels.iter();
+        levels.map(move |level| (tier.tier, level))
+    });
+    // Where all is raw, the table above says it.
+    if !levels.clone().any(|(_, level)| level.level != "raw") {
+        return Ok(());
+    }
+    writeln!(
+        out,
+        "\n{:<7} {:<9} {:>9} {:>10} {:>10} {:>8}",
+        "TIER", "LEVEL", "CHUNKS", "BYTES", "RAW", "SMALLER"
+    )?;
+    levels.try_for_each(|(tier, level)| {
+        writeln!(
+            out,
+            "{:<7} {:<9} {:>9} {:>10} {:>10} {:>8}",
+            tier,
+            level.level,
+            level.chunks,
+            size(level.bytes),
+            size(level.raw_bytes),
+            times(level.raw_bytes, level.bytes)
+        )
+    })
 }
 
 /// The table of tiers, which `top` prints too.
