@@ -11,6 +11,7 @@ mod corpus;
 mod daemon;
 mod faults;
 mod kvstats;
+mod link;
 mod lookup;
 mod page;
 mod prefill;
@@ -50,6 +51,8 @@ enum Suite {
     All,
     /// Time to first token: computed, fetched from host memory, fetched from disk.
     Ttft,
+    /// Time to first token over a slow link, by the level that KV is fetched at.
+    Link(link::Options),
     /// What a daemon that stalls in the middle of a fetch costs a request.
     Faults,
     /// Looking up 512 chunk keys in one call.
@@ -125,6 +128,7 @@ async fn run(suite: Suite, json: bool, quick: bool) -> anyhow::Result<()> {
         }
         Suite::Faults => faults::run(quick).await?.print(json),
         Suite::Ttft => ttft::run(quick).await?.print(json),
+        Suite::Link(options) => link::run(&options, quick).await?.print(json),
         Suite::Replay(options) => match options.generate {
             Some(requests) => replay::generate(requests, options.seed),
             None => replay::run(&options, quick).await?.print(json),

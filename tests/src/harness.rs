@@ -14,7 +14,7 @@ use kvasir_engine::scheduler::{Engine, EngineConfig, EngineHandle};
 use kvasir_engine::tokenizer::Tokenizer;
 use kvasir_plugin::{CachePlugin, PluginConfig};
 use kvasir_server::child::{ListeningChild, daemon_command};
-use kvasir_types::{ByteSize, Namespace};
+use kvasir_types::{ByteSize, DType, Namespace};
 use rustix::process::{Pid, Signal};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
@@ -215,7 +215,12 @@ impl Rig {
         let runtime = tokio::runtime::Handle::current();
         let plugin = CachePlugin::connect(endpoint, runtime, namespace, config)
             .expect("the endpoint is well formed");
-        let config = EngineConfig::for_tokens(kv_tokens);
+        let mut config = EngineConfig::for_tokens(kv_tokens);
+        config.kv_dtype = match plugin.namespace().layout().dtype() {
+            DType::Bf16 => KvDtype::Bf16,
+            DType::F16 => KvDtype::F16,
+            _ => KvDtype::F32,
+        };
         let engine =
             Engine::start(model, &config, Some(plugin.clone())).expect("the system grants threads");
         Self {

@@ -1,0 +1,224 @@
+//! `link`: time to first token over a slow link, by the level that KV is fetched at.
+//!
+//! The engine runs in this process and the daemon in its own. Between them is a proxy that
+//! lets so many bits a second pass, each way. Chunks are stored three times, in namespaces
+//! of their own: raw, lossless, and at level 2, which serves the coarser levels too.
+//!
+//! # Rows
+//! - `computed/N`: N tokens of context computed, in ms;
+//! - `LEVEL/N`: fetched, for `raw`, `lossless`, `l2`, `l1` and `l0`; `ratio` is computed ÷
+//!   fetched;
+//! - `LEVEL/N/bytes`: payload that came; `LEVEL/N/link`: the ms that the link takes for it,
+//!   with `ratio` = this ÷ fetched, which is 1.0 where nothing but the link takes time.
+//!
+//! Values have 16 bits. Policy is to fetch always. What is fetched exactly must give the
+//! logits that computing gave.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::ensure;
+use kvasir_engine::kv::KvDtype;
+use kvasir_engine::model::Model;
+use kvasir_plugin::{CodecConfig, Encoding, LoadPolicy, PluginConfig};
+use kvasir_tests::harness::{Rig, Use};
+use kvasir_types::{ByteSize, Level};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
+use tokio::net::{TcpListener, TcpStream};
+
+use crate::corpus::{self, Profile, Split, Vocabulary};
+use crate::daemon::Daemon;
+use crate::report::{Report, Row, median};
+
+/// What to measure.
+#[derive(Clone, Debug, clap::Args)]
+pub(crate) struct Options {
+    /// A model trained on the corpus, in the Hugging Face layout.
+    #[arg(long, default_value = "models/reader-9m")]
+    model: PathBuf,
+    /// Tokens of context, a multiple of 256.
+    #[arg(long, default_value_t = 3840)]
+    tokens: usize,
+    /// Millions of bits a second.
+    #[arg(long, default_value_t = 1000)]
+    mbps: u32,
+}
+
+pub(crate) async fn run(options: &Options, quick: bool) -> anyhow::Result<Report> {
+    ensure!(
+        options.tokens > 0 && options.tokens.is_multiple_of(CHUNK_TOKENS as usize),
+        "--tokens {} is not a multiple of {CHUNK_TOKENS}",
+        options.tokens
+    );
+    ensure!(options.mbps > 0, "a link has a speed");
+    let runs = if quick { 3 } else { 9 };
+    let mut report = Report::new("link");
+    report.set("model", options.model.to_string_lossy());
+    report.set("mbps", options.mbps);
+    let prompt = prompt(options.tokens)?;
+    let model = Arc::new(Model::load(&options.model)?);
+    let layout = kvasir_engine::cache::layout(model.config(), KvDtype::F16, CHUNK_TOKENS)?;
+    let data = tempfile::tempdir()?;
+    let daemon = Daemon::start(data.path(), ByteSize::gib(1), "127.0.0.1:0")?;
+    let client = daemon.client().await?;
+    let link = shaped(daemon.address().to_owned(), options.mbps).await?;
+    let rig = |stored: Level, fetched: Level, endpoint: &str| {
+        let salt = [stored.code()];
+        let namespace = kvasir_engine::cache::namespace(&model, layout, &[0; 32], &salt);
+        let config = PluginConfig {
+            load: LoadPolicy::Always,
+            lookup_timeout: Duration::from_secs(5),
+            codec: CodecConfig {
+                encoding: Encoding::at(stored),
+                fetch: Some(fetched),
+                rotation: Some(kvasir_engine::cache::rotation(model.config())),
+                ..CodecConfig::default()
+            },
+            ..PluginConfig::default()
+        };
+        Rig::start(
+            Arc::clone(&model),
+            namespace,
+            prompt.len() + 32,
+            endpoint,
+            config,
+        )
+    };
+    let mut computed = Vec::new();
+    let mut logits = None;
+    for stored in [Level::RAW, Level::LOSSLESS, Level::L2] {
+        let writer = rig(stored, stored, daemon.address());
+        for _ in 0..runs.min(3) {
+            let answer = writer.ask(&prompt, Use::Nothing).await;
+            computed.push(millis(answer.ttft()));
+            logits = Some(answer.logits);
+        }
+        writer.ask(&prompt, Use::Write).await;
+        writer.stored(&client, &prompt).await;
+    }
+    let computed = median(&mut computed);
+    let tokens = options.tokens;
+    report.push(Row::new(format!("computed/{tokens}"), computed, "ms"));
+    for (stored, fetched) in [
+        (Level::RAW, Level::RAW),
+        (Level::LOSSLESS, Level::LOSSLESS),
+        (Level::L2, Level::L2),
+        (Level::L2, Level::L1),
+        (Level::L2, Level::L0),
+    ] {
+        let reader = rig(stored, fetched, &link);
+        let mut times = Vec::new();
+        let mut bytes = 0;
+        // The first opens the connection.
+        for run in 0..=runs {
+            let answer = reader.ask(&prompt, Use::Read).await;
+            ensure!(
+                answer.usage.cached_tokens == tokens,
+                "{} of {tokens} tokens of context came from the cache",
+                answer.usage.cached_tokens
+            );
+            ensure!(
+                !fetched.is_exact() || logits.as_ref() == Some(&answer.logits),
+                "fetched and computed logits differ"
+            );
+            bytes = answer.usage.fetched_bytes;
+            if run > 0 {
+                times.push(millis(answer.ttft()));
+            }
+        }
+        let time = median(&mut times);
+        let bytes = as_f64(bytes);
+        let link = bytes * 8.0 / f64::from(options.mbps) / 1e3;
+        report.push(
+            Row::new(format!("{fetched}/{tokens}"), time, "ms").against(computed, computed / time),
+        );
+        report.push(Row::new(format!("{fetched}/{tokens}/bytes"), bytes, "B"));
+        report.push(
+            Row::new(format!("{fetched}/{tokens}/link"), link, "ms").against(time, link / time),
+        );
+    }
+    Ok(report)
+}
+
+/// Contexts of the corpus, one after the other, and a question's length more.
+fn prompt(tokens: usize) -> anyhow::Result<Vec<u32>> {
+    let vocabulary = Vocabulary::load()?;
+    let mut all = vec![vocabulary.bos];
+    for index in 0.. {
+        if all.len() >= tokens + QUESTION_TOKENS {
+            break;
+        }
+        let context = corpus::sample(
+            &vocabulary,
+            &Profile::default(),
+            CORPUS_CHUNKS,
+            CORPUS_CHUNK,
+            corpus::mix(1, index),
+            Split::Test,
+        )?;
+        all.extend(context.chunks.concat());
+    }
+    all.truncate(tokens + QUESTION_TOKENS);
+    Ok(all)
+}
+
+/// The address of a proxy that lets `mbps` million bits a second pass to `upstream`, and
+/// as many back.
+async fn shaped(upstream: String, mbps: u32) -> anyhow::Result<String> {
+    let listener = TcpListener::bind("127.0.0.1:0").await?;
+    let address = listener.local_addr()?.to_string();
+    let bytes_per_second = f64::from(mbps) * 1e6 / 8.0;
+    tokio::spawn(async move {
+        while let Ok((client, _)) = listener.accept().await {
+            let Ok(server) = TcpStream::connect(&upstream).await else {
+                continue;
+            };
+            let [client, server] = [client, server].map(|socket| {
+                // Small messages must not wait for more.
+                let _ = socket.set_nodelay(true);
+                socket.into_split()
+            });
+            tokio::spawn(pass(client.0, server.1, bytes_per_second));
+            tokio::spawn(pass(server.0, client.1, bytes_per_second));
+        }
+    });
+    Ok(address)
+}
+
+/// Passes bytes on, each no sooner than a link of this speed would.
+async fn pass(
+    mut from: impl AsyncRead + Unpin,
+    mut to: impl AsyncWrite + Unpin,
+    bytes_per_second: f64,
+) {
+    let mut buffer = vec![0; 32 << 10];
+    let mut free_at = Instant::now();
+    while let Ok(count @ 1..) = from.read(&mut buffer).await {
+        let takes = Duration::from_secs_f64(as_f64(count as u64) / bytes_per_second);
+        free_at = free_at.max(Instant::now()) + takes;
+        // Timers are a millisecond coarse; less than that is made up for later.
+        if free_at > Instant::now() + Duration::from_millis(1) {
+            tokio::time::sleep_until(free_at.into()).await;
+        }
+        if to.write_all(&buffer[..count]).await.is_err() {
+            return;
+        }
+    }
+}
+
+fn millis(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e3
+}
+
+#[expect(clippy::cast_precision_loss, reason = "a benchmark's result")]
+fn as_f64(value: u64) -> f64 {
+    value as f64
+}
+
+const CHUNK_TOKENS: u32 = 256;
+const QUESTION_TOKENS: usize = 16;
+/// Tokens of a chunk of the corpus.
+const CORPUS_CHUNK: usize = 64;
+/// Chunks of a context.
+const CORPUS_CHUNKS: usize = 8;
