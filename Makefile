@@ -7,12 +7,16 @@ ARGS    ?=
 # How long `make soak` takes.
 MINUTES ?= 5
 
+# How long `make fuzz` takes for each of these.
+SECONDS      ?= 60
+FUZZ_TARGETS ?= container prelude layer
+
 # What `make train` and `make quality` work on.
 MODEL   ?= models/reader-9m
 RUN     ?= target/reader
 VENV    ?= .venv
 
-.PHONY: help deps deps-bench build demo test crash soak check check-deep rocksdb loom asan bench quality venv train
+.PHONY: help deps deps-bench build demo test crash soak check check-deep rocksdb loom asan fuzz bench quality venv train
 
 help:
 	@echo "make demo    build, then answer questions with a computed and a fetched prefill"
@@ -21,6 +25,7 @@ help:
 	@echo "make soak    a daemon at the edge of its budgets for five minutes (MINUTES=60: an hour)"
 	@echo "make check   formatting, lints, documentation, dependency policy"
 	@echo "make check-deep  models of the store's concurrency; unsafe code under AddressSanitizer"
+	@echo "make fuzz    hostile bytes for the codec, a minute a target (SECONDS=1200: twenty)"
 	@echo "make bench   run the benchmarks (ARGS='ttft --quick --json' picks one)"
 	@echo "make quality ask the shipped model, write docs/quality.md (an hour; ARGS=--quick: minutes)"
 	@echo "make train   train the shipped model again, or go on training it (hours on a CPU)"
@@ -98,6 +103,18 @@ asan: rocksdb
 	$(ROCKSDB) RUSTC_BOOTSTRAP=1 RUSTFLAGS="-Zsanitizer=address" ASAN_OPTIONS=detect_leaks=0 \
 	  $(CARGO) test $(PROFILE) --locked --target-dir $(BUILDS)/asan --target $(HOST) \
 	  -p kvasir-mem -p kvasir-codec -p kvasir-engine -p kvasir-store --lib --test store
+
+# Each target for SECONDS, from its seeds in the repository; what is found lies in
+# target/fuzz. libFuzzer's instrumentation needs the compiler's unstable flags, which the
+# stable one has behind RUSTC_BOOTSTRAP.
+fuzz: deps
+	@command -v cargo-fuzz >/dev/null || $(CARGO) install --locked cargo-fuzz@0.13.2
+	for target in $(FUZZ_TARGETS); do \
+	  mkdir -p target/fuzz/$$target && \
+	  RUSTC_BOOTSTRAP=1 $(CARGO) fuzz run --fuzz-dir tests/fuzz --features libfuzzer \
+	    --target-dir $(BUILDS)/fuzz $$target target/fuzz/$$target tests/fuzz/seeds/$$target -- \
+	    -max_total_time=$(SECONDS) -malloc_limit_mb=256 -timeout=10 -print_final_stats=1 \
+	  || exit 1; done
 
 bench: deps
 	$(CARGO) run $(PROFILE) --locked -p kvasir-bench -- $(if $(ARGS),$(ARGS),all)

@@ -2,22 +2,27 @@
 //!
 //! # The container
 //! An object is one chunk as it lies on a disk, in a bundle or in a peer's memory:
-//! a header that says what the bytes are, then the payload of every layer, in
-//! order. Layer 0 comes first, so that a reader can start attention while later
-//! layers are still on their way, and any range of layers is one positioned read.
+//! a header that says what the bytes are, then its extents, each checked by itself.
 //!
 //! ```text
-//! object := header ‖ layer 0 ‖ layer 1 ‖ … ‖ layer L-1
+//! raw     := header ‖ layer 0 ‖ layer 1 ‖ … ‖ layer L-1
+//! encoded := header ‖ prelude ‖ part 0 of layer 0 … L-1 ‖ part 1 of layer 0 … L-1 ‖ …
 //! ```
 //!
-//! * [`ObjectHeader`]: identity, geometry and one checksum per layer.
-//! * [`Object`]: a header together with layers that were checked against it.
+//! Of a nested level, part 0 is the coarsest; a level is the parts up to its own. So a
+//! coarser level is the beginning of an object, an upgrade is the part that follows, layers
+//! can differ in level, and layer 0 comes first in each. All other levels have one part.
+//!
+//! * [`ObjectHeader`]: identity, geometry, level, and a length and checksum per extent.
+//! * [`Object`]: a header together with extents that were checked against it.
+//! * [`Prelude`]: what decoding takes besides: how keys were turned, which tokens are exact.
+//! * [`Encoding`] makes objects of raw layers; [`ChunkDecoder`] makes raw layers of parts.
 //!
 //! # What the checks promise
 //! Every object repeats its key and the digest of its layout, so that intact
 //! bytes of the *wrong* object are told from the right one. The header ends in a
-//! checksum over itself; each layer has its own, so that one layer is verified
-//! without reading the others.
+//! checksum over itself; each extent has its own, so that one is verified without
+//! reading the others.
 //!
 //! The checksum is CRC-64/NVME. It runs at memory speed (measured on one
 //! core with AVX-512: 8.6 GB/s from DRAM and 73 GB/s from cache, against 5.0 and
@@ -36,8 +41,7 @@
 //! chunk, where CacheGen (arXiv 2310.07240), as circulated, ships its tables, two bits a
 //! value in chunks of 256 tokens.
 //!
-//! The parts are not in the container yet: objects are raw. What a layer takes, how exact
-//! it stays and how fast it is coded: `kvasir-bench codec`.
+//! What a layer takes, how exact it stays and how fast it is coded: `kvasir-bench codec`.
 //!
 //! # Other codings
 //! * [`FixedCodec`]: every row takes the same bytes, INT8 or INT4, for pages.

@@ -1,0 +1,163 @@
+//! What is done with hostile bytes: the body of each fuzz target, and of the test that
+//! replays the seeds.
+//!
+//! ```text
+//! make fuzz                  every target, a minute each (SECONDS=1200: twenty)
+//! seeds/TARGET/*             where it starts; `make test` replays them
+//! ```
+//!
+//! Nothing may panic, nor allocate more than the headers justify; the replay measures that.
+//! Checksums would turn nearly every input away at the door, so they are made right before
+//! the parser is called, or, inside of parts, not compared (`cfg(fuzzing)`).
+
+#![forbid(unsafe_code)]
+
+use bytes::Bytes;
+use kvasir_codec::{ChunkDecoder, Object, Prelude};
+use kvasir_types::{Checksum, DType, KvLayout, LayerIdx, Level, Planes};
+
+/// A whole object: header, then all of its extents, decoded at every level that it has.
+///
+/// # Panics
+/// An intact object is not what it was parsed from.
+pub fn container(bytes: &[u8]) {
+    let mut bytes = bytes.to_vec();
+    seal(&mut bytes);
+    let bytes = Bytes::from(bytes);
+    let Ok(object) = Object::parse(&bytes) else {
+        return;
+    };
+    assert_eq!(object.encode(), bytes, "one object, one form");
+    let header = object.header();
+    if header.layout().layer_bytes() > MOST_RAW {
+        return;
+    }
+    let prelude = object.prelude().cloned().unwrap_or_default();
+    let Ok(decoder) = ChunkDecoder::new(*header.layout(), header.level(), &prelude) else {
+        return;
+    };
+    let mut raw = vec![0; header.layout().layer_bytes()];
+    for layer in 0..header.layout().layers().min(2) {
+        let parts = object.parts(LayerIdx(layer));
+        for count in 0..=parts.len() {
+            let _ = decoder.layer(&parts[..count], &mut raw);
+        }
+    }
+}
+
+/// The prelude of an encoded object.
+///
+/// # Panics
+/// What was parsed is not what it is written as.
+pub fn prelude(bytes: &[u8]) {
+    for layout in layouts() {
+        if let Ok(prelude) = Prelude::parse(bytes, &layout) {
+            let again = Prelude::parse(&prelude.encode(), &layout);
+            assert_eq!(again, Ok(prelude), "what is read can be written");
+        }
+    }
+}
+
+/// The parts of one layer. The first byte chooses layout and level, and every part but the
+/// last is preceded by its length.
+pub fn layer(bytes: &[u8]) {
+    let Some((&choice, mut rest)) = bytes.split_first() else {
+        return;
+    };
+    let levels = Level::ALL;
+    let (layouts, choice) = (layouts(), usize::from(choice));
+    let layout = layouts[choice % layouts.len()];
+    let level = levels[choice / layouts.len() % levels.len()];
+    let Ok(decoder) = ChunkDecoder::new(layout, level, &[]) else {
+        return;
+    };
+    let mut parts = Vec::new();
+    for _ in 1..level.parts() {
+        let Some((&len, after)) = rest.split_first_chunk() else {
+            break;
+        };
+        let len = usize::from(u16::from_le_bytes(len)).min(after.len());
+        let (part, after) = after.split_at(len);
+        parts.push(part);
+        rest = after;
+    }
+    parts.push(rest);
+    let mut raw = vec![0; layout.layer_bytes()];
+    let _ = decoder.layer(&parts, &mut raw);
+}
+
+/// What [`layer`] reads, of these parts.
+///
+/// # Panics
+/// The layout, or the level, is none of those that a target knows.
+pub fn layer_input(layout: &KvLayout, level: Level, parts: &[&[u8]]) -> Vec<u8> {
+    let layouts = layouts();
+    let of_layout = layouts.iter().position(|other| other == layout);
+    let of_level = Level::ALL.iter().position(|other| *other == level);
+    let (of_layout, of_level) = of_layout.zip(of_level).expect("a target knows them");
+    let choice = of_level * layouts.len() + of_layout;
+    let mut out = vec![u8::try_from(choice).expect("there are few")];
+    for (number, part) in (1..).zip(parts) {
+        if number < parts.len() {
+            let len = u16::try_from(part.len()).expect("parts are small");
+            out.extend_from_slice(&len.to_le_bytes());
+        }
+        out.extend_from_slice(part);
+    }
+    out
+}
+
+/// Geometries that targets decode into: whole and broken cells, one plane and two, heads of
+/// all kinds of widths.
+///
+/// # Panics
+/// Never: they are valid.
+pub fn layouts() -> [KvLayout; 4] {
+    let new = |heads, planes, tokens, dtype| {
+        KvLayout::new(1, heads, planes, tokens, dtype).expect("a small geometry")
+    };
+    let uneven = Planes::KeyValue {
+        key_dim: 24,
+        value_dim: 40,
+    };
+    [
+        new(2, Planes::symmetric(32), 64, DType::F16),
+        new(3, uneven, 70, DType::Bf16),
+        new(1, Planes::Single { dim: 36 }, 130, DType::F32),
+        new(1, Planes::symmetric(64), 1, DType::Bf16),
+    ]
+}
+
+/// Makes the checksums of an object right: of the header that it states, and of extents
+/// that lie where the header says.
+fn seal(bytes: &mut [u8]) {
+    // The smallest header there is, to learn how long this one is.
+    let field = |bytes: &[u8], at: usize| bytes.get(at).copied().unwrap_or(0);
+    let level = Level::from_code(field(bytes, 10)).unwrap_or(Level::RAW);
+    let layers = u16::from_le_bytes([field(bytes, 96), field(bytes, 97)]);
+    let extents = level.extents(layers) as usize;
+    let end = FIXED_BYTES + ENTRY_BYTES * extents;
+    let Some((head, payload)) = bytes.split_at_mut_checked(end + CHECKSUM_BYTES) else {
+        return;
+    };
+    let mut payload = &*payload;
+    for entry in head[FIXED_BYTES..end].as_chunks_mut::<ENTRY_BYTES>().0 {
+        let (len, checksum) = entry.split_at_mut(8);
+        let len = u64::from_le_bytes(len.try_into().unwrap_or_default());
+        let len = usize::try_from(len).unwrap_or(usize::MAX);
+        let Some((extent, rest)) = payload.split_at_checked(len) else {
+            break;
+        };
+        checksum.copy_from_slice(&Checksum::of(extent).as_u64().to_le_bytes());
+        payload = rest;
+    }
+    let (covered, checksum) = head.split_at_mut(end);
+    checksum.copy_from_slice(&Checksum::of(covered).as_u64().to_le_bytes());
+}
+
+/// Larger layers are not decoded: they take the time of many small ones.
+const MOST_RAW: usize = 1 << 20;
+/// Of a header, before and in its table, and after it.
+const FIXED_BYTES: usize = 104;
+const ENTRY_BYTES: usize = 16;
+const CHECKSUM_BYTES: usize = 8;

@@ -1,0 +1,158 @@
+//! The seeds of every fuzz target, and what was found, through the same code as the fuzzer,
+//! with an eye on memory. `KVASIR_WRITE_SEEDS=1` makes the seeds again.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use bytes::Bytes;
+use kvasir_codec::{ChunkDecoder, Encoding, KeyRotation, Object, Pairing, Prelude};
+use kvasir_fuzz::layouts;
+use kvasir_types::{ChunkKey, DType, KvLayout, LayerIdx, Level};
+
+/// A name, and what is done with bytes.
+type Target = (&'static str, fn(&[u8]));
+
+const TARGETS: [Target; 3] = [
+    ("container", kvasir_fuzz::container),
+    ("prelude", kvasir_fuzz::prelude),
+    ("layer", kvasir_fuzz::layer),
+];
+
+fn seeds(target: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("seeds")
+        .join(target)
+}
+
+/// Values of all sizes, a few that are no numbers among them.
+fn layer(layout: &KvLayout, strange: bool) -> Bytes {
+    let mut state = 7u32;
+    let mut next = || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        let [.., a, b] = state.to_be_bytes().map(f32::from);
+        (a - 128.0) / 64.0 + b / 1024.0
+    };
+    let bytes = (0..layout.layer_bytes() / layout.dtype().bytes()).flat_map(|at| {
+        let value = match at % 97 {
+            0 if strange => f32::NAN,
+            5 if strange => f32::INFINITY,
+            _ => next(),
+        };
+        match layout.dtype() {
+            DType::F32 => value.to_le_bytes().to_vec(),
+            DType::F16 => half::f16::from_f32(value).to_le_bytes().to_vec(),
+            _ => half::bf16::from_f32(value).to_le_bytes().to_vec(),
+        }
+    });
+    bytes.collect::<Vec<u8>>().into()
+}
+
+fn object(layout: &KvLayout, level: Level, strange: bool) -> Object {
+    let prelude = Prelude {
+        rotation: Some(KeyRotation {
+            pairing: Pairing::Halves,
+            factor: 1.0,
+            start: 64,
+            frequencies: vec![1.0, 0.5, 0.01],
+        }),
+        model: Some([1; 32]),
+        ..Prelude::default()
+    };
+    let key = ChunkKey::from_bytes([9; 32]);
+    let layers = vec![layer(layout, strange)];
+    Encoding::at(level)
+        .encode(key, layout, &prelude, layers)
+        .unwrap()
+}
+
+/// Intact inputs, from which damage is not far.
+fn intact() -> Vec<(&'static str, String, Vec<u8>)> {
+    let mut all = Vec::new();
+    for (number, layout) in layouts().iter().enumerate() {
+        for level in Level::ALL {
+            if level == Level::INT4 && number > 0 {
+                // Not all widths have a Hadamard transform.
+                continue;
+            }
+            let object = object(layout, level, number == 1);
+            let level = object.header().level();
+            let name = format!("{level}-{number}");
+            let parts: Vec<&[u8]> = object
+                .parts(LayerIdx(0))
+                .into_iter()
+                .map(|it| &**it)
+                .collect();
+            let input = kvasir_fuzz::layer_input(layout, level, &parts);
+            all.push(("layer", name.clone(), input));
+            if number == 0 {
+                all.push(("container", name.clone(), object.encode()));
+                let prelude = object.prelude().cloned().unwrap_or_default();
+                all.push(("prelude", name, prelude.to_vec()));
+            }
+        }
+    }
+    all
+}
+
+#[test]
+fn seeds_do_no_harm() {
+    for (target, run) in TARGETS {
+        let mut count = 0;
+        for file in fs::read_dir(seeds(target)).unwrap() {
+            let path = file.unwrap().path();
+            println!("{}", path.display());
+            run(&fs::read(path).unwrap());
+            count += 1;
+        }
+        assert!(count > 3, "{target} has {count} seeds");
+    }
+}
+
+#[test]
+fn seeds_are_what_the_codec_writes() {
+    for (target, name, bytes) in intact() {
+        let path = seeds(target).join(name);
+        if std::env::var_os("KVASIR_WRITE_SEEDS").is_some() {
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(&path, &bytes).unwrap();
+        }
+        let kept = fs::read(&path).unwrap_or_default();
+        assert!(
+            kept == bytes,
+            "{}: KVASIR_WRITE_SEEDS=1 makes it again",
+            path.display()
+        );
+    }
+}
+
+#[test]
+fn seeds_reach_what_they_are_for() {
+    // Else the targets would test nothing but their own doors.
+    for layout in layouts() {
+        let object = object(&layout, Level::L2, false);
+        let level = object.header().level();
+        let prelude = object.prelude().cloned().unwrap_or_default();
+        let decoder = ChunkDecoder::new(layout, level, &prelude).unwrap();
+        let mut raw = vec![0; layout.layer_bytes()];
+        decoder.layer(&object.parts(LayerIdx(0)), &mut raw).unwrap();
+    }
+}
+
+#[test]
+fn damage_does_no_harm() {
+    for (target, name, bytes) in intact() {
+        let (_, run) = TARGETS.iter().find(|(name, _)| *name == target).unwrap();
+        println!("{target} {name}");
+        let step = (bytes.len() / 200).max(1);
+        for at in (0..bytes.len()).step_by(step) {
+            run(&bytes[..at]);
+            for change in [1, 0x80, 0xff] {
+                let mut damaged = bytes.clone();
+                damaged[at] ^= change;
+                run(&damaged);
+            }
+        }
+    }
+}
