@@ -10,19 +10,19 @@
 //! of one chunk look like once their means are gone, and the longer tails that some
 //! channels of large models have.
 //!
-//! - *base* tables, one a class and one for a channel that is zero: the symbol is
-//!   `value + 63`. What is further out, or in no table, is stored apart.
-//! - *refinement* tables, by class and by the coarser value's distance from zero, 0 to 3
+//! - *base* tables, one a class and one for a channel that is zero, of the numbers from
+//!   -63 to 63. They are even: a number and its opposite are equally likely, so a table is
+//!   its half from zero on. What is further out, or in no table, is stored apart.
+//! - *third* tables, by class and by the coarser number's distance from zero, 0 to 3
 //!   and more: which third of its step a value lies in. The symbol is 0 towards zero, 1 for
-//!   the middle, 2 away from zero; where the coarser value is zero, 0 and 2 are the signs.
-//!   One more table for a channel that is zero.
+//!   the middle, 2 away from zero; where the coarser number is zero, 0 and 2 are the signs.
 //!
 //! The tables are data, in `classes.bin`: what a stream means must not depend on how a
 //! machine rounds. The test at the end makes them again.
 
 use std::sync::LazyLock;
 
-use crate::rans::Tables;
+use crate::rans::{HALF, TOTAL};
 
 /// Classes of channels that are not zero.
 pub(crate) const CLASSES: u8 = 40;
@@ -30,12 +30,14 @@ pub(crate) const CLASSES: u8 = 40;
 pub(crate) const ZERO: u8 = CLASSES;
 /// How many classes further a step three times finer is.
 pub(crate) const CLASSES_PER_LEVEL: u8 = 7;
-/// The largest value of a base table.
-pub(crate) const LARGEST: i32 = 63;
-const ALPHABET: usize = 2 * LARGEST as usize + 1;
-/// Distances from zero that refinement tables tell apart.
-pub(crate) const DISTANCES: u8 = 4;
-const THIRDS: usize = 3;
+/// The largest number of a base table.
+pub(crate) const LARGEST: usize = 63;
+/// Distances from zero that third tables tell apart.
+pub(crate) const DISTANCES: usize = 4;
+/// Classes as tables have them: a power of two, so that an index needs no check.
+pub(crate) const PADDED: usize = 64;
+/// Numbers from zero on that a base table has.
+const NUMBERS: usize = LARGEST + 1;
 /// Standard deviation over step in the first class.
 const FIRST_RATIO: f32 = 0.04;
 /// 3^(1/7).
@@ -43,11 +45,84 @@ const SPACING: f32 = 1.169_930_8;
 
 static DATA: &[u8] = include_bytes!("classes.bin");
 
-pub(crate) static BASE: LazyLock<Tables> = LazyLock::new(|| read(0, CLASSES + 1, ALPHABET));
+/// One entry a class.
+pub(crate) type ByClass = [u16; PADDED];
 
-pub(crate) static REFINEMENT: LazyLock<Tables> = LazyLock::new(|| {
-    let from = (usize::from(CLASSES) + 1) * ALPHABET;
-    read(from, CLASSES * DISTANCES + 1, THIRDS)
+/// The base tables. [`crate::rans`] says how slots and numbers belong together.
+#[derive(Debug)]
+pub(crate) struct BaseTables {
+    /// By number from zero on, and class: the first slot of the half table; [`HALF`] where
+    /// the class does not have the number.
+    pub(crate) firsts: [ByClass; NUMBERS],
+    /// By number from zero on, and class: frequency less one, and the number in the bits
+    /// from [`NUMBER_BIT`] on, as far as it has room there.
+    pub(crate) packed: [ByClass; NUMBERS],
+    /// By class and slot: what decoding one takes, see [`slot`].
+    pub(crate) slots: Vec<u32>,
+    /// By class and number from zero on: what coding one takes, frequency and first slot,
+    /// 16 bits each. No frequency where the class does not have the number.
+    pub(crate) codes: Vec<u32>,
+    /// By class: the largest number.
+    pub(crate) largest: [u8; PADDED],
+}
+
+/// The third tables of one level.
+#[derive(Debug)]
+pub(crate) struct ThirdTables {
+    /// By distance and class: the first slot of symbol 1.
+    pub(crate) middle: [ByClass; DISTANCES],
+    /// By distance and class: the first slot of symbol 2.
+    pub(crate) away: [ByClass; DISTANCES],
+}
+
+/// Where the number lies in [`BaseTables::packed`].
+pub(crate) const NUMBER_BIT: u32 = 11;
+
+/// An entry of [`BaseTables::slots`]: the number and 64 in bits 0 to 6, the frequency less
+/// one in 7 to 17, the place of the slot in the symbol in 18 to 28.
+fn slot(number: i16, frequency: u32, place: u32) -> u32 {
+    u32::from((number + SLOT_ZERO).cast_unsigned()) | (frequency - 1) << 7 | place << 18
+}
+
+/// What the number of an entry of [`BaseTables::slots`] is greater by.
+pub(crate) const SLOT_ZERO: i16 = 64;
+
+pub(crate) static BASE: LazyLock<BaseTables> = LazyLock::new(|| {
+    let mut tables = BaseTables {
+        firsts: [[HALF; PADDED]; NUMBERS],
+        packed: [[0; PADDED]; NUMBERS],
+        slots: vec![slot(0, 1, 0); PADDED * usize::from(TOTAL)],
+        codes: vec![0; PADDED * NUMBERS],
+        largest: [0; PADDED],
+    };
+    for (class, half) in words(0)
+        .chunks(NUMBERS)
+        .take(CLASSES as usize + 1)
+        .enumerate()
+    {
+        tables.add(class, half);
+    }
+    tables
+});
+
+pub(crate) static THIRDS: LazyLock<[ThirdTables; 2]> = LazyLock::new(|| {
+    let words = words((usize::from(CLASSES) + 1) * NUMBERS);
+    [0, CLASSES_PER_LEVEL].map(|further| {
+        // The padding, and a channel that is zero: the middle is certain.
+        let mut tables = ThirdTables {
+            middle: [[0; PADDED]; DISTANCES],
+            away: [[TOTAL; PADDED]; DISTANCES],
+        };
+        for class in 0..CLASSES {
+            let from = usize::from((class + further).min(CLASSES - 1)) * DISTANCES;
+            for distance in 0..DISTANCES {
+                let [middle, away] = [0, 1].map(|bound| words[2 * (from + distance) + bound]);
+                tables.middle[distance][usize::from(class)] = middle;
+                tables.away[distance][usize::from(class)] = away;
+            }
+        }
+        tables
+    })
 });
 
 /// Standard deviation over step, by class; nothing for a channel that is zero.
@@ -64,17 +139,35 @@ const fn ratios() -> [f32; ZERO as usize + 1] {
     ratios
 }
 
-/// The largest number that each class has a symbol for, on both sides of zero.
-pub(crate) static LARGEST_OF: LazyLock<Vec<u8>> = LazyLock::new(|| {
-    let has = |class, number: u8| {
-        let zero = LARGEST.to_le_bytes()[0];
-        BASE.has(class, zero + number) && BASE.has(class, zero - number)
-    };
-    let largest = |class| (0u8..=63).take_while(|&number| has(class, number)).last();
-    (0..=ZERO)
-        .map(|class| largest(class).unwrap_or(0))
-        .collect()
-});
+impl BaseTables {
+    /// Enters a class: the frequencies of the numbers from zero on, that of zero halved.
+    fn add(&mut self, class: usize, half: &[u16]) {
+        let slots = &mut self.slots[class * usize::from(TOTAL)..][..usize::from(TOTAL)];
+        let codes = &mut self.codes[class * NUMBERS..][..NUMBERS];
+        let (positive, negative) = slots.split_at_mut(usize::from(HALF));
+        let mut first = 0;
+        for (number, &frequency) in (0u8..).zip(half).filter(|(_, f)| **f > 0) {
+            let at = usize::from(number);
+            let all = if number == 0 {
+                2 * frequency
+            } else {
+                frequency
+            };
+            self.firsts[at][class] = first;
+            self.packed[at][class] = (all - 1) | u16::from(number) << NUMBER_BIT;
+            codes[at] = u32::from(all) | u32::from(first) << 16;
+            self.largest[class] = number;
+            let places = usize::from(first)..usize::from(first + frequency);
+            for (place, at) in (0..).zip(places) {
+                let (number, all) = (i16::from(number), u32::from(all));
+                let second = if number == 0 { u32::from(frequency) } else { 0 };
+                positive[at] = slot(number, all, place);
+                negative[at] = slot(-number, all, place + second);
+            }
+            first += frequency;
+        }
+    }
+}
 
 /// The class of a channel with this standard deviation, in steps.
 pub(crate) fn class_of(ratio: f32) -> u8 {
@@ -89,28 +182,15 @@ pub(crate) fn class_of(ratio: f32) -> u8 {
     class
 }
 
-/// The first refinement table of a channel of `class` at a level from 1 on; the others, of
-/// greater distances, follow. A channel that is zero has one table.
-pub(crate) fn refinement_tables(class: u8, level: u8) -> u8 {
-    if class >= ZERO {
-        return CLASSES * DISTANCES;
-    }
-    let class = class.saturating_add(CLASSES_PER_LEVEL * level.saturating_sub(1));
-    class.min(CLASSES - 1) * DISTANCES
-}
-
-fn read(from: usize, tables: u8, alphabet: usize) -> Tables {
-    let bytes = &DATA[2 * from..][..2 * usize::from(tables) * alphabet];
-    let (words, _) = bytes.as_chunks();
-    let frequencies: Vec<u16> = words.iter().map(|&word| u16::from_le_bytes(word)).collect();
-    let frequencies: Vec<_> = frequencies.chunks(alphabet).map(<[u16]>::to_vec).collect();
-    Tables::new(&frequencies).expect("the file holds tables, as a test makes sure")
+/// The data from one word on.
+fn words(from: usize) -> Vec<u16> {
+    let (words, _) = DATA[2 * from..].as_chunks();
+    words.iter().map(|&word| u16::from_le_bytes(word)).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::rans::PRECISION;
 
     const SHAPE: f64 = 1.75;
     /// Standard deviation of the density below at scale 1: `sqrt(Γ(3/β) / Γ(1/β))`.
@@ -138,11 +218,10 @@ mod tests {
     }
 
     /// Frequencies that add up; what is too rare has none.
-    fn frequencies(probabilities: &[f64]) -> Vec<u16> {
-        let total = 1u16 << PRECISION;
+    fn frequencies(probabilities: &[f64], total: u16) -> Vec<u16> {
         // Making room for a symbol costs the others; not having it, those who store it.
         let room = std::f64::consts::LOG2_E / f64::from(total);
-        let gain = APART - f64::from(PRECISION);
+        let gain = APART - f64::from(total).log2();
         let kept = |&p: &f64| if p * gain > room { p } else { 0.0 };
         let kept: Vec<f64> = probabilities.iter().map(kept).collect();
         let sum: f64 = kept.iter().sum();
@@ -185,16 +264,23 @@ mod tests {
         f64::from(FIRST_RATIO) * 3f64.powf(exponent)
     }
 
+    /// The half from zero on, with half of zero.
     fn base(class: u8) -> Vec<u16> {
-        let edge = |value: i32| (f64::from(value) - 0.5) / ratio_of(class);
-        let edges: Vec<f64> = (-LARGEST..=LARGEST + 1).map(edge).collect();
-        frequencies(&probabilities(&edges))
+        let edge = |number: u8| (f64::from(number) - 0.5).max(0.0) / ratio_of(class);
+        let edges: Vec<f64> = (0..=64).map(edge).collect();
+        let half: Vec<f64> = probabilities(&edges).iter().map(|p| 2.0 * p).collect();
+        frequencies(&half, HALF)
     }
 
-    fn refinement(class: u8, distance: u8) -> Vec<u16> {
+    /// The first slots of the symbols 1 and 2.
+    fn thirds(class: u8, distance: u8) -> [u16; 2] {
         // Of the last distance, so many coarser values, each as often as it occurs.
-        let far = if distance + 1 == DISTANCES { 12 } else { 1 };
-        let mut thirds = vec![1e-3; THIRDS];
+        let far = if usize::from(distance) + 1 == DISTANCES {
+            12
+        } else {
+            1
+        };
+        let mut thirds = [1e-3; 3];
         for value in distance..distance + far {
             let start = f64::from(value) - 0.5;
             let edge = |third: u8| (start + f64::from(third) / 3.0) / ratio_of(class);
@@ -209,23 +295,18 @@ mod tests {
         thirds.iter_mut().for_each(|p| *p = (*p / sum).max(1e-3));
         let sum: f64 = thirds.iter().sum();
         thirds.iter_mut().for_each(|p| *p /= sum);
-        frequencies(&thirds)
+        let [towards, middle, _] = frequencies(&thirds, TOTAL)[..] else {
+            unreachable!("three symbols")
+        };
+        [towards, towards + middle]
     }
 
     #[test]
     fn the_file_is_what_its_description_says() {
-        let certain = |at: usize| u16::from(at == LARGEST as usize) << PRECISION;
-        let zero = (0..ALPHABET).map(certain).collect();
-        let base = (0..CLASSES).map(base).chain([zero]);
-        let refinement = (0..CLASSES)
-            .flat_map(|class| (0..DISTANCES).map(move |distance| refinement(class, distance)));
-        let certain = vec![0, 1 << PRECISION, 0];
-        let made: Vec<u8> = base
-            .chain(refinement)
-            .chain([certain])
-            .flatten()
-            .flat_map(u16::to_le_bytes)
-            .collect();
+        let certain = (0..NUMBERS).map(|number| if number == 0 { HALF } else { 0 });
+        let base = (0..CLASSES).flat_map(base).chain(certain);
+        let thirds = (0..CLASSES).flat_map(|class| (0u8..4).flat_map(move |at| thirds(class, at)));
+        let made: Vec<u8> = base.chain(thirds).flat_map(u16::to_le_bytes).collect();
         if std::env::var_os("KVASIR_WRITE_TABLES").is_some() {
             let path = concat!(env!("CARGO_MANIFEST_DIR"), "/src/classes.bin");
             std::fs::write(path, &made).unwrap();
@@ -265,17 +346,43 @@ mod tests {
 
     #[test]
     fn tables_have_what_may_occur() {
-        for class in 0..CLASSES {
-            assert!(BASE.has(class, LARGEST.to_le_bytes()[0]));
-            for distance in 0..DISTANCES {
-                let table = refinement_tables(class, 1) + distance;
-                assert!((0..3).all(|third| REFINEMENT.has(table, third)));
+        for class in 0..=usize::from(ZERO) {
+            let codes = &BASE.codes[class * NUMBERS..][..NUMBERS];
+            let largest = usize::from(BASE.largest[class]);
+            assert!(codes[..=largest].iter().all(|&code| code & 0xffff > 0));
+            assert!(codes[largest + 1..].iter().all(|&code| code == 0));
+            for tables in THIRDS.iter() {
+                for distance in 0..DISTANCES {
+                    let bounds = [tables.middle[distance][class], tables.away[distance][class]];
+                    let [middle, away] = bounds;
+                    let zero = class == usize::from(ZERO);
+                    assert!(if zero {
+                        bounds == [0, TOTAL]
+                    } else {
+                        0 < middle && middle < away && away < TOTAL
+                    });
+                }
             }
         }
-        assert_eq!(refinement_tables(39, 2), refinement_tables(39, 1));
-        assert_eq!(refinement_tables(3, 2), refinement_tables(10, 1));
-        let certain = refinement_tables(ZERO, 2);
-        assert!(REFINEMENT.has(certain, 1) && !REFINEMENT.has(certain, 0));
-        assert!(!BASE.has(ZERO, 0) && !BASE.has(0, 0));
+        assert_eq!(BASE.largest[usize::from(ZERO)], 0);
+        let [middle, finest] = &*THIRDS;
+        assert_eq!(finest.middle[1][3], middle.middle[1][10]);
+        assert_eq!(finest.middle[1][39], middle.middle[1][39]);
+    }
+
+    #[test]
+    fn slots_are_the_inverse_of_codes() {
+        for class in 0..=usize::from(ZERO) {
+            let slots = &BASE.slots[class * usize::from(TOTAL)..][..usize::from(TOTAL)];
+            let mut frequencies = [0; 2 * NUMBERS];
+            for entry in slots {
+                frequencies[(entry & 0x7f) as usize] += 1;
+            }
+            for entry in slots {
+                let frequency = (entry >> 7 & 0x7ff) + 1;
+                assert_eq!(frequencies[(entry & 0x7f) as usize], frequency);
+                assert!(entry >> 18 < frequency);
+            }
+        }
     }
 }

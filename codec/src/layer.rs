@@ -2,31 +2,41 @@
 //!
 //! ```text
 //! layer  := base ‖ refinement ‖ refinement          one part a level
-//! base   := plane × { step (f32) ‖ group × channels } ‖ cells
-//! refinement := cells
-//! cells  := cell × length (u32) ‖ cell × bytes      by plane, group, 64 tokens
+//! parameters of the base := exact tokens (LEB128) ‖ plane × { step (f32) ‖ group × channels }
+//! cells of the base      := group × { exact tokens, as they are ‖ cell … }
+//! cells of a refinement  := cell …
 //! ```
+//!
+//! What else is in a part, and how it is checked: [`crate::part`]. Cells are in the order of
+//! planes, groups, and each [`CELL_TOKENS`] tokens.
 //!
 //! A *group* is a number of heads that share cells, so that a cell has enough values for
 //! its fixed costs; see [`heads_of_a_group`]. Cells of other groups, and of other tokens,
 //! are not needed to decode one. Channels of a group are padded with zeros to a multiple
 //! of the lanes, which costs nothing.
 //!
+//! *Exact* tokens, the first ones of a chunk, are stored as they are besides, and do not
+//! count for the quantiser: attention sinks are unlike all others, and errors in them are
+//! felt everywhere. No cell is stored of exact tokens where there are none.
+//!
 //! All integers are little-endian.
 
-use half::slice::HalfFloatSliceExt as _;
-use half::{bf16, f16};
-use kvasir_types::{DType, HeadRange, KvLayout, Plane};
+use kvasir_types::{DType, HeadRange, KvLayout, Plane, TokenRange};
 
-use crate::cell::{CELL_TOKENS, CellError, LADDER, MAX_WIDTH, Quantiser, moments};
-use crate::rans::{LANES, STATE_BYTES};
+use crate::cell::{CELL_TOKENS, CellError, Decoder, Encoder, LADDER, MAX_WIDTH, most_bytes};
+use crate::channels::{ChannelsError, Quantiser, moments};
+use crate::output::Output;
+use crate::part::{EXACT, HeadReader, Part, PartWriter, Place, write_length};
+use crate::rans::{AT_ONCE, LANES, STATE_BYTES};
 use crate::rotation::Rotation;
+use crate::values;
 
 /// Codes the layers of chunks of one layout, whose keys were turned in one way.
 #[derive(Debug)]
 pub struct LayerCodec<'a> {
     layout: KvLayout,
     rotation: Option<&'a Rotation>,
+    exact_tokens: u32,
     planes: Vec<PlaneShape>,
 }
 
@@ -34,6 +44,7 @@ pub struct LayerCodec<'a> {
 #[derive(Clone, Copy, Debug)]
 struct PlaneShape {
     plane: Plane,
+    number: u8,
     heads: u16,
     dim: usize,
     heads_per_group: u16,
@@ -72,22 +83,32 @@ pub enum UnsupportedLayout {
 #[derive(Clone, Copy, Debug, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum DecodeError {
-    /// A part ends too early, or goes on after its end.
-    #[error("part {part} of a layer has {actual} bytes, {expected} are stated")]
-    Length {
-        /// The part.
-        part: usize,
-        /// Bytes that it states.
-        expected: u64,
-        /// Bytes that are there.
-        actual: usize,
-    },
+    /// A part ends too early, or goes on after its end, or states a length that no cell has.
+    #[error("part {0} of a layer is not as long as it states")]
+    Length(u8),
+    /// What comes before the cells of a part fails its checksum.
+    #[error("the head of part {0} of a layer is damaged")]
+    Head(u8),
+    /// A cell fails its checksum, or is another's.
+    #[error("a cell in part {0} of a layer is damaged")]
+    Checksum(u8),
     /// A step is zero, negative or no number.
     #[error("a step of {0} is no step")]
     Step(f32),
-    /// A cell is damaged.
+    /// What is said of the channels is not of this version.
+    #[error(transparent)]
+    Channels(#[from] ChannelsError),
+    /// A cell passes its checksum and is none all the same.
     #[error(transparent)]
     Cell(#[from] CellError),
+    /// A slice does not begin and end with groups of heads and with cells.
+    #[error("a slice is of whole groups of {heads} heads and whole cells of {tokens} tokens")]
+    Slice {
+        /// Heads that a slice has a multiple of.
+        heads: u16,
+        /// Tokens that a slice has a multiple of, up to the end of the chunk.
+        tokens: u32,
+    },
 }
 
 impl<'a> LayerCodec<'a> {
@@ -103,7 +124,7 @@ impl<'a> LayerCodec<'a> {
             return Err(UnsupportedLayout::DType(layout.dtype()));
         }
         let mut planes = Vec::new();
-        for plane in [Plane::Key, Plane::Value] {
+        for (number, plane) in [(0, Plane::Key), (1, Plane::Value)] {
             let row = layout.tokens() as usize * layout.dtype().bytes();
             let dim = layout.head_bytes(plane) / row;
             if dim == 0 {
@@ -115,6 +136,7 @@ impl<'a> LayerCodec<'a> {
             let heads_per_group = heads_of_a_group(layout.kv_heads(), dim);
             planes.push(PlaneShape {
                 plane,
+                number,
                 heads: layout.kv_heads(),
                 dim,
                 heads_per_group,
@@ -131,12 +153,24 @@ impl<'a> LayerCodec<'a> {
         Ok(Self {
             layout,
             rotation,
+            exact_tokens: 0,
             planes,
         })
     }
 
+    /// Keeps the first tokens of every chunk as they are, bit for bit. Default: 0.
+    ///
+    /// Only encoding needs to know: decoding reads it from the base. They take as much as raw
+    /// tokens, besides a little in their cell.
+    #[must_use]
+    pub fn with_exact_tokens(mut self, tokens: u32) -> Self {
+        self.exact_tokens = tokens.min(self.layout.tokens());
+        self
+    }
+
     /// How far the values of a raw layer's keys, and values, lie from the means of their
-    /// channels: the root of the mean square, which steps are a multiple of.
+    /// channels: the root of the mean square, which steps are a multiple of. Exact tokens do
+    /// not count.
     ///
     /// # Panics
     /// The layer has not the bytes that the layout says.
@@ -146,11 +180,13 @@ impl<'a> LayerCodec<'a> {
             self.layout.layer_bytes(),
             "a layer of the layout"
         );
+        let exact = self.exact_tokens as usize;
         let mut deviations = [0.0; 2];
         for (shape, deviation) in self.planes.iter().zip(&mut deviations) {
             let variances = shape.groups().map(|group| {
-                let rows = self.gather(raw, shape, group);
-                moments(&rows, shape.width)
+                let mut rows = Vec::new();
+                self.gather(raw, shape, group, &mut rows);
+                moments(&rows[exact * shape.width..], shape.width)
                     .iter()
                     .map(|channel| channel.variance())
                     .sum::<f32>()
@@ -162,15 +198,27 @@ impl<'a> LayerCodec<'a> {
         deviations
     }
 
-    /// Bytes of a layer at level 0 that are not symbols: steps, offsets, classes, lengths
-    /// and states; not those of what is exceptional, outliers and wide offsets.
+    /// Bytes of a layer at level 0 that are not symbols: steps, offsets, classes, lengths,
+    /// checksums and states; not those of what is exceptional, outliers, exact tokens and wide
+    /// offsets.
     pub fn side_bytes(&self) -> usize {
-        let cells = (self.layout.tokens() as usize).div_ceil(CELL_TOKENS);
         let of_plane = |shape: &PlaneShape| {
-            let group = 2 * shape.width + cells * (4 + CELL_BYTES);
+            let group = 2 * shape.width + self.cells_of_group() * CELL_BYTES;
             4 + shape.groups().count() * group
         };
-        self.planes.iter().map(of_plane).sum()
+        HEAD_BYTES + self.planes.iter().map(of_plane).sum::<usize>()
+    }
+
+    /// What a [slice](Self::decode_slice) has a multiple of: heads, and tokens.
+    pub fn slice_unit(&self) -> (u16, u32) {
+        let mut heads = 1;
+        for shape in &self.planes {
+            let both = (1..=shape.heads)
+                .find(|all| all.is_multiple_of(heads) && all.is_multiple_of(shape.heads_per_group));
+            heads = both.unwrap_or(shape.heads);
+        }
+        let tokens = u32::try_from(CELL_TOKENS).expect("64");
+        (heads, tokens)
     }
 
     /// Codes a raw layer, with a step for level 0 of its keys and one of its values. Each
@@ -188,34 +236,41 @@ impl<'a> LayerCodec<'a> {
             steps.iter().all(|&step| is_step(step)),
             "steps are positive"
         );
+        let exact = self.exact_tokens as usize;
         let mut parameters = Vec::new();
-        let mut lengths: [Vec<u8>; LADDER] = Default::default();
-        let mut cells: [Vec<u8>; LADDER] = Default::default();
+        write_length(self.exact_tokens, &mut parameters);
+        let mut parts = [0, 1, 2].map(PartWriter::new);
+        let mut encoder = Encoder::new();
+        let mut rows = Vec::new();
         for (shape, step) in self.planes.iter().zip(steps) {
             parameters.extend_from_slice(&step.to_le_bytes());
-            for group in shape.groups() {
-                let rows = self.gather(raw, shape, group);
-                let quantiser = Quantiser::of(&rows, shape.width, step);
+            for (number, group) in (0..).zip(shape.groups()) {
+                self.gather(raw, shape, group, &mut rows);
+                let quantiser = Quantiser::of(&rows[exact * shape.width..], shape.width, step);
                 quantiser.write(&mut parameters);
-                let mut encoder = quantiser.encoder();
-                for rows in rows.chunks(shape.width * CELL_TOKENS) {
-                    let before = cells.each_ref().map(Vec::len);
-                    encoder.encode(rows, cells.each_mut());
-                    for ((lengths, cells), before) in lengths.iter_mut().zip(&cells).zip(before) {
-                        let len = u32::try_from(cells.len() - before)
-                            .expect("a cell is smaller than its values");
-                        lengths.extend_from_slice(&len.to_le_bytes());
-                    }
+                for part in &mut parts {
+                    part.next = shape.place(part.next.level, number, 0);
+                }
+                if exact > 0 {
+                    let place = shape.place(EXACT, number, 0);
+                    parts[0].add_at(place, |out| self.copy_exact(raw, shape, group, out));
+                }
+                let (mut first, mut rest) = (0, rows.as_slice());
+                while !rest.is_empty() {
+                    let (cells, tokens) = self.at_once(first);
+                    let (some, after) = rest.split_at(cells * tokens * shape.width);
+                    let ignored = exact.saturating_sub(first * CELL_TOKENS);
+                    encoder.encode(&quantiser, some, tokens, ignored, &mut parts);
+                    (first, rest) = (first + cells, after);
                 }
             }
         }
-        let [base, middle, finest] = cells;
-        let [base_lengths, middle_lengths, finest_lengths] = lengths;
+        let [base, middle, finest] = parts;
         EncodedLayer {
             parts: [
-                [parameters, base_lengths, base].concat(),
-                [middle_lengths, middle].concat(),
-                [finest_lengths, finest].concat(),
+                base.finish(parameters),
+                middle.finish(Vec::new()),
+                finest.finish(Vec::new()),
             ],
         }
     }
@@ -224,19 +279,115 @@ impl<'a> LayerCodec<'a> {
     /// the base, and any number of refinements in order.
     ///
     /// # Errors
-    /// Every truncation, and most damage.
+    /// Every truncation, every burst of up to 32 bits of damage, and all but 2^-32 of
+    /// anything else.
     ///
     /// # Panics
     /// There is no part, or more than there are levels; or `raw` has not the bytes that
     /// the layout says.
     pub fn decode(&self, parts: &[&[u8]], raw: &mut [u8]) -> Result<(), DecodeError> {
-        assert_eq!(
-            raw.len(),
-            self.layout.layer_bytes(),
-            "a layer of the layout"
-        );
+        let whole = "a layout has heads and tokens";
+        let heads = HeadRange::new(0, self.layout.kv_heads()).expect(whole);
+        let tokens = TokenRange::new(0, self.layout.tokens()).expect(whole);
+        self.decode_slice(parts, heads, tokens, raw)
+    }
+
+    /// Decodes some heads and tokens of a layer, in the order of a raw layer that has no
+    /// others. The cells of others are not looked at: damage in them is not noticed.
+    ///
+    /// # Errors
+    /// The [heads and tokens](Self::slice_unit) are not those of whole cells; or as for
+    /// [`decode`](Self::decode).
+    ///
+    /// # Panics
+    /// There is no part, or more than there are levels; or `raw` has not the bytes of the
+    /// heads and tokens.
+    pub fn decode_slice(
+        &self,
+        parts: &[&[u8]],
+        heads: HeadRange,
+        tokens: TokenRange,
+        raw: &mut [u8],
+    ) -> Result<(), DecodeError> {
         assert!((1..=LADDER).contains(&parts.len()), "the parts of a layer");
-        let mut base = Part::new(0, parts[0]);
+        self.check_slice(heads, tokens)?;
+        let (quantisers, exact, parts) = self.read_heads(parts)?;
+        let mut decoder = Decoder::new();
+        let (first_token, slice_tokens) = (tokens.start() as usize, tokens.len() as usize);
+        let last_token = first_token + slice_tokens;
+        let mut raw = raw;
+        let mut before = 0;
+        let of_groups = self.cells_of_group();
+        let mut quantisers = quantisers.iter();
+        for shape in &self.planes {
+            for (number, (group, quantiser)) in (0..).zip(shape.groups().zip(quantisers.by_ref())) {
+                let in_part = before;
+                before += 1;
+                if group.start() < heads.start() || group.end() > heads.end() {
+                    continue;
+                }
+                let (out, rest) = std::mem::take(&mut raw)
+                    .split_at_mut(shape.group_bytes(self.layout, slice_tokens));
+                raw = rest;
+                let rotation = self.rotation.filter(|_| shape.plane == Plane::Key);
+                let mut output = Output::new(
+                    out,
+                    self.layout.dtype(),
+                    shape.dim,
+                    first_token,
+                    slice_tokens,
+                    rotation,
+                );
+                let mut cell = first_token / CELL_TOKENS;
+                while cell * CELL_TOKENS < last_token {
+                    let (cells, tokens) = self.at_once(cell);
+                    let wanted = (last_token - cell * CELL_TOKENS).div_ceil(tokens);
+                    let cells = cells.min(wanted);
+                    let mut levels = [[&[][..]; AT_ONCE]; LADDER];
+                    for ((part, level), bytes) in parts.iter().zip(0..).zip(&mut levels) {
+                        let exacts = if level == 0 && exact > 0 {
+                            in_part + 1
+                        } else {
+                            0
+                        };
+                        for (at, bytes) in (cell..cell + cells).zip(bytes.iter_mut()) {
+                            let entry = exacts + in_part * of_groups + at;
+                            let at = u32::try_from(at).expect("tokens fit 32 bits");
+                            *bytes = part.cell(entry, shape.place(level, number, at))?;
+                        }
+                    }
+                    let levels = &levels[..parts.len()];
+                    let at_a_time = output.blocks_at_a_time(shape.width / LANES);
+                    let first = cell * CELL_TOKENS - first_token;
+                    let step = quantiser.step_at(levels.len() - 1);
+                    decoder.decode(quantiser, levels, cells, tokens, at_a_time, |numbers| {
+                        output.put(numbers, quantiser, step, first);
+                    })?;
+                    cell += cells;
+                }
+                if exact > first_token {
+                    let entry = in_part * (of_groups + 1);
+                    let bytes = parts[0].cell(entry, shape.place(EXACT, number, 0))?;
+                    output.put_exact(bytes, exact);
+                }
+            }
+        }
+        assert!(raw.is_empty(), "the bytes of the heads and tokens");
+        Ok(())
+    }
+
+    /// What comes before the cells: quantisers by plane and group, and how many tokens are
+    /// exact.
+    fn read_heads<'b>(
+        &self,
+        parts: &[&'b [u8]],
+    ) -> Result<(Vec<Quantiser>, usize, Vec<Part<'b>>), DecodeError> {
+        let tokens = self.layout.tokens() as usize;
+        let mut heads = (0..)
+            .zip(parts)
+            .map(|(number, part)| HeadReader::new(number, part));
+        let mut base = heads.next().ok_or(DecodeError::Length(0))?;
+        let exact = base.take_length(tokens)?;
         let mut quantisers = Vec::new();
         for shape in &self.planes {
             let step = f32::from_le_bytes(base.take()?);
@@ -244,101 +395,94 @@ impl<'a> LayerCodec<'a> {
                 return Err(DecodeError::Step(step));
             }
             for _ in shape.groups() {
-                quantisers.push(base.quantiser(step, shape.width)?);
+                quantisers.push(base.read(|bytes| Quantiser::read(step, shape.width, bytes))?);
             }
         }
+        let most = |level: usize| -> Vec<usize> {
+            let of_group = |shape: &PlaneShape| {
+                let exact =
+                    (level == 0 && exact > 0).then(|| shape.group_bytes(self.layout, exact));
+                let width = shape.width;
+                let cells = (0..tokens)
+                    .step_by(CELL_TOKENS)
+                    .map(move |at| most_bytes(level, width * CELL_TOKENS.min(tokens - at)));
+                exact.into_iter().chain(cells).collect::<Vec<_>>()
+            };
+            let groups = self
+                .planes
+                .iter()
+                .flat_map(|shape| shape.groups().map(move |_| shape));
+            groups.flat_map(of_group).collect()
+        };
+        let mut parts = vec![base.cells(most(0).into_iter())?];
+        for (level, head) in (1..).zip(heads) {
+            parts.push(head.cells(most(level).into_iter())?);
+        }
+        Ok((quantisers, exact, parts))
+    }
+
+    fn check_slice(&self, heads: HeadRange, tokens: TokenRange) -> Result<(), DecodeError> {
+        let (unit_heads, unit_tokens) = self.slice_unit();
+        let all = self.layout.tokens();
+        let whole = heads.start().is_multiple_of(unit_heads)
+            && heads.end().is_multiple_of(unit_heads)
+            && heads.end() <= self.layout.kv_heads()
+            && tokens.start().is_multiple_of(unit_tokens)
+            && (tokens.end().is_multiple_of(unit_tokens) || tokens.end() == all)
+            && tokens.end() <= all;
+        whole.then_some(()).ok_or(DecodeError::Slice {
+            heads: unit_heads,
+            tokens: unit_tokens,
+        })
+    }
+
+    fn cells_of_group(&self) -> usize {
+        (self.layout.tokens() as usize).div_ceil(CELL_TOKENS)
+    }
+
+    /// How many cells from one on are coded at once, and how many tokens each has: a last
+    /// cell of fewer tokens by itself.
+    fn at_once(&self, cell: usize) -> (usize, usize) {
         let tokens = self.layout.tokens() as usize;
-        let cells_of_group = tokens.div_ceil(CELL_TOKENS);
-        let groups: usize = self.planes.iter().map(|shape| shape.groups().count()).sum();
-        let count = groups * cells_of_group;
-        let mut cells = vec![base.cells(count)?];
-        for (number, part) in parts.iter().enumerate().skip(1) {
-            cells.push(Part::new(number, part).cells(count)?);
+        match tokens / CELL_TOKENS - cell {
+            0 => (1, tokens % CELL_TOKENS),
+            whole => (whole.min(AT_ONCE), CELL_TOKENS),
         }
-        let mut next = 0;
-        let mut quantisers = quantisers.iter();
-        for shape in &self.planes {
-            for (group, quantiser) in shape.groups().zip(quantisers.by_ref()) {
-                let of_cells: Vec<Vec<&[u8]>> = (next..next + cells_of_group)
-                    .map(|cell| cells.iter().map(|part| part[cell]).collect())
-                    .collect();
-                let of_cells: Vec<&[&[u8]]> = of_cells.iter().map(Vec::as_slice).collect();
-                next += cells_of_group;
-                let mut out = self.scatter(shape, group, raw);
-                // A last cell of fewer tokens by itself.
-                let (whole, last) = of_cells.split_at(tokens / CELL_TOKENS);
-                quantiser.decode(whole, CELL_TOKENS, |cell, token, row| {
-                    out.put(cell * CELL_TOKENS + token, row);
-                })?;
-                quantiser.decode(last, tokens % CELL_TOKENS, |_, token, row| {
-                    out.put(whole.len() * CELL_TOKENS + token, row);
-                })?;
-            }
-        }
-        Ok(())
     }
 
     /// The values of a group, a row a token, with RoPE undone.
-    fn gather(&self, raw: &[u8], shape: &PlaneShape, group: HeadRange) -> Vec<f32> {
+    fn gather(&self, raw: &[u8], shape: &PlaneShape, group: HeadRange, rows: &mut Vec<f32>) {
         let tokens = self.layout.tokens() as usize;
-        let mut rows = vec![0.0; tokens * shape.width];
-        let mut values = vec![0.0; tokens * shape.dim];
-        let place = self.layout.head_slice(shape.plane, group);
-        let bytes = place.and_then(|place| raw.get(place)).unwrap_or(&[]);
+        rows.clear();
+        rows.resize(tokens * shape.width, 0.0);
+        let dtype = self.layout.dtype();
+        let rotation = self.rotation.filter(|_| shape.plane == Plane::Key);
+        let bytes = self.group_of(raw, shape, group);
         let head_bytes = self.layout.head_bytes(shape.plane);
         for (head, bytes) in bytes.chunks_exact(head_bytes).enumerate() {
-            read_values(self.layout.dtype(), bytes, &mut values);
-            let rows = rows.chunks_exact_mut(shape.width);
-            for (token, (row, value)) in rows.zip(values.chunks_exact_mut(shape.dim)).enumerate() {
-                if let (Plane::Key, Some(rotation)) = (shape.plane, self.rotation) {
-                    rotation.undo(token, value);
+            let keys = bytes.chunks_exact(shape.dim * dtype.bytes());
+            for (token, (row, bytes)) in rows.chunks_exact_mut(shape.width).zip(keys).enumerate() {
+                let values = &mut row[head * shape.dim..][..shape.dim];
+                values::load(dtype, bytes, values);
+                if let Some(rotation) = rotation {
+                    rotation.undo(token, values);
                 }
-                row[head * shape.dim..][..shape.dim].copy_from_slice(value);
             }
         }
-        rows
     }
 
-    /// Where the rows of a group go.
-    fn scatter<'r>(
-        &self,
-        shape: &PlaneShape,
-        group: HeadRange,
-        raw: &'r mut [u8],
-    ) -> Heads<'r, '_> {
+    /// Appends the exact tokens of a group, a head after the other.
+    fn copy_exact(&self, raw: &[u8], shape: &PlaneShape, group: HeadRange, out: &mut Vec<u8>) {
+        let exact = shape.dim * self.layout.dtype().bytes() * self.exact_tokens as usize;
+        let heads = self.group_of(raw, shape, group);
+        for head in heads.chunks_exact(self.layout.head_bytes(shape.plane)) {
+            out.extend_from_slice(&head[..exact]);
+        }
+    }
+
+    fn group_of<'r>(&self, raw: &'r [u8], shape: &PlaneShape, group: HeadRange) -> &'r [u8] {
         let place = self.layout.head_slice(shape.plane, group);
-        let bytes = place
-            .and_then(|place| raw.get_mut(place))
-            .unwrap_or(&mut []);
-        Heads {
-            heads: bytes
-                .chunks_exact_mut(self.layout.head_bytes(shape.plane))
-                .collect(),
-            dim: shape.dim,
-            dtype: self.layout.dtype(),
-            rotation: self.rotation.filter(|_| shape.plane == Plane::Key),
-        }
-    }
-}
-
-/// The heads of a group in a raw layer.
-struct Heads<'r, 'a> {
-    heads: Vec<&'r mut [u8]>,
-    dim: usize,
-    dtype: DType,
-    rotation: Option<&'a Rotation>,
-}
-
-impl Heads<'_, '_> {
-    /// Puts the row of a token into its places, keys with RoPE done again.
-    fn put(&mut self, token: usize, row: &mut [f32]) {
-        let size = self.dim * self.dtype.bytes();
-        for (head, values) in self.heads.iter_mut().zip(row.chunks_exact_mut(self.dim)) {
-            if let Some(rotation) = self.rotation {
-                rotation.redo(token, values);
-            }
-            write_values(self.dtype, values, &mut head[token * size..][..size]);
-        }
+        place.and_then(|place| raw.get(place)).unwrap_or(&[])
     }
 }
 
@@ -348,6 +492,20 @@ impl PlaneShape {
         (0..heads)
             .step_by(usize::from(step))
             .filter_map(move |start| HeadRange::new(start, start + step).ok())
+    }
+
+    fn place(&self, level: u8, group: u16, cell: u32) -> Place {
+        Place {
+            plane: self.number,
+            level,
+            group,
+            cell,
+        }
+    }
+
+    /// Bytes of so many tokens of a group.
+    fn group_bytes(&self, layout: KvLayout, tokens: usize) -> usize {
+        usize::from(self.heads_per_group) * self.dim * tokens * layout.dtype().bytes()
     }
 }
 
@@ -365,266 +523,11 @@ fn is_step(step: f32) -> bool {
     step.is_normal() && step > 0.0
 }
 
-fn read_values(dtype: DType, bytes: &[u8], values: &mut [f32]) {
-    match dtype {
-        DType::F16 => {
-            let halves: Vec<f16> = bytes
-                .as_chunks()
-                .0
-                .iter()
-                .map(|&b| f16::from_le_bytes(b))
-                .collect();
-            halves.convert_to_f32_slice(values);
-        }
-        DType::Bf16 => {
-            let halves: Vec<bf16> = bytes
-                .as_chunks()
-                .0
-                .iter()
-                .map(|&b| bf16::from_le_bytes(b))
-                .collect();
-            halves.convert_to_f32_slice(values);
-        }
-        _ => {
-            for (value, &bytes) in values.iter_mut().zip(bytes.as_chunks().0) {
-                *value = f32::from_le_bytes(bytes);
-            }
-        }
-    }
-}
-
-fn write_values(dtype: DType, values: &[f32], bytes: &mut [u8]) {
-    // Converted a few at a time, where they stay close.
-    let size = dtype.bytes();
-    for (values, bytes) in values.chunks(SOME).zip(bytes.chunks_mut(SOME * size)) {
-        match dtype {
-            DType::F16 => {
-                let mut halves = [f16::ZERO; SOME];
-                let halves = &mut halves[..values.len()];
-                halves.convert_from_f32_slice(values);
-                for (slot, half) in bytes.as_chunks_mut().0.iter_mut().zip(halves) {
-                    *slot = half.to_le_bytes();
-                }
-            }
-            DType::Bf16 => {
-                let mut halves = [bf16::ZERO; SOME];
-                let halves = &mut halves[..values.len()];
-                halves.convert_from_f32_slice(values);
-                for (slot, half) in bytes.as_chunks_mut().0.iter_mut().zip(halves) {
-                    *slot = half.to_le_bytes();
-                }
-            }
-            _ => {
-                for (slot, value) in bytes.as_chunks_mut().0.iter_mut().zip(values) {
-                    *slot = value.to_le_bytes();
-                }
-            }
-        }
-    }
-}
-
-/// A part of a layer that is being read.
-struct Part<'a> {
-    number: usize,
-    len: usize,
-    rest: &'a [u8],
-}
-
-impl<'a> Part<'a> {
-    fn new(number: usize, bytes: &'a [u8]) -> Self {
-        Self {
-            number,
-            len: bytes.len(),
-            rest: bytes,
-        }
-    }
-
-    fn bytes(&mut self, len: usize) -> Result<&'a [u8], DecodeError> {
-        let read = self.len - self.rest.len();
-        let (bytes, rest) = self.rest.split_at_checked(len).ok_or(DecodeError::Length {
-            part: self.number,
-            expected: read as u64 + len as u64,
-            actual: self.len,
-        })?;
-        self.rest = rest;
-        Ok(bytes)
-    }
-
-    fn take<const N: usize>(&mut self) -> Result<[u8; N], DecodeError> {
-        let bytes = self.bytes(N)?;
-        let mut out = [0; N];
-        out.copy_from_slice(bytes);
-        Ok(out)
-    }
-
-    fn quantiser(&mut self, step: f32, width: usize) -> Result<Quantiser, DecodeError> {
-        let (quantiser, rest) = Quantiser::read(step, width, self.rest)?;
-        self.rest = rest;
-        Ok(quantiser)
-    }
-
-    /// All cells, up to the end of the part.
-    fn cells(mut self, count: usize) -> Result<Vec<&'a [u8]>, DecodeError> {
-        let lengths = self.bytes(4 * count)?.as_chunks().0.iter();
-        let lengths: Vec<u32> = lengths.map(|&bytes| u32::from_le_bytes(bytes)).collect();
-        let cells = lengths.iter().map(|&len| self.bytes(len as usize));
-        let cells = cells.collect::<Result<_, _>>()?;
-        if self.rest.is_empty() {
-            return Ok(cells);
-        }
-        Err(DecodeError::Length {
-            part: self.number,
-            expected: (self.len - self.rest.len()) as u64,
-            actual: self.len,
-        })
-    }
-}
-
 const ENOUGH_CHANNELS: usize = 256;
-const SOME: usize = 64;
-/// Of a base part: the number of outliers, and the states.
-const CELL_BYTES: usize = 2 + STATE_BYTES;
+/// Of a cell at level 0: length, checksum, the number of outliers, and the states.
+const CELL_BYTES: usize = 2 + 4 + 2 + STATE_BYTES;
+/// How many tokens are exact, and the checksum of the head.
+const HEAD_BYTES: usize = 1 + 4;
 
 #[cfg(test)]
-mod tests {
-    use kvasir_types::Planes;
-    use proptest::prelude::*;
-
-    use super::*;
-    use crate::rotation::Pairing;
-
-    /// A layer whose channels differ, and whose keys turn with their position.
-    fn layer(layout: &KvLayout, rotation: Option<&Rotation>) -> Vec<u8> {
-        let codec = LayerCodec::new(*layout, rotation).unwrap();
-        let mut raw = vec![0; layout.layer_bytes()];
-        let mut state = 1u32;
-        for shape in &codec.planes {
-            for group in shape.groups() {
-                let mut rows = vec![0.0; layout.tokens() as usize * shape.width];
-                for (at, value) in rows.iter_mut().enumerate() {
-                    state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-                    let noise = f32::from((state >> 16) as u16) / 65_536.0 - 0.5;
-                    let channel = u8::try_from(at % shape.width % 7).unwrap();
-                    *value = f32::from(channel) * (1.0 + noise) - 2.0;
-                }
-                let mut heads = codec.scatter(shape, group, &mut raw);
-                for (token, row) in rows.chunks_exact_mut(shape.width).enumerate() {
-                    heads.put(token, row);
-                }
-            }
-        }
-        raw
-    }
-
-    fn values(dtype: DType, raw: &[u8]) -> Vec<f32> {
-        let mut values = vec![0.0; raw.len() / dtype.bytes()];
-        read_values(dtype, raw, &mut values);
-        values
-    }
-
-    fn decoded(codec: &LayerCodec<'_>, parts: &[Vec<u8>]) -> Result<Vec<u8>, DecodeError> {
-        let parts: Vec<&[u8]> = parts.iter().map(Vec::as_slice).collect();
-        let mut raw = vec![0xff; codec.layout.layer_bytes()];
-        codec.decode(&parts, &mut raw)?;
-        Ok(raw)
-    }
-
-    #[test]
-    fn every_layout_comes_back_as_exactly_as_its_level() {
-        for (heads, planes, tokens, dtype) in [
-            (2, Planes::symmetric(64), 256, DType::F16),
-            (8, Planes::symmetric(128), 70, DType::Bf16),
-            (
-                3,
-                Planes::KeyValue {
-                    key_dim: 40,
-                    value_dim: 24,
-                },
-                64,
-                DType::F32,
-            ),
-            (1, Planes::Single { dim: 500 }, 1, DType::F32),
-            (1, Planes::symmetric(1), 3, DType::F32),
-        ] {
-            let layout = KvLayout::new(1, heads, planes, tokens, dtype).unwrap();
-            let frequencies = [0.7, 0.1, 0.01];
-            let rotation = Rotation::new(&frequencies, Pairing::Halves, 1.0, 90, tokens);
-            for rotation in [None, Some(&rotation)] {
-                let Ok(codec) = LayerCodec::new(layout, rotation) else {
-                    assert!(rotation.is_some() && planes == Planes::symmetric(1));
-                    continue;
-                };
-                let raw = layer(&layout, rotation);
-                let encoded = codec.encode(&raw, [0.5, 0.8]);
-                let before = values(dtype, &raw);
-                for (level, step) in (1..=LADDER).zip([0.8, 0.8 / 3.0, 0.8 / 9.0]) {
-                    let raw = decoded(&codec, &encoded.parts[..level]).unwrap();
-                    let after = values(dtype, &raw);
-                    let errors = before.iter().zip(&after).map(|(a, b)| (a - b).abs());
-                    let worst = errors.fold(0.0, f32::max);
-                    // A pair's errors add up as it turns; then the type rounds.
-                    assert!(worst <= step * 0.71 + 0.06, "{layout:?} {level}: {worst}");
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn keys_without_their_rotation_take_less() {
-        let layout = KvLayout::new(1, 2, Planes::symmetric(64), 256, DType::F32).unwrap();
-        let frequencies: Vec<f32> = (0u8..32).map(|at| 0.75f32.powi(at.into())).collect();
-        let rotation = Rotation::new(&frequencies, Pairing::Halves, 1.0, 500, 256);
-        let raw = layer(&layout, Some(&rotation));
-        let bytes = |rotation| {
-            let codec = LayerCodec::new(layout, rotation).unwrap();
-            codec.encode(&raw, [0.5; 2]).parts[0].len()
-        };
-        let (without, with) = (bytes(Some(&rotation)), bytes(None));
-        assert!(without * 20 < with * 19, "{without} {with}");
-    }
-
-    #[test]
-    fn layouts_that_cannot_be_coded_say_so() {
-        let layout = |planes, dtype| KvLayout::new(1, 1, planes, 4, dtype).unwrap();
-        let refused = |layout| LayerCodec::new(layout, None).unwrap_err();
-        let fp8 = layout(Planes::symmetric(8), DType::F8E4m3);
-        assert_eq!(refused(fp8), UnsupportedLayout::DType(DType::F8E4m3));
-        let wide = layout(Planes::Single { dim: 513 }, DType::F16);
-        assert_eq!(refused(wide), UnsupportedLayout::Width(513));
-        let narrow = layout(Planes::symmetric(2), DType::F16);
-        for (frequencies, tokens) in [(&[1.0, 1.0][..], 4), (&[1.0][..], 3)] {
-            let rotation = Rotation::new(frequencies, Pairing::Halves, 1.0, 0, tokens);
-            let error = LayerCodec::new(narrow, Some(&rotation)).unwrap_err();
-            assert_eq!(error, UnsupportedLayout::Rotation { dim: 2, tokens: 4 });
-        }
-    }
-
-    #[test]
-    fn groups_can_be_shared_out_among_ranks() {
-        assert_eq!(heads_of_a_group(8, 128), 2);
-        assert_eq!(heads_of_a_group(2, 64), 2);
-        assert_eq!(heads_of_a_group(32, 128), 2);
-        assert_eq!(heads_of_a_group(1, 576), 1);
-        assert_eq!(heads_of_a_group(6, 64), 6);
-    }
-
-    proptest! {
-        #[test]
-        fn damage_is_an_error_or_other_values_and_no_panic(
-            part in 0..LADDER,
-            at in any::<prop::sample::Index>(),
-            byte in any::<u8>(),
-        ) {
-            let layout = KvLayout::new(1, 2, Planes::symmetric(16), 66, DType::F16).unwrap();
-            let codec = LayerCodec::new(layout, None).unwrap();
-            let mut encoded = codec.encode(&layer(&layout, None), [0.5; 2]);
-            let at = at.index(encoded.parts[part].len());
-            encoded.parts[part][at] = byte;
-            let _ = decoded(&codec, &encoded.parts);
-            encoded.parts[part].truncate(at);
-            prop_assert!(decoded(&codec, &encoded.parts).is_err());
-            encoded.parts[part].clear();
-            prop_assert!(decoded(&codec, &encoded.parts).is_err());
-        }
-    }
-}
+mod tests;

@@ -54,6 +54,7 @@
 #![deny(unsafe_code)]
 
 mod cell;
+mod channels;
 mod chunk;
 mod classes;
 mod elements;
@@ -62,12 +63,16 @@ mod header;
 mod layer;
 mod lossless;
 mod object;
+mod output;
+mod part;
 mod prelude;
+mod quantise;
 mod rans;
 mod rotation;
-mod rows;
+mod values;
 
 pub use cell::{CELL_TOKENS, CellError, LADDER};
+pub use channels::ChannelsError;
 pub use chunk::{ChunkDecoder, ChunkError, EncodeError, Encoding};
 pub use fixed::{FixedCodec, FixedError, FixedRate, UnsupportedFixed};
 pub use header::{Extent, ExtentError, HeaderError, IdentityError, ObjectHeader};

@@ -7,7 +7,8 @@
 
 use std::slice::{from_mut, from_ref};
 
-use crate::rows;
+use crate::rans::LANES;
+use crate::values::{self, Angles};
 
 /// Which channels of a head form a pair.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,16 +77,29 @@ impl Rotation {
         self.cos.len().checked_div(self.pairs).unwrap_or(0)
     }
 
+    /// The angles from `token` on of the pairs from `pair` on, where channels that are whole
+    /// rows of lanes apart form them; else nothing.
+    pub(crate) fn angles(&self, token: usize, pair: usize) -> Option<Angles<'_>> {
+        let aligned = self.pairing == Pairing::Halves && self.pairs.is_multiple_of(LANES);
+        let from = token * self.pairs + pair;
+        aligned.then(|| Angles {
+            cos: &self.cos[from..],
+            sin: &self.sin[from..],
+            pairs: self.pairs,
+            factor: self.factor,
+        })
+    }
+
     /// Turns the key of one head at `token` back.
     pub(crate) fn undo(&self, token: usize, key: &mut [f32]) {
         self.scale(1.0 / self.factor, key);
         // With the two of a pair in each other's place, an angle is the opposite one.
-        self.turn(token, key, |a, b, cos, sin| rows::turn(b, a, cos, sin));
+        self.turn(token, key, |a, b, cos, sin| values::turn(b, a, cos, sin));
     }
 
     /// Turns it again.
     pub(crate) fn redo(&self, token: usize, key: &mut [f32]) {
-        self.turn(token, key, rows::turn);
+        self.turn(token, key, values::turn);
         self.scale(self.factor, key);
     }
 

@@ -1,0 +1,643 @@
+//! Kernels for AVX-512, with VBMI2: Ice Lake, Zen 4 and later. [`super::scalar`] says what
+//! they compute.
+//!
+//! All lanes of a row fill one register, 16 bits a lane; a state is two of them. Decoding:
+//!
+//! ```text
+//! place, frequency = from comparing the slots with one bound a number
+//! high:low         = frequency * (high:low >> 11) + place    three products of 16 bits
+//! refill           = high == 0
+//! high             = refill ? low : high
+//! low              = refill ? next words, in order : low     one expansion
+//! ```
+//!
+//! The bounds of a lane are the same in all rows. Several streams in turns hide the latency
+//! of this chain, and share the bounds.
+
+#![expect(
+    unsafe_code,
+    reason = "features are checked at run time, and gathers take pointers"
+)]
+
+use std::arch::x86_64::*;
+
+use super::{LANES, Lanes, PRECISION, Reader, Row, States, TOTAL, Writer};
+use crate::classes::{BASE, LARGEST, NUMBER_BIT, PADDED, SLOT_ZERO, ThirdTables};
+
+pub(super) fn is_available() -> bool {
+    is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512vbmi2")
+        && is_x86_feature_detected!("popcnt")
+}
+
+/// Calls a kernel, given by its name, with the streams as an array of as many.
+macro_rules! with_streams {
+    ($kernel:ident($($argument:expr),*; $streams:expr, $rows:expr)) => {{
+        assert!(is_available(), "checked when the kernel was chosen");
+        // SAFETY: the CPU has the features.
+        unsafe {
+            match $streams {
+                [a] => $kernel($($argument,)* [a], $rows),
+                [a, b] => $kernel($($argument,)* [a, b], $rows),
+                [a, b, c] => $kernel($($argument,)* [a, b, c], $rows),
+                [a, b, c, d] => $kernel($($argument,)* [a, b, c, d], $rows),
+                _ => unreachable!("a few streams"),
+            }
+        }
+    }};
+}
+
+/// A loop over the streams that the compiler unrolls, so that their states stay in registers.
+macro_rules! each_stream {
+    ($s:ident in $streams:ident $body:block) => {
+        each_stream!(@ $s $streams $body 0 1 2 3)
+    };
+    (@ $s:ident $streams:ident $body:block $($number:literal)*) => {
+        $(if $number < $streams {
+            let $s = $number;
+            $body
+        })*
+    };
+}
+
+pub(super) fn decode_base(lanes: Lanes<'_>, readers: &mut [Reader], rows: &mut [Row]) {
+    if lanes.are_narrow() {
+        with_streams!(narrow(lanes; readers, rows));
+    } else {
+        with_streams!(wide(lanes; readers, rows));
+    }
+}
+
+pub(super) fn decode_thirds(
+    lanes: Lanes<'_>,
+    tables: &ThirdTables,
+    readers: &mut [Reader],
+    rows: &mut [Row],
+) {
+    with_streams!(thirds(lanes, tables; readers, rows));
+}
+
+pub(super) fn encode_base(lanes: Lanes<'_>, writers: &mut [Writer], rows: &mut [Row]) {
+    with_streams!(put_base(lanes; writers, rows));
+}
+
+pub(super) fn encode_thirds(
+    lanes: Lanes<'_>,
+    tables: &ThirdTables,
+    writers: &mut [Writer],
+    rows: &mut [Row],
+) {
+    with_streams!(put_thirds(lanes, tables; writers, rows));
+}
+
+/// A reader's states in registers.
+#[derive(Clone, Copy)]
+struct Reading {
+    low: __m512i,
+    high: __m512i,
+    next: usize,
+}
+
+impl Reading {
+    #[target_feature(enable = "avx512f,avx512bw,avx512vbmi2,popcnt")]
+    fn of(reader: &Reader) -> Self {
+        Self {
+            low: load(&reader.states.low),
+            high: load(&reader.states.high),
+            next: reader.next,
+        }
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512vbmi2,popcnt")]
+    fn put_back(self, reader: &mut Reader) {
+        reader.states = States {
+            low: array(self.low),
+            high: array(self.high),
+        };
+        reader.next = self.next;
+    }
+
+    /// After symbols of these frequencies, in which the slots had these places.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vbmi2,popcnt")]
+    fn advance(&mut self, reader: &Reader, frequency: __m512i, place: __m512i) {
+        let quotient_low = _mm512_shldi_epi16::<5>(self.high, self.low);
+        let quotient_high = _mm512_srli_epi16::<PRECISION>(self.high);
+        let low = _mm512_add_epi16(_mm512_mullo_epi16(frequency, quotient_low), place);
+        let high = _mm512_add_epi16(
+            _mm512_mulhi_epu16(frequency, quotient_low),
+            _mm512_mullo_epi16(frequency, quotient_high),
+        );
+        let carry = _mm512_cmplt_epu16_mask(low, place);
+        let high = _mm512_mask_add_epi16(high, carry, high, _mm512_set1_epi16(1));
+        let refill = _mm512_testn_epi16_mask(high, high);
+        let words = load(reader.upcoming(self.next));
+        self.high = _mm512_mask_mov_epi16(high, refill, low);
+        self.low = _mm512_mask_expand_epi16(low, refill, words);
+        self.next += refill.count_ones() as usize;
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vbmi2,popcnt")]
+fn narrow<const S: usize>(lanes: Lanes<'_>, readers: [&mut Reader; S], rows: &mut [Row]) {
+    let tokens = rows.len() / S;
+    let classes = load_classes(lanes);
+    let zero_packed = pick(&BASE.packed[0], classes);
+    let one_first = pick(&BASE.firsts[1], classes);
+    let one_packed = pick(&BASE.packed[1], classes);
+    let mut bounds = [[_mm512_setzero_si512(); 2]; LARGEST];
+    let largest = usize::from(lanes.largest);
+    let bounds = bounds
+        .get_mut(..largest.saturating_sub(1))
+        .unwrap_or_default();
+    for (number, bound) in (2..).zip(bounds.iter_mut()) {
+        *bound = [
+            pick(&BASE.firsts[number], classes),
+            pick(&BASE.packed[number], classes),
+        ];
+    }
+    let zero = _mm512_setzero_si512();
+    let one = _mm512_set1_epi16(1);
+    let sign = _mm512_set1_epi16(1 << 10);
+    let magnitudes = _mm512_set1_epi16((1 << 10) - 1);
+    let frequencies = _mm512_set1_epi16((1 << NUMBER_BIT) - 1);
+    let mut states = [Reading {
+        low: zero,
+        high: zero,
+        next: 0,
+    }; S];
+    for (state, reader) in states.iter_mut().zip(&readers) {
+        *state = Reading::of(reader);
+    }
+    for token in 0..tokens {
+        let mut magnitude = [zero; S];
+        let mut first = [zero; S];
+        let mut packed = [zero; S];
+        each_stream!(s in S {
+            magnitude[s] = _mm512_and_si512(states[s].low, magnitudes);
+            let reached = _mm512_cmpge_epu16_mask(magnitude[s], one_first);
+            first[s] = _mm512_maskz_mov_epi16(reached, one_first);
+            packed[s] = _mm512_mask_mov_epi16(zero_packed, reached, one_packed);
+        });
+        for &[of_first, of_packed] in bounds.iter() {
+            each_stream!(s in S {
+                let reached = _mm512_cmpge_epu16_mask(magnitude[s], of_first);
+                first[s] = _mm512_mask_mov_epi16(first[s], reached, of_first);
+                packed[s] = _mm512_mask_mov_epi16(packed[s], reached, of_packed);
+            });
+        }
+        each_stream!(s in S {
+            let negative = _mm512_test_epi16_mask(states[s].low, sign);
+            let second_half = _mm512_mask_cmplt_epu16_mask(negative, magnitude[s], one_first);
+            let place = _mm512_sub_epi16(magnitude[s], first[s]);
+            let place = _mm512_mask_add_epi16(place, second_half, place, one_first);
+            let frequency = _mm512_add_epi16(_mm512_and_si512(packed[s], frequencies), one);
+            let number = _mm512_srli_epi16::<NUMBER_BIT>(packed[s]);
+            let number = _mm512_mask_sub_epi16(number, negative, zero, number);
+            store_numbers(&mut rows[s * tokens + token], number);
+            states[s].advance(readers[s], frequency, place);
+        });
+    }
+    for (state, reader) in states.into_iter().zip(readers) {
+        state.put_back(reader);
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vbmi2,popcnt")]
+fn wide<const S: usize>(lanes: Lanes<'_>, readers: [&mut Reader; S], rows: &mut [Row]) {
+    let tokens = rows.len() / S;
+    let first_slots = wide_classes(lanes, PRECISION);
+    let slots = _mm512_set1_epi16((TOTAL - 1).cast_signed());
+    let zero = _mm512_setzero_si512();
+    let number_bits = _mm512_set1_epi32(0x7f);
+    let frequency_bits = _mm512_set1_epi32(0x7ff);
+    let mut states = [Reading {
+        low: zero,
+        high: zero,
+        next: 0,
+    }; S];
+    for (state, reader) in states.iter_mut().zip(&readers) {
+        *state = Reading::of(reader);
+    }
+    for token in 0..tokens {
+        each_stream!(s in S {
+            let slot = _mm512_and_si512(states[s].low, slots);
+            let [a, b] = look_up(&BASE.slots, first_slots, slot);
+            let number = narrowed(
+                _mm512_and_si512(a, number_bits),
+                _mm512_and_si512(b, number_bits),
+            );
+            let number = _mm512_sub_epi16(number, _mm512_set1_epi16(SLOT_ZERO));
+            let frequency = narrowed(
+                _mm512_and_si512(_mm512_srli_epi32::<7>(a), frequency_bits),
+                _mm512_and_si512(_mm512_srli_epi32::<7>(b), frequency_bits),
+            );
+            let frequency = _mm512_add_epi16(frequency, _mm512_set1_epi16(1));
+            let place = narrowed(_mm512_srli_epi32::<18>(a), _mm512_srli_epi32::<18>(b));
+            store_numbers(&mut rows[s * tokens + token], number);
+            states[s].advance(readers[s], frequency, place);
+        });
+    }
+    for (state, reader) in states.into_iter().zip(readers) {
+        state.put_back(reader);
+    }
+}
+
+/// The bounds of third symbols.
+#[derive(Clone, Copy)]
+struct Thirds {
+    middle: [__m512i; 4],
+    away: [__m512i; 4],
+}
+
+impl Thirds {
+    #[target_feature(enable = "avx512f,avx512bw,avx512vbmi2,popcnt")]
+    fn of(lanes: Lanes<'_>, tables: &ThirdTables) -> Self {
+        let classes = load_classes(lanes);
+        let mut bounds = Self {
+            middle: [classes; 4],
+            away: [classes; 4],
+        };
+        for distance in 0..4 {
+            bounds.middle[distance] = pick(&tables.middle[distance], classes);
+            bounds.away[distance] = pick(&tables.away[distance], classes);
+        }
+        bounds
+    }
+
+    /// The bounds of a row whose coarser numbers are that far from zero.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vbmi2,popcnt")]
+    fn at(&self, distance: __m512i) -> (__m512i, __m512i) {
+        let (mut middle, mut away) = (self.middle[0], self.away[0]);
+        for d in 1..4u8 {
+            let reached = _mm512_cmpge_epu16_mask(distance, _mm512_set1_epi16(d.into()));
+            middle = _mm512_mask_mov_epi16(middle, reached, self.middle[usize::from(d)]);
+            away = _mm512_mask_mov_epi16(away, reached, self.away[usize::from(d)]);
+        }
+        (middle, away)
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vbmi2,popcnt")]
+fn thirds<const S: usize>(
+    lanes: Lanes<'_>,
+    tables: &ThirdTables,
+    readers: [&mut Reader; S],
+    rows: &mut [Row],
+) {
+    let tokens = rows.len() / S;
+    let bounds = Thirds::of(lanes, tables);
+    let zero = _mm512_setzero_si512();
+    let one = _mm512_set1_epi16(1);
+    let less = _mm512_set1_epi16(-1);
+    let slots = _mm512_set1_epi16((TOTAL - 1).cast_signed());
+    let total = _mm512_set1_epi16(TOTAL.cast_signed());
+    let mut states = [Reading {
+        low: zero,
+        high: zero,
+        next: 0,
+    }; S];
+    for (state, reader) in states.iter_mut().zip(&readers) {
+        *state = Reading::of(reader);
+    }
+    for token in 0..tokens {
+        each_stream!(s in S {
+            let row = &mut rows[s * tokens + token];
+            let number = load_numbers(row);
+            let (middle, away) = bounds.at(_mm512_abs_epi16(number));
+            let slot = _mm512_and_si512(states[s].low, slots);
+            let is_middle = _mm512_cmpge_epu16_mask(slot, middle);
+            let is_away = _mm512_cmpge_epu16_mask(slot, away);
+            let first = _mm512_maskz_mov_epi16(is_middle, middle);
+            let first = _mm512_mask_mov_epi16(first, is_away, away);
+            let end = _mm512_mask_mov_epi16(middle, is_middle, away);
+            let end = _mm512_mask_mov_epi16(end, is_away, total);
+            // Towards zero is one less for a positive number, and one more for a negative
+            // one; away is the opposite.
+            let third = _mm512_mask_mov_epi16(less, is_middle, zero);
+            let third = _mm512_mask_mov_epi16(third, is_away, one);
+            let negative = _mm512_srai_epi16::<15>(number);
+            let third = _mm512_sub_epi16(_mm512_xor_si512(third, negative), negative);
+            let tripled = _mm512_add_epi16(_mm512_add_epi16(number, number), number);
+            let number = _mm512_add_epi16(tripled, third);
+            store_numbers(row, number);
+            let (frequency, place) = (_mm512_sub_epi16(end, first), _mm512_sub_epi16(slot, first));
+            states[s].advance(readers[s], frequency, place);
+        });
+    }
+    for (state, reader) in states.into_iter().zip(readers) {
+        state.put_back(reader);
+    }
+}
+
+/// A writer's states in registers.
+#[derive(Clone, Copy)]
+struct Writing {
+    low: __m512i,
+    high: __m512i,
+    next: usize,
+}
+
+impl Writing {
+    #[target_feature(enable = "avx512f,avx512bw,avx512vbmi2,popcnt")]
+    fn of(writer: &Writer) -> Self {
+        Self {
+            low: load(&writer.states.low),
+            high: load(&writer.states.high),
+            next: writer.next,
+        }
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512vbmi2,popcnt")]
+    fn put_back(self, writer: &mut Writer) {
+        writer.states = States {
+            low: array(self.low),
+            high: array(self.high),
+        };
+        writer.next = self.next;
+    }
+
+    /// Makes room for symbols of these frequencies, which are not zero, and divides by them:
+    /// the quotients times [`TOTAL`], and the remainders.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vbmi2,popcnt")]
+    fn divide(&mut self, writer: &mut Writer, frequency: __m512i) -> ([__m512i; 2], __m512i) {
+        let full = _mm512_cmpge_epu16_mask(_mm512_srli_epi16::<5>(self.high), frequency);
+        let words = _mm512_maskz_compress_epi16(full, self.low);
+        let count = full.count_ones();
+        self.next -= count as usize;
+        let place = writer.words[self.next..]
+            .first_chunk_mut()
+            .expect("a register more than words");
+        let some = u32::MAX.unbounded_shr(32 - count);
+        store_some(place, some, words);
+        let low = _mm512_mask_mov_epi16(self.low, full, self.high);
+        let high = _mm512_maskz_mov_epi16(!full, self.high);
+        let zero = _mm512_setzero_si512();
+        let (a, rest_a) = quotients(
+            _mm512_unpacklo_epi16(low, high),
+            _mm512_unpacklo_epi16(frequency, zero),
+        );
+        let (b, rest_b) = quotients(
+            _mm512_unpackhi_epi16(low, high),
+            _mm512_unpackhi_epi16(frequency, zero),
+        );
+        ([a, b], _mm512_packus_epi32(rest_a, rest_b))
+    }
+
+    /// Goes on with the states that quotients and slots make.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vbmi2,popcnt")]
+    fn set(&mut self, quotients: [__m512i; 2], slot: __m512i) {
+        let [a, b] = quotients;
+        let words = _mm512_set1_epi32(0xffff);
+        // A quotient times TOTAL leaves the lowest bits to the slot.
+        self.low = _mm512_or_si512(
+            _mm512_packus_epi32(_mm512_and_si512(a, words), _mm512_and_si512(b, words)),
+            slot,
+        );
+        self.high = _mm512_packus_epi32(_mm512_srli_epi32::<16>(a), _mm512_srli_epi32::<16>(b));
+    }
+}
+
+/// Quotients times [`TOTAL`], and remainders, for divisors up to it and quotients below 2²¹.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vbmi2,popcnt")]
+fn quotients(state: __m512i, frequency: __m512i) -> (__m512i, __m512i) {
+    let divisor = _mm512_cvtepi32_ps(frequency);
+    // 14 bits are exact, and twice as many after one step of Newton's, as far as there are.
+    let inverse = _mm512_rcp14_ps(divisor);
+    let error = _mm512_fnmadd_ps(inverse, divisor, _mm512_set1_ps(1.0));
+    let inverse = _mm512_fmadd_ps(inverse, error, inverse);
+    // Less than one off, so that the quotient is at most one off.
+    let near = _mm512_cvttps_epu32(_mm512_mul_ps(_mm512_cvtepu32_ps(state), inverse));
+    let rest = _mm512_sub_epi32(state, _mm512_mullo_epi32(near, frequency));
+    let over = _mm512_cmplt_epi32_mask(rest, _mm512_setzero_si512());
+    let rest = _mm512_mask_add_epi32(rest, over, rest, frequency);
+    let under = _mm512_cmpge_epu32_mask(rest, frequency);
+    let rest = _mm512_mask_sub_epi32(rest, under, rest, frequency);
+    let total = _mm512_set1_epi32(i32::from(TOTAL));
+    let quotient = _mm512_slli_epi32::<PRECISION>(near);
+    let quotient = _mm512_mask_sub_epi32(quotient, over, quotient, total);
+    (
+        _mm512_mask_add_epi32(quotient, under, quotient, total),
+        rest,
+    )
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vbmi2,popcnt")]
+fn put_base<const S: usize>(lanes: Lanes<'_>, mut writers: [&mut Writer; S], rows: &mut [Row]) {
+    let tokens = rows.len() / S;
+    let classes = load_classes(lanes);
+    let narrow = lanes.are_narrow();
+    let first_codes = wide_classes(lanes, (LARGEST + 1).ilog2());
+    let mut bounds = [[_mm512_setzero_si512(); 2]; LARGEST + 1];
+    let bounds = &mut bounds[..=usize::from(lanes.largest)];
+    for (number, bound) in bounds.iter_mut().enumerate() {
+        let packed = pick(&BASE.packed[number], classes);
+        let frequencies = _mm512_set1_epi16((1 << NUMBER_BIT) - 1);
+        let frequency = _mm512_and_si512(packed, frequencies);
+        *bound = [
+            pick(&BASE.firsts[number], classes),
+            _mm512_add_epi16(frequency, _mm512_set1_epi16(1)),
+        ];
+    }
+    let [zero_first, zero_frequency] = bounds[0];
+    let zero_half = _mm512_srli_epi16::<1>(zero_frequency);
+    let zero = _mm512_setzero_si512();
+    let one = _mm512_set1_epi16(1);
+    let half = _mm512_set1_epi16(1 << 10);
+    let largest = load(&lanes.of_largest());
+    let mut strange = 0;
+    let mut states = [Writing {
+        low: zero,
+        high: zero,
+        next: 0,
+    }; S];
+    for (state, writer) in states.iter_mut().zip(&writers) {
+        *state = Writing::of(writer);
+    }
+    for token in (0..tokens).rev() {
+        each_stream!(s in S {
+            let number = load_numbers(&rows[s * tokens + token]);
+            let magnitude = _mm512_abs_epi16(number);
+            strange |= _mm512_cmpgt_epu16_mask(magnitude, largest);
+            let (mut first, mut frequency) = (zero_first, zero_frequency);
+            if narrow {
+                let mut at = zero;
+                for &[of_first, of_frequency] in &bounds[1..] {
+                    at = _mm512_add_epi16(at, one);
+                    let same = _mm512_cmpeq_epi16_mask(magnitude, at);
+                    first = _mm512_mask_mov_epi16(first, same, of_first);
+                    frequency = _mm512_mask_mov_epi16(frequency, same, of_frequency);
+                }
+            } else {
+                let magnitude = _mm512_min_epu16(magnitude, largest);
+                let [a, b] = look_up(&BASE.codes, first_codes, magnitude);
+                let words = _mm512_set1_epi32(0xffff);
+                frequency = narrowed(_mm512_and_si512(a, words), _mm512_and_si512(b, words));
+                first = narrowed(_mm512_srli_epi32::<16>(a), _mm512_srli_epi32::<16>(b));
+            }
+            let (quotients, place) = states[s].divide(writers[s], frequency);
+            let nothing = _mm512_testn_epi16_mask(number, number);
+            let second_half = _mm512_mask_cmpge_epu16_mask(nothing, place, zero_half);
+            let negative = _mm512_movepi16_mask(number) | second_half;
+            let slot = _mm512_add_epi16(first, place);
+            let slot = _mm512_mask_sub_epi16(slot, second_half, slot, zero_half);
+            let slot = _mm512_mask_add_epi16(slot, negative, slot, half);
+            states[s].set(quotients, slot);
+        });
+    }
+    for (state, writer) in states.into_iter().zip(&mut writers) {
+        state.put_back(writer);
+    }
+    assert_eq!(strange, 0, "every class has its numbers");
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vbmi2,popcnt")]
+fn put_thirds<const S: usize>(
+    lanes: Lanes<'_>,
+    tables: &ThirdTables,
+    mut writers: [&mut Writer; S],
+    rows: &mut [Row],
+) {
+    let tokens = rows.len() / S;
+    let bounds = Thirds::of(lanes, tables);
+    let zero = _mm512_setzero_si512();
+    let one = _mm512_set1_epi16(1);
+    let third = _mm512_set1_epi16(super::THIRD.cast_signed());
+    let total = _mm512_set1_epi16(TOTAL.cast_signed());
+    let mut impossible = 0;
+    let mut states = [Writing {
+        low: zero,
+        high: zero,
+        next: 0,
+    }; S];
+    for (state, writer) in states.iter_mut().zip(&writers) {
+        *state = Writing::of(writer);
+    }
+    for token in (0..tokens).rev() {
+        each_stream!(s in S {
+            let row = &mut rows[s * tokens + token];
+            let number = load_numbers(row);
+            let magnitude = _mm512_abs_epi16(number);
+            let coarser = _mm512_mulhi_epu16(_mm512_add_epi16(magnitude, one), third);
+            let (middle, away) = bounds.at(coarser);
+            let tripled = _mm512_add_epi16(_mm512_add_epi16(coarser, coarser), coarser);
+            // Next to zero the symbol is the sign itself.
+            let nothing = _mm512_testn_epi16_mask(coarser, coarser);
+            let magnitude = _mm512_mask_mov_epi16(magnitude, nothing, number);
+            let is_middle = _mm512_cmpge_epi16_mask(magnitude, tripled);
+            let is_away = _mm512_cmpgt_epi16_mask(magnitude, tripled);
+            let first = _mm512_maskz_mov_epi16(is_middle, middle);
+            let first = _mm512_mask_mov_epi16(first, is_away, away);
+            let end = _mm512_mask_mov_epi16(middle, is_middle, away);
+            let end = _mm512_mask_mov_epi16(end, is_away, total);
+            let negative = _mm512_movepi16_mask(number);
+            let coarser = _mm512_mask_sub_epi16(coarser, negative, zero, coarser);
+            store_numbers(row, coarser);
+            let frequency = _mm512_sub_epi16(end, first);
+            impossible |= _mm512_testn_epi16_mask(frequency, frequency);
+            let (quotients, place) = states[s].divide(writers[s], frequency);
+            states[s].set(quotients, _mm512_add_epi16(first, place));
+        });
+    }
+    for (state, writer) in states.into_iter().zip(&mut writers) {
+        state.put_back(writer);
+    }
+    assert_eq!(impossible, 0, "every class has its thirds");
+}
+
+/// Zero-extended classes, shifted: in the order of [`look_up`].
+#[target_feature(enable = "avx512f,avx512bw,avx512vbmi2,popcnt")]
+fn wide_classes(lanes: Lanes<'_>, shift: u32) -> [__m512i; 2] {
+    let [low, high] = widened(load_classes(lanes));
+    let shift = _mm_cvtsi32_si128(shift.cast_signed());
+    [_mm512_sll_epi32(low, shift), _mm512_sll_epi32(high, shift)]
+}
+
+/// The entries of a table of 2^n a class, for indices below 2^n, where `first` are those of
+/// [`wide_classes`].
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vbmi2,popcnt")]
+fn look_up(table: &[u32], first: [__m512i; 2], index: __m512i) -> [__m512i; 2] {
+    let [low, high] = widened(index);
+    let last = _mm512_set1_epi32(i32::try_from(table.len() - 1).expect("a small table"));
+    let low = _mm512_min_epu32(_mm512_or_si512(first[0], low), last);
+    let high = _mm512_min_epu32(_mm512_or_si512(first[1], high), last);
+    // SAFETY: no index is beyond the last entry.
+    unsafe {
+        [
+            _mm512_i32gather_epi32::<4>(low, table.as_ptr().cast()),
+            _mm512_i32gather_epi32::<4>(high, table.as_ptr().cast()),
+        ]
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vbmi2,popcnt")]
+fn widened(all: __m512i) -> [__m512i; 2] {
+    [
+        _mm512_cvtepu16_epi32(_mm512_castsi512_si256(all)),
+        _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64::<1>(all)),
+    ]
+}
+
+/// The opposite.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vbmi2,popcnt")]
+fn narrowed(low: __m512i, high: __m512i) -> __m512i {
+    let low = _mm512_castsi256_si512(_mm512_cvtepi32_epi16(low));
+    _mm512_inserti64x4::<1>(low, _mm512_cvtepi32_epi16(high))
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vbmi2,popcnt")]
+fn load_classes(lanes: Lanes<'_>) -> __m512i {
+    load(&lanes.classes.map(u16::from))
+}
+
+/// The entries of the classes.
+#[target_feature(enable = "avx512f,avx512bw,avx512vbmi2,popcnt")]
+fn pick(table: &[u16; PADDED], classes: __m512i) -> __m512i {
+    let (halves, _) = table.as_chunks();
+    _mm512_permutex2var_epi16(load(&halves[0]), classes, load(&halves[1]))
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vbmi2,popcnt")]
+fn load(lanes: &[u16; LANES]) -> __m512i {
+    // SAFETY: 32 lanes of 16 bits are a register.
+    unsafe { _mm512_loadu_si512(lanes.as_ptr().cast()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vbmi2,popcnt")]
+fn load_numbers(row: &Row) -> __m512i {
+    // SAFETY: 32 lanes of 16 bits are a register.
+    unsafe { _mm512_loadu_si512(row.as_ptr().cast()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vbmi2,popcnt")]
+fn store_some(place: &mut [u16; LANES], some: u32, words: __m512i) {
+    // SAFETY: 32 lanes of 16 bits are a register.
+    unsafe { _mm512_mask_storeu_epi16(place.as_mut_ptr().cast(), some, words) }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vbmi2,popcnt")]
+fn array(lanes: __m512i) -> [u16; LANES] {
+    let mut all = [0; LANES];
+    // SAFETY: 32 lanes of 16 bits are a register.
+    unsafe { _mm512_storeu_si512(all.as_mut_ptr().cast(), lanes) };
+    all
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vbmi2,popcnt")]
+fn store_numbers(row: &mut Row, numbers: __m512i) {
+    // SAFETY: 32 lanes of 16 bits are a register.
+    unsafe { _mm512_storeu_si512(row.as_mut_ptr().cast(), numbers) }
+}

@@ -1,0 +1,228 @@
+//! Numbers to the bytes of a raw layer, and its bytes to values.
+//!
+//! A value is `number * step + offset`; keys are then turned by the angles of their token.
+//! Both are rounded after each operation, and then to the type, to nearest and even, so
+//! that kernels and the code here give the same bytes.
+
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+use half::{bf16, f16};
+use kvasir_types::DType;
+use multiversion::multiversion;
+
+use crate::rans::{LANES, Row};
+
+/// A block of channels of some tokens, as numbers.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Block<'a> {
+    /// A row a token.
+    pub(crate) rows: &'a [Row],
+    pub(crate) offsets: &'a [f32; LANES],
+    pub(crate) step: f32,
+}
+
+/// How pairs of channels are turned: by token, as many as there are pairs.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Angles<'a> {
+    pub(crate) cos: &'a [f32],
+    pub(crate) sin: &'a [f32],
+    pub(crate) pairs: usize,
+    /// What lengths are multiplied by.
+    pub(crate) factor: f32,
+}
+
+/// Writes the values of a block, a token every `stride` bytes.
+///
+/// # Panics
+/// `out` has not the bytes of so many tokens.
+pub(crate) fn write(block: Block<'_>, dtype: DType, out: &mut [u8], stride: usize) {
+    match *KERNEL {
+        #[cfg(target_arch = "x86_64")]
+        Kernel::Avx512 => x86::write_avx512(block, dtype, out, stride),
+        #[cfg(target_arch = "x86_64")]
+        Kernel::Avx2 => x86::write_avx2(block, dtype, out, stride),
+        Kernel::Scalar => write_scalar(block, dtype, out, stride),
+    }
+}
+
+/// Writes the values of two blocks that are turned against each other, of which the second
+/// lies `apart` bytes beyond the first.
+///
+/// # Panics
+/// As for [`write`]; or there are fewer angles than tokens.
+pub(crate) fn write_turned(
+    blocks: [Block<'_>; 2],
+    angles: Angles<'_>,
+    dtype: DType,
+    out: &mut [u8],
+    (stride, apart): (usize, usize),
+) {
+    match *KERNEL {
+        #[cfg(target_arch = "x86_64")]
+        Kernel::Avx512 => x86::turn_avx512(blocks, angles, dtype, out, (stride, apart)),
+        #[cfg(target_arch = "x86_64")]
+        Kernel::Avx2 => x86::turn_avx2(blocks, angles, dtype, out, (stride, apart)),
+        Kernel::Scalar => turn_scalar(blocks, angles, dtype, out, (stride, apart)),
+    }
+}
+
+/// The loops of a kernel, whatever stores a row.
+macro_rules! loops {
+    ($(#[$features:meta])* $write:ident, $turn:ident, $store:path) => {
+        $(#[$features])*
+        pub(super) fn $write(block: Block<'_>, dtype: DType, out: &mut [u8], stride: usize) {
+            let size = LANES * dtype.bytes();
+            let step = block.step;
+            for (row, out) in block.rows.iter().zip(out.chunks_mut(stride)) {
+                let mut values = [0.0; LANES];
+                for lane in 0..LANES {
+                    values[lane] = f32::from(row[lane]) * step + block.offsets[lane];
+                }
+                $store(dtype, &values, &mut out[..size]);
+            }
+        }
+
+        $(#[$features])*
+        pub(super) fn $turn(
+            [first, second]: [Block<'_>; 2],
+            angles: Angles<'_>,
+            dtype: DType,
+            out: &mut [u8],
+            (stride, apart): (usize, usize),
+        ) {
+            let size = LANES * dtype.bytes();
+            let cos = angles.cos.chunks(angles.pairs);
+            let sin = angles.sin.chunks(angles.pairs);
+            let rows = first.rows.iter().zip(second.rows);
+            let (factor, step) = (angles.factor, first.step);
+            for ((out, (cos, sin)), (a, b)) in out.chunks_mut(stride).zip(cos.zip(sin)).zip(rows) {
+                let (mut x, mut y) = ([0.0; LANES], [0.0; LANES]);
+                let (cos, sin) = (&cos[..LANES], &sin[..LANES]);
+                for lane in 0..LANES {
+                    let (cos, sin) = (cos[lane], sin[lane]);
+                    let a = f32::from(a[lane]) * step + first.offsets[lane];
+                    let b = f32::from(b[lane]) * step + second.offsets[lane];
+                    x[lane] = (a * cos - b * sin) * factor;
+                    y[lane] = (b * cos + a * sin) * factor;
+                }
+                $store(dtype, &x, &mut out[..size]);
+                $store(dtype, &y, &mut out[apart..apart + size]);
+            }
+        }
+    };
+}
+#[cfg(target_arch = "x86_64")]
+use loops;
+
+mod scalar {
+    use super::*;
+
+    loops!(write, turn, store_values);
+
+    fn store_values(dtype: DType, values: &[f32; LANES], out: &mut [u8]) {
+        super::store(dtype, values, out);
+    }
+}
+use scalar::{turn as turn_scalar, write as write_scalar};
+
+/// Stores values.
+///
+/// # Panics
+/// The type is none of 16 or 32 bits.
+pub(crate) fn store(dtype: DType, values: &[f32], out: &mut [u8]) {
+    match dtype {
+        DType::F16 => {
+            for (slot, &value) in out.as_chunks_mut().0.iter_mut().zip(values) {
+                *slot = f16::from_f32(value).to_le_bytes();
+            }
+        }
+        DType::Bf16 => {
+            for (slot, &value) in out.as_chunks_mut().0.iter_mut().zip(values) {
+                *slot = bf16::from_f32(value).to_le_bytes();
+            }
+        }
+        DType::F32 => {
+            for (slot, value) in out.as_chunks_mut().0.iter_mut().zip(values) {
+                *slot = value.to_le_bytes();
+            }
+        }
+        _ => unreachable!("checked when the codec was made"),
+    }
+}
+
+/// Reads values, with RoPE still done.
+///
+/// # Panics
+/// As for [`store`].
+pub(crate) fn load(dtype: DType, bytes: &[u8], values: &mut [f32]) {
+    match dtype {
+        #[cfg(target_arch = "x86_64")]
+        DType::F16 if *KERNEL != Kernel::Scalar => x86::load_f16(bytes, values),
+        DType::F16 => load_f16(bytes, values),
+        DType::Bf16 => load_bf16(bytes, values),
+        DType::F32 => {
+            for (value, &bytes) in values.iter_mut().zip(bytes.as_chunks().0) {
+                *value = f32::from_le_bytes(bytes);
+            }
+        }
+        _ => unreachable!("checked when the codec was made"),
+    }
+}
+
+fn load_f16(bytes: &[u8], values: &mut [f32]) {
+    for (value, &bytes) in values.iter_mut().zip(bytes.as_chunks().0) {
+        *value = f16::from_le_bytes(bytes).to_f32();
+    }
+}
+
+#[multiversion(targets(
+    "x86_64+avx512f+avx512bw+avx512vl+avx512dq+avx2+fma",
+    "x86_64+avx2+fma"
+))]
+fn load_bf16(bytes: &[u8], values: &mut [f32]) {
+    for (value, &bytes) in values.iter_mut().zip(bytes.as_chunks().0) {
+        *value = f32::from_bits(u32::from(u16::from_le_bytes(bytes)) << 16);
+    }
+}
+
+/// Turns pairs of values by angles given as cosine and sine: `first[i]` and `second[i]`.
+#[multiversion(targets(
+    "x86_64+avx512f+avx512bw+avx512vl+avx512dq+avx2+fma",
+    "x86_64+avx2+fma"
+))]
+pub(crate) fn turn(first: &mut [f32], second: &mut [f32], cos: &[f32], sin: &[f32]) {
+    let pairs = first.iter_mut().zip(second).zip(cos.iter().zip(sin));
+    for ((a, b), (&cos, &sin)) in pairs {
+        (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kernel {
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    Scalar,
+}
+
+static KERNEL: std::sync::LazyLock<Kernel> = std::sync::LazyLock::new(|| Kernel::available()[0]);
+
+impl Kernel {
+    /// Those that this CPU has, best first.
+    fn available() -> Vec<Self> {
+        let mut kernels = Vec::new();
+        #[cfg(target_arch = "x86_64")]
+        {
+            if x86::has_avx512() {
+                kernels.push(Self::Avx512);
+            }
+            if x86::has_avx2() {
+                kernels.push(Self::Avx2);
+            }
+        }
+        kernels.push(Self::Scalar);
+        kernels
+    }
+}
