@@ -37,13 +37,7 @@ pub(crate) struct Angles<'a> {
 /// # Panics
 /// `out` has not the bytes of so many tokens.
 pub(crate) fn write(block: Block<'_>, dtype: DType, out: &mut [u8], stride: usize) {
-    match *KERNEL {
-        #[cfg(target_arch = "x86_64")]
-        Kernel::Avx512 => x86::write_avx512(block, dtype, out, stride),
-        #[cfg(target_arch = "x86_64")]
-        Kernel::Avx2 => x86::write_avx2(block, dtype, out, stride),
-        Kernel::Scalar => write_scalar(block, dtype, out, stride),
-    }
+    KERNEL.write(block, dtype, out, stride);
 }
 
 /// Writes the values of two blocks that are turned against each other, of which the second
@@ -58,13 +52,7 @@ pub(crate) fn write_turned(
     out: &mut [u8],
     (stride, apart): (usize, usize),
 ) {
-    match *KERNEL {
-        #[cfg(target_arch = "x86_64")]
-        Kernel::Avx512 => x86::turn_avx512(blocks, angles, dtype, out, (stride, apart)),
-        #[cfg(target_arch = "x86_64")]
-        Kernel::Avx2 => x86::turn_avx2(blocks, angles, dtype, out, (stride, apart)),
-        Kernel::Scalar => turn_scalar(blocks, angles, dtype, out, (stride, apart)),
-    }
+    KERNEL.write_turned(blocks, angles, dtype, out, (stride, apart));
 }
 
 /// The loops of a kernel, whatever stores a row.
@@ -224,5 +212,94 @@ impl Kernel {
         }
         kernels.push(Self::Scalar);
         kernels
+    }
+
+    fn write(self, block: Block<'_>, dtype: DType, out: &mut [u8], stride: usize) {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => x86::write_avx512(block, dtype, out, stride),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => x86::write_avx2(block, dtype, out, stride),
+            Self::Scalar => write_scalar(block, dtype, out, stride),
+        }
+    }
+
+    fn write_turned(
+        self,
+        blocks: [Block<'_>; 2],
+        angles: Angles<'_>,
+        dtype: DType,
+        out: &mut [u8],
+        places: (usize, usize),
+    ) {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => x86::turn_avx512(blocks, angles, dtype, out, places),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => x86::turn_avx2(blocks, angles, dtype, out, places),
+            Self::Scalar => turn_scalar(blocks, angles, dtype, out, places),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Of all sizes: what is rounded to nothing, what is subnormal, what overflows.
+    fn any_value() -> impl Strategy<Value = f32> {
+        prop_oneof![
+            (-10.0..10.0f32),
+            (-30.0..30.0f32).prop_map(|exponent| exponent.exp2()),
+            (-1e5..1e5f32),
+            Just(3.3e38)
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn kernels_write_the_same_bytes(
+            numbers in prop::collection::vec(-571..=571i16, LANES),
+            offsets in prop::collection::vec(any_value(), 2 * LANES),
+            (step, factor) in (any_value(), 0.5..2.0f32),
+            angles in prop::collection::vec(-1.0..1.0f32, 4 * 48),
+            dtype in prop::sample::select(vec![DType::F16, DType::Bf16, DType::F32]),
+        ) {
+            let rows: Vec<Row> = (0..4i16)
+                .map(|token| std::array::from_fn(|lane| numbers[lane].wrapping_mul(token)))
+                .collect();
+            let (offsets, _) = offsets.as_chunks();
+            let block = |at: usize| Block { rows: &rows, offsets: &offsets[at], step };
+            let angles = Angles { cos: &angles, sin: &angles[16..], pairs: 48, factor };
+            let stride = 5 * LANES * dtype.bytes();
+            let apart = 3 * LANES * dtype.bytes();
+            let mut reference = vec![7; 4 * stride];
+            let mut turned = reference.clone();
+            write_scalar(block(0), dtype, &mut reference, stride);
+            turn_scalar([block(0), block(1)], angles, dtype, &mut turned, (stride, apart));
+            for kernel in Kernel::available() {
+                let mut out = vec![7; 4 * stride];
+                kernel.write(block(0), dtype, &mut out, stride);
+                prop_assert_eq!(&out, &reference, "{:?}", kernel);
+                out.fill(7);
+                let blocks = [block(0), block(1)];
+                kernel.write_turned(blocks, angles, dtype, &mut out, (stride, apart));
+                prop_assert_eq!(&out, &turned, "{:?}", kernel);
+            }
+        }
+
+        #[test]
+        fn every_half_is_read_as_it_is(from in any::<u16>(), count in 0..50u16) {
+            let halves = (0..count).map(|at| from.wrapping_add(at * 77));
+            let bytes: Vec<u8> = halves.flat_map(u16::to_le_bytes).collect();
+            let mut reference = vec![0.0; count.into()];
+            let mut values = reference.clone();
+            load_f16(&bytes, &mut reference);
+            load(DType::F16, &bytes, &mut values);
+            let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+            prop_assert_eq!(bits(&values), bits(&reference));
+        }
     }
 }

@@ -2,6 +2,7 @@ use kvasir_types::Planes;
 use proptest::prelude::*;
 
 use super::*;
+use crate::cell::CellSink as _;
 use crate::rotation::Pairing;
 
 /// A layer whose channels differ, and whose keys turn with their position.
@@ -144,5 +145,250 @@ proptest! {
         prop_assert!(decoded(&codec, &encoded.parts).is_err());
         encoded.parts[part].clear();
         prop_assert!(decoded(&codec, &encoded.parts).is_err());
+    }
+}
+
+/// Parts that are changed in any one bit, or cut anywhere.
+#[test]
+fn all_damage_of_one_bit_and_every_truncation_is_an_error() {
+    let layout = KvLayout::new(1, 2, Planes::symmetric(16), 70, DType::F16).unwrap();
+    let codec = LayerCodec::new(layout, None).unwrap().with_exact_tokens(2);
+    let encoded = codec.encode(&layer(&layout, None), [1.0; 2]);
+    let mut raw = vec![0; layout.layer_bytes()];
+    let mut fails = |parts: &[Vec<u8>; LADDER]| {
+        let parts: Vec<&[u8]> = parts.iter().map(Vec::as_slice).collect();
+        codec.decode(&parts, &mut raw).is_err()
+    };
+    assert!(!fails(&encoded.parts));
+    for part in 0..LADDER {
+        let mut parts = encoded.parts.clone();
+        for at in 0..parts[part].len() {
+            for bit in 0..8 {
+                parts[part][at] ^= 1 << bit;
+                assert!(fails(&parts), "bit {bit} of byte {at} of part {part}");
+                parts[part][at] ^= 1 << bit;
+            }
+        }
+        while parts[part].pop().is_some() {
+            assert!(fails(&parts), "{} bytes of part {part}", parts[part].len());
+        }
+        let mut parts = encoded.parts.clone();
+        parts[part].push(0);
+        assert!(fails(&parts), "a byte more in part {part}");
+    }
+    let [base, middle, finest] = encoded.parts;
+    assert!(
+        fails(&[base, finest, middle]),
+        "parts in each other's place"
+    );
+}
+
+/// Cells of a layer that all fit into each other's place but for their checksums.
+#[test]
+fn a_cell_in_the_place_of_another_is_an_error() {
+    let place = |plane, level, group, cell| Place {
+        plane,
+        level,
+        group,
+        cell,
+    };
+    let mut writer = PartWriter::new(1);
+    writer.add(|out| out.push(7));
+    let part = writer.finish(Vec::new());
+    let part = HeadReader::new(1, &part).cells([9].into_iter()).unwrap();
+    assert_eq!(part.cell(0, place(0, 1, 0, 0)), Ok(&[7][..]));
+    for other in [
+        place(1, 1, 0, 0),
+        place(0, 2, 0, 0),
+        place(0, 1, 1, 0),
+        place(0, 1, 0, 1),
+    ] {
+        let error = DecodeError::Checksum(other.level);
+        assert_eq!(part.cell(0, other), Err(error));
+    }
+}
+
+#[test]
+fn lengths_are_bounded() {
+    let read = |bytes: &[u8], most| HeadReader::new(2, bytes).take_length(most);
+    for len in [0, 1, 127, 128, 300, 200_000] {
+        let mut bytes = Vec::new();
+        write_length(len, &mut bytes);
+        let len = len as usize;
+        assert_eq!(read(&bytes, len), Ok(len));
+        if len > 0 {
+            assert_eq!(read(&bytes, len - 1), Err(DecodeError::Length(2)));
+        }
+    }
+    for bytes in [&[][..], &[0x80], &[0xff; 9]] {
+        assert_eq!(read(bytes, usize::MAX), Err(DecodeError::Length(2)));
+    }
+}
+
+#[test]
+fn a_slice_is_what_the_whole_layer_has_there() {
+    let layouts = [
+        (8, Planes::symmetric(128), DType::F16),
+        (4, Planes::symmetric(160), DType::Bf16),
+        (
+            8,
+            Planes::KeyValue {
+                key_dim: 64,
+                value_dim: 128,
+            },
+            DType::F32,
+        ),
+    ];
+    for (heads, planes, dtype) in layouts {
+        let layout = KvLayout::new(1, heads, planes, 330, dtype).unwrap();
+        let rotation = Rotation::new(&[0.5; 32], Pairing::Halves, 1.25, 7, 330);
+        let codec = LayerCodec::new(layout, Some(&rotation)).unwrap();
+        let codec = codec.with_exact_tokens(70);
+        let raw = layer(&layout, Some(&rotation));
+        let encoded = codec.encode(&raw, [0.5, 0.8]);
+        let whole = decoded(&codec, &encoded.parts[..2]).unwrap();
+        let (unit, _) = codec.slice_unit();
+        let parts: Vec<&[u8]> = encoded.parts[..2].iter().map(Vec::as_slice).collect();
+        for heads in [HeadRange::new(0, unit), HeadRange::new(unit, heads)] {
+            for (start, end) in [(0, 64), (0, 128), (64, 330), (128, 256), (320, 330)] {
+                let (Ok(heads), tokens) = (heads, TokenRange::new(start, end).unwrap()) else {
+                    continue;
+                };
+                let mut expected = Vec::new();
+                for plane in [Plane::Key, Plane::Value] {
+                    let place = layout.head_slice(plane, heads).unwrap();
+                    let head_bytes = layout.head_bytes(plane);
+                    let row = head_bytes / 330;
+                    for head in whole[place].chunks(head_bytes) {
+                        expected.extend_from_slice(&head[start as usize * row..end as usize * row]);
+                    }
+                }
+                let mut slice = vec![0xff; expected.len()];
+                codec
+                    .decode_slice(&parts, heads, tokens, &mut slice)
+                    .unwrap();
+                assert!(slice == expected, "{layout:?} {heads} {tokens}");
+            }
+        }
+        let refused = |heads: (u16, u16), tokens: (u32, u32)| {
+            let heads = HeadRange::new(heads.0, heads.1).unwrap();
+            let tokens = TokenRange::new(tokens.0, tokens.1).unwrap();
+            let result = codec.decode_slice(&parts, heads, tokens, &mut []);
+            result
+                == Err(DecodeError::Slice {
+                    heads: unit,
+                    tokens: 64,
+                })
+        };
+        assert!(refused((0, unit + 1), (0, 64)) && refused((1, 1 + unit), (0, 64)));
+        assert!(refused((0, unit), (0, 63)) && refused((0, unit), (1, 64)));
+        assert!(refused((0, unit), (0, 384)) && refused((0, heads + unit), (0, 64)));
+    }
+}
+
+#[test]
+fn a_slice_does_not_look_at_other_cells() {
+    let layout = KvLayout::new(1, 4, Planes::symmetric(128), 128, DType::F16).unwrap();
+    let codec = LayerCodec::new(layout, None).unwrap();
+    let mut encoded = codec.encode(&layer(&layout, None), [0.5; 2]);
+    for part in &mut encoded.parts {
+        let last = part.len() - 1;
+        part[last] ^= 1;
+    }
+    let parts: Vec<&[u8]> = encoded.parts.iter().map(Vec::as_slice).collect();
+    let mut slice = vec![0; layout.layer_bytes() / 4];
+    let heads = |start, end| HeadRange::new(start, end).unwrap();
+    let tokens = |start, end| TokenRange::new(start, end).unwrap();
+    codec
+        .decode_slice(&parts, heads(2, 4), tokens(0, 64), &mut slice)
+        .unwrap();
+    codec
+        .decode_slice(&parts, heads(0, 2), tokens(64, 128), &mut slice)
+        .unwrap();
+    let damaged = codec.decode_slice(&parts, heads(2, 4), tokens(64, 128), &mut slice);
+    assert_eq!(damaged, Err(DecodeError::Checksum(0)));
+}
+
+/// What no quantiser takes: payloads of what is no number, infinities, zeros of both signs,
+/// the smallest and the largest numbers.
+#[test]
+fn exact_tokens_come_back_bit_for_bit() {
+    for (dtype, rotated) in [(DType::F16, true), (DType::Bf16, false), (DType::F32, true)] {
+        let layout = KvLayout::new(1, 2, Planes::symmetric(64), 130, dtype).unwrap();
+        let rotation = Rotation::new(&[0.5; 32], Pairing::Halves, 1.0, 7, 130);
+        let rotation = rotated.then_some(&rotation);
+        let plain = LayerCodec::new(layout, rotation).unwrap();
+        let usual = layer(&layout, rotation);
+        let size = dtype.bytes();
+        let head = layout.head_bytes(Plane::Key);
+        for exact in [0, 1, 4, 64, 67, 130, 500] {
+            let codec = LayerCodec::new(layout, rotation)
+                .unwrap()
+                .with_exact_tokens(exact);
+            let kept = exact.min(130) as usize * 64 * size;
+            let mut raw = usual.clone();
+            for head in raw.chunks_exact_mut(head) {
+                for (at, byte) in head[..kept].iter_mut().enumerate() {
+                    *byte = (at * 89 % 255).to_le_bytes()[0] | 0x70;
+                }
+            }
+            assert_eq!(codec.deviations(&raw).map(f32::is_finite), [true; 2]);
+            let encoded = codec.encode(&raw, [0.5; 2]);
+            for level in 1..=LADDER {
+                let got = decoded(&codec, &encoded.parts[..level]).unwrap();
+                for (got, raw) in got.chunks_exact(head).zip(raw.chunks_exact(head)) {
+                    assert!(got[..kept] == raw[..kept], "{dtype} {exact}");
+                }
+                // Others are not the worse for it.
+                let others = plain.encode(&usual, [0.5; 2]);
+                let others = decoded(&plain, &others.parts[..level]).unwrap();
+                let pairs = got.chunks_exact(head).zip(others.chunks_exact(head));
+                for (got, other) in pairs {
+                    let [got, other] = [got, other].map(|head| values(dtype, &head[kept..]));
+                    let errors = got.iter().zip(&other).map(|(a, b)| (a - b).abs());
+                    assert!(errors.fold(0.0, f32::max) < 1.6, "{dtype} {exact}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn what_is_strange_survives() {
+    for dtype in [DType::F16, DType::Bf16, DType::F32] {
+        for rotated in [false, true] {
+            let layout = KvLayout::new(1, 2, Planes::symmetric(64), 80, dtype).unwrap();
+            let rotation = Rotation::new(&[0.0; 32], Pairing::Halves, 1.0, 0, 80);
+            let codec = LayerCodec::new(layout, rotated.then_some(&rotation)).unwrap();
+            let mut before = values(dtype, &layer(&layout, None));
+            let strange = [
+                f32::NAN,
+                f32::INFINITY,
+                f32::NEG_INFINITY,
+                1e30,
+                -6e4,
+                1e-40,
+            ];
+            for (at, value) in strange.into_iter().enumerate() {
+                before[at * 997 + 3] = value;
+            }
+            before[20 * 64..40 * 64].fill(0.0);
+            let mut raw = vec![0; layout.layer_bytes()];
+            values::store(dtype, &before, &mut raw);
+            let before = values(dtype, &raw);
+            let encoded = codec.encode(&raw, [0.5; 2]);
+            for level in 1..=LADDER {
+                let after = values(dtype, &decoded(&codec, &encoded.parts[..level]).unwrap());
+                for (at, (a, b)) in before.iter().zip(&after).enumerate() {
+                    // Keys are turned in pairs, even if by nothing.
+                    if rotated && at < before.len() / 2 && !(a + before[at ^ 32]).is_finite() {
+                        assert!(!b.is_finite(), "{dtype} {at}: {a} {b}");
+                        continue;
+                    }
+                    let same = a == b || a.is_nan() && b.is_nan();
+                    assert!(same || (a - b).abs() < 0.3, "{dtype} {at}: {a} {b}");
+                }
+            }
+        }
     }
 }
