@@ -339,8 +339,11 @@ fn exact_tokens_come_back_bit_for_bit() {
                 for (got, raw) in got.chunks_exact(head).zip(raw.chunks_exact(head)) {
                     assert!(got[..kept] == raw[..kept], "{dtype} {exact}");
                 }
-                // Others are not the worse for it.
+                // Others are not the worse for it, neither do they take more.
                 let others = plain.encode(&usual, [0.5; 2]);
+                let bytes = |layer: &EncodedLayer| layer.parts.iter().map(Vec::len).sum::<usize>();
+                let most = bytes(&others) + 4 * kept + 300;
+                assert!(bytes(&encoded) < most, "{dtype} {exact}");
                 let others = decoded(&plain, &others.parts[..level]).unwrap();
                 let pairs = got.chunks_exact(head).zip(others.chunks_exact(head));
                 for (got, other) in pairs {
