@@ -128,11 +128,20 @@ impl Quantiser {
 
 /// Of every channel of rows of `width` channels; what is not finite does not count.
 pub(crate) fn moments(rows: &[f32], width: usize) -> Vec<Moments> {
-    let mut counts = vec![0.0; width];
+    #[expect(clippy::cast_precision_loss, reason = "tokens of a chunk")]
+    let mut counts = vec![(rows.len() / width) as f32; width];
     let mut sums = vec![0.0; width];
     let mut squares = vec![0.0; width];
     for row in rows.chunks_exact(width) {
-        quantise::add_moments(row, &mut counts, &mut sums, &mut squares);
+        quantise::add_moments(row, &mut sums, &mut squares);
+    }
+    if !squares.iter().all(|square| square.is_finite()) {
+        for sums in [&mut counts, &mut sums, &mut squares] {
+            sums.fill(0.0);
+        }
+        for row in rows.chunks_exact(width) {
+            quantise::add_finite(row, &mut counts, &mut sums, &mut squares);
+        }
     }
     let moments = counts.into_iter().zip(sums).zip(squares);
     moments

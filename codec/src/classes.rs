@@ -13,7 +13,7 @@
 //! - *base* tables, one a class and one for a channel that is zero, of the numbers from
 //!   -63 to 63. They are even: a number and its opposite are equally likely, so a table is
 //!   its half from zero on. What is further out, or in no table, is stored apart.
-//! - *third* tables, by class and by the coarser number's distance from zero, 0 to 3
+//! - *third* tables, by class and by the coarser number's distance from zero, 0 to 2
 //!   and more: which third of its step a value lies in. The symbol is 0 towards zero, 1 for
 //!   the middle, 2 away from zero; where the coarser number is zero, 0 and 2 are the signs.
 //!
@@ -33,7 +33,7 @@ pub(crate) const CLASSES_PER_LEVEL: u8 = 7;
 /// The largest number of a base table.
 pub(crate) const LARGEST: usize = 63;
 /// Distances from zero that third tables tell apart.
-pub(crate) const DISTANCES: usize = 4;
+pub(crate) const DISTANCES: usize = 3;
 /// Classes as tables have them: a power of two, so that an index needs no check.
 pub(crate) const PADDED: usize = 64;
 /// Numbers from zero on that a base table has.
@@ -305,7 +305,7 @@ mod tests {
     fn the_file_is_what_its_description_says() {
         let certain = (0..NUMBERS).map(|number| if number == 0 { HALF } else { 0 });
         let base = (0..CLASSES).flat_map(base).chain(certain);
-        let thirds = (0..CLASSES).flat_map(|class| (0u8..4).flat_map(move |at| thirds(class, at)));
+        let thirds = (0..CLASSES).flat_map(|class| (0u8..3).flat_map(move |at| thirds(class, at)));
         let made: Vec<u8> = base.chain(thirds).flat_map(u16::to_le_bytes).collect();
         if std::env::var_os("KVASIR_WRITE_TABLES").is_some() {
             let path = concat!(env!("CARGO_MANIFEST_DIR"), "/src/classes.bin");

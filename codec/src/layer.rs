@@ -243,6 +243,7 @@ impl<'a> LayerCodec<'a> {
         let mut encoder = Encoder::new();
         let mut rows = Vec::new();
         for (shape, step) in self.planes.iter().zip(steps) {
+            rows.clear();
             parameters.extend_from_slice(&step.to_le_bytes());
             for (number, group) in (0..).zip(shape.groups()) {
                 self.gather(raw, shape, group, &mut rows);
@@ -453,7 +454,7 @@ impl<'a> LayerCodec<'a> {
     /// The values of a group, a row a token, with RoPE undone.
     fn gather(&self, raw: &[u8], shape: &PlaneShape, group: HeadRange, rows: &mut Vec<f32>) {
         let tokens = self.layout.tokens() as usize;
-        rows.clear();
+        // Padding is zero, of the first group and so of all.
         rows.resize(tokens * shape.width, 0.0);
         let dtype = self.layout.dtype();
         let rotation = self.rotation.filter(|_| shape.plane == Plane::Key);

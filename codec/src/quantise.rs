@@ -77,22 +77,27 @@ pub(crate) fn quantise(row: &[f32], limits: &Limits, numbers: &mut [Row], stride
     strays > 0
 }
 
-/// Adds a row to the number, the sum and the sum of squares of each channel's finite values.
+/// Adds a row to the sum and the sum of squares of each channel.
 #[multiversion(targets(
     "x86_64+avx512f+avx512bw+avx512vl+avx512dq+avx2+fma",
     "x86_64+avx2+fma"
 ))]
-pub(crate) fn add_moments(row: &[f32], counts: &mut [f32], sums: &mut [f32], squares: &mut [f32]) {
-    let sums = counts.iter_mut().zip(sums).zip(squares);
-    for (((count, sum), squares), &value) in sums.zip(row) {
-        let (one, value) = if value.abs() < f32::INFINITY {
-            (1.0, value)
-        } else {
-            (0.0, 0.0)
-        };
-        *count += one;
+pub(crate) fn add_moments(row: &[f32], sums: &mut [f32], squares: &mut [f32]) {
+    for ((sum, square), &value) in sums.iter_mut().zip(squares).zip(row) {
         *sum += value;
-        *squares += value * value;
+        *square += value * value;
+    }
+}
+
+/// As [`add_moments`], and the number: of each channel's finite values.
+pub(crate) fn add_finite(row: &[f32], counts: &mut [f32], sums: &mut [f32], squares: &mut [f32]) {
+    let sums = counts.iter_mut().zip(sums).zip(squares);
+    for (((count, sum), square), &value) in sums.zip(row) {
+        if value.is_finite() {
+            *count += 1.0;
+            *sum += value;
+            *square += value * value;
+        }
     }
 }
 

@@ -22,7 +22,7 @@
 use std::arch::x86_64::*;
 
 use super::{LANES, Lanes, PRECISION, Reader, Row, States, TOTAL, Writer};
-use crate::classes::{BASE, LARGEST, NUMBER_BIT, PADDED, SLOT_ZERO, ThirdTables};
+use crate::classes::{BASE, DISTANCES, LARGEST, NUMBER_BIT, PADDED, SLOT_ZERO, ThirdTables};
 
 pub(super) fn is_available() -> bool {
     is_x86_feature_detected!("avx512f")
@@ -247,8 +247,8 @@ fn wide<const S: usize>(lanes: Lanes<'_>, readers: [&mut Reader; S], rows: &mut 
 /// The bounds of third symbols.
 #[derive(Clone, Copy)]
 struct Thirds {
-    middle: [__m512i; 4],
-    away: [__m512i; 4],
+    middle: [__m512i; DISTANCES],
+    away: [__m512i; DISTANCES],
 }
 
 impl Thirds {
@@ -256,10 +256,10 @@ impl Thirds {
     fn of(lanes: Lanes<'_>, tables: &ThirdTables) -> Self {
         let classes = load_classes(lanes);
         let mut bounds = Self {
-            middle: [classes; 4],
-            away: [classes; 4],
+            middle: [classes; DISTANCES],
+            away: [classes; DISTANCES],
         };
-        for distance in 0..4 {
+        for distance in 0..DISTANCES {
             bounds.middle[distance] = pick(&tables.middle[distance], classes);
             bounds.away[distance] = pick(&tables.away[distance], classes);
         }
@@ -271,10 +271,12 @@ impl Thirds {
     #[target_feature(enable = "avx512f,avx512bw,avx512vbmi2,popcnt")]
     fn at(&self, distance: __m512i) -> (__m512i, __m512i) {
         let (mut middle, mut away) = (self.middle[0], self.away[0]);
-        for d in 1..4u8 {
-            let reached = _mm512_cmpge_epu16_mask(distance, _mm512_set1_epi16(d.into()));
-            middle = _mm512_mask_mov_epi16(middle, reached, self.middle[usize::from(d)]);
-            away = _mm512_mask_mov_epi16(away, reached, self.away[usize::from(d)]);
+        let mut at = _mm512_setzero_si512();
+        for d in 1..DISTANCES {
+            at = _mm512_add_epi16(at, _mm512_set1_epi16(1));
+            let reached = _mm512_cmpge_epu16_mask(distance, at);
+            middle = _mm512_mask_mov_epi16(middle, reached, self.middle[d]);
+            away = _mm512_mask_mov_epi16(away, reached, self.away[d]);
         }
         (middle, away)
     }
@@ -406,25 +408,23 @@ impl Writing {
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vbmi2,popcnt")]
 fn quotients(state: __m512i, frequency: __m512i) -> (__m512i, __m512i) {
+    // Rounded down throughout, so that the quotient is never too large; and less than one too
+    // small: three roundings of at most 2⁻²³ each, and what a step of Newton's leaves of the
+    // error of 2⁻¹⁴.
+    const DOWN: i32 = _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC;
     let divisor = _mm512_cvtepi32_ps(frequency);
-    // 14 bits are exact, and twice as many after one step of Newton's, as far as there are.
     let inverse = _mm512_rcp14_ps(divisor);
     let error = _mm512_fnmadd_ps(inverse, divisor, _mm512_set1_ps(1.0));
-    let inverse = _mm512_fmadd_ps(inverse, error, inverse);
-    // Less than one off, so that the quotient is at most one off.
-    let near = _mm512_cvttps_epu32(_mm512_mul_ps(_mm512_cvtepu32_ps(state), inverse));
+    let inverse = _mm512_fmadd_round_ps::<DOWN>(inverse, error, inverse);
+    let dividend = _mm512_cvt_roundepu32_ps::<DOWN>(state);
+    let near = _mm512_cvttps_epu32(_mm512_mul_round_ps::<DOWN>(dividend, inverse));
     let rest = _mm512_sub_epi32(state, _mm512_mullo_epi32(near, frequency));
-    let over = _mm512_cmplt_epi32_mask(rest, _mm512_setzero_si512());
-    let rest = _mm512_mask_add_epi32(rest, over, rest, frequency);
+    let less = _mm512_sub_epi32(rest, frequency);
     let under = _mm512_cmpge_epu32_mask(rest, frequency);
-    let rest = _mm512_mask_sub_epi32(rest, under, rest, frequency);
     let total = _mm512_set1_epi32(i32::from(TOTAL));
     let quotient = _mm512_slli_epi32::<PRECISION>(near);
-    let quotient = _mm512_mask_sub_epi32(quotient, over, quotient, total);
-    (
-        _mm512_mask_add_epi32(quotient, under, quotient, total),
-        rest,
-    )
+    let quotient = _mm512_mask_add_epi32(quotient, under, quotient, total);
+    (quotient, _mm512_min_epu32(rest, less))
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vbmi2,popcnt")]
@@ -527,7 +527,7 @@ fn put_thirds<const S: usize>(
             let (middle, away) = bounds.at(coarser);
             let tripled = _mm512_add_epi16(_mm512_add_epi16(coarser, coarser), coarser);
             // Next to zero the symbol is the sign itself.
-            let nothing = _mm512_testn_epi16_mask(coarser, coarser);
+            let nothing = _mm512_cmple_epu16_mask(magnitude, one);
             let magnitude = _mm512_mask_mov_epi16(magnitude, nothing, number);
             let is_middle = _mm512_cmpge_epi16_mask(magnitude, tripled);
             let is_away = _mm512_cmpgt_epi16_mask(magnitude, tripled);
