@@ -22,7 +22,7 @@
 
 use std::sync::LazyLock;
 
-use crate::rans::{HALF, TOTAL};
+use crate::rans::{self, HALF, TOTAL};
 
 /// Classes of channels that are not zero.
 pub(crate) const CLASSES: u8 = 40;
@@ -78,10 +78,11 @@ pub(crate) struct ThirdTables {
 /// Where the number lies in [`BaseTables::packed`].
 pub(crate) const NUMBER_BIT: u32 = 11;
 
-/// An entry of [`BaseTables::slots`]: the number and 64 in bits 0 to 6, the frequency less
-/// one in 7 to 17, the place of the slot in the symbol in 18 to 28.
+/// An entry of [`BaseTables::slots`], see [`rans::slot`](crate::rans::slot): the symbol is the
+/// number and 64.
 fn slot(number: i16, frequency: u32, place: u32) -> u32 {
-    u32::from((number + SLOT_ZERO).cast_unsigned()) | (frequency - 1) << 7 | place << 18
+    let [symbol, _] = (number + SLOT_ZERO).to_le_bytes();
+    rans::slot(symbol, frequency, place)
 }
 
 /// What the number of an entry of [`BaseTables::slots`] is greater by.
@@ -376,12 +377,12 @@ mod tests {
             let slots = &BASE.slots[class * usize::from(TOTAL)..][..usize::from(TOTAL)];
             let mut frequencies = [0; 2 * NUMBERS];
             for entry in slots {
-                frequencies[(entry & 0x7f) as usize] += 1;
+                frequencies[(entry & 0xff) as usize] += 1;
             }
             for entry in slots {
-                let frequency = (entry >> 7 & 0x7ff) + 1;
-                assert_eq!(frequencies[(entry & 0x7f) as usize], frequency);
-                assert!(entry >> 18 < frequency);
+                let frequency = (entry >> 8 & 0x7ff) + 1;
+                assert_eq!(frequencies[(entry & 0xff) as usize], frequency);
+                assert!(entry >> 19 < frequency);
             }
         }
     }

@@ -3,17 +3,22 @@
 //! What repeats in numbers that look random is their size: the exponents. So the bytes of
 //! every head are sorted into planes, most significant first, after the sign went from the
 //! top of a number to its end, where it does not split the exponent; and a plane that
-//! shrinks is compressed by zstd (RFC 8878), level 1. Higher levels take more time and give
-//! no less: there is nothing but frequencies to find.
+//! shrinks is coded by how frequent its bytes are ([`crate::rans`]): there is nothing else to
+//! find.
 //!
 //! ```text
 //! layer := block × length (u32) ‖ block × bytes     by plane, head, byte of a number
+//! block := bytes as they are, or
+//!          distinct bytes - 1 (u8) ‖ distinct × { byte ‖ frequency - 1 (u16) }
+//!          ‖ last bytes, up to 31, as they are ‖ states ‖ words
 //! ```
 //!
-//! A block as long as its plane is not compressed. All integers are little-endian.
+//! A block as long as its plane is the bytes as they are. All integers are little-endian.
 
 use kvasir_types::{DType, HeadRange, KvLayout, Plane};
-use zstd::bulk::{Compressor, Decompressor};
+use multiversion::multiversion;
+
+use crate::rans::{self, AT_ONCE, ByteTable, LANES, Reader, Row, StreamError, Writer};
 
 /// Why the bytes of an exactly coded layer cannot be decoded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -22,9 +27,12 @@ pub enum LosslessError {
     /// The lengths of its blocks are not those of its bytes.
     #[error("an exactly coded layer of {0} bytes is not as long as it states")]
     Length(usize),
-    /// A block cannot be decompressed, or not to what it should be.
-    #[error("a compressed block is damaged")]
+    /// A block ends before its bytes do, or has no table of them.
+    #[error("a coded block is damaged")]
     Block,
+    /// The bytes of a block cannot be decoded.
+    #[error(transparent)]
+    Stream(#[from] StreamError),
 }
 
 /// Codes a raw layer.
@@ -34,23 +42,22 @@ pub enum LosslessError {
 pub fn encode_lossless(layout: &KvLayout, raw: &[u8]) -> Vec<u8> {
     assert_eq!(raw.len(), layout.layer_bytes(), "a layer of the layout");
     let size = layout.dtype().bytes();
-    let mut zstd = Compressor::new(LEVEL).ok();
+    let mut coder = Coder::default();
     let mut lengths = Vec::new();
     let mut blocks = Vec::with_capacity(raw.len());
     let mut planes = Vec::new();
-    for head in heads(layout) {
-        let head = raw.get(head).unwrap_or(&[]);
-        planes.resize(head.len(), 0);
-        split(layout.dtype(), head, &mut planes);
-        for plane in planes.chunks_exact(head.len() / size) {
-            let small = zstd.as_mut().and_then(|zstd| zstd.compress(plane).ok());
-            // What hardly shrinks is not worth the time to decompress it.
-            let small = small.filter(|small| small.len() < plane.len() / 64 * 63);
-            let block = small.as_deref().unwrap_or(plane);
+    for heads in batches(layout) {
+        let raw: Vec<&[u8]> = heads.into_iter().filter_map(|head| raw.get(head)).collect();
+        let len = raw.first().map_or(0, |head| head.len() / size);
+        planes.resize(raw.len() * size * len, 0);
+        for (head, planes) in raw.iter().zip(planes.chunks_exact_mut(size * len)) {
+            split(layout.dtype(), head, planes);
+        }
+        coder.encode(&planes, len, |block| {
             let len = u32::try_from(block.len()).expect("a head has less than 2^30 bytes");
             lengths.extend_from_slice(&len.to_le_bytes());
             blocks.extend_from_slice(block);
-        }
+        });
     }
     lengths.extend(blocks);
     lengths
@@ -74,31 +81,220 @@ pub fn decode_lossless(
     let count = heads(layout).count() * size;
     let (lengths, mut blocks) = bytes.split_at_checked(4 * count).ok_or(error)?;
     let mut lengths = lengths.as_chunks().0.iter();
-    let mut zstd = Decompressor::new().map_err(|_| LosslessError::Block)?;
+    let mut decoder = Decoder::default();
     let mut planes = Vec::new();
-    for head in heads(layout) {
-        planes.resize(head.len(), 0);
-        for plane in planes.chunks_exact_mut(head.len() / size) {
-            let len = lengths.next().map_or(0, |&len| u32::from_le_bytes(len));
-            let (block, rest) = blocks.split_at_checked(len as usize).ok_or(error)?;
+    for heads in batches(layout) {
+        let len = heads.first().map_or(0, |head| head.len() / size);
+        planes.resize(heads.len() * size * len, 0);
+        let mut of_planes = Vec::with_capacity(heads.len() * size);
+        for &length in lengths.by_ref().take(heads.len() * size) {
+            let length = u32::from_le_bytes(length) as usize;
+            let (block, rest) = blocks.split_at_checked(length).ok_or(error)?;
             blocks = rest;
-            if block.len() == plane.len() {
-                plane.copy_from_slice(block);
-                continue;
-            }
-            match zstd.decompress_to_buffer(block, plane) {
-                Ok(written) if written == plane.len() => (),
-                _ => return Err(LosslessError::Block),
-            }
+            of_planes.push(block);
         }
-        if let Some(head) = raw.get_mut(head) {
-            join(layout.dtype(), &planes, head);
+        decoder.decode(&of_planes, &mut planes, len)?;
+        for (head, planes) in heads.into_iter().zip(planes.chunks_exact(size * len)) {
+            if let Some(head) = raw.get_mut(head) {
+                join(layout.dtype(), planes, head);
+            }
         }
     }
     if blocks.is_empty() {
         Ok(())
     } else {
         Err(error)
+    }
+}
+
+/// Codes byte planes, and keeps its buffers.
+#[derive(Default)]
+struct Coder {
+    writers: Vec<Writer>,
+    rows: Vec<Row>,
+}
+
+impl Coder {
+    /// Gives `add` a block for each plane of `len` bytes, in order.
+    fn encode(&mut self, planes: &[u8], len: usize, mut add: impl FnMut(&[u8])) {
+        let frequencies: Vec<Option<[u16; 256]>> =
+            planes.chunks_exact(len).map(frequencies_of).collect();
+        let coded = planes.chunks_exact(len).zip(&frequencies);
+        let mut coded = coded.filter_map(|(plane, of)| Some((plane, of.as_ref()?)));
+        let mut blocks = Vec::new();
+        loop {
+            let batch: Vec<(&[u8], &[u16; 256])> = coded.by_ref().take(AT_ONCE).collect();
+            if batch.is_empty() {
+                break;
+            }
+            self.encode_some(&batch, &mut blocks);
+        }
+        let mut blocks = blocks.iter();
+        for (plane, frequencies) in planes.chunks_exact(len).zip(&frequencies) {
+            let block = frequencies.and_then(|_| blocks.next());
+            // What hardly shrinks is not worth the time to decode it.
+            let block = block.filter(|block: &&Vec<u8>| block.len() < len / 64 * 63);
+            add(block.map_or(plane, Vec::as_slice));
+        }
+    }
+
+    fn encode_some(&mut self, batch: &[(&[u8], &[u16; 256])], blocks: &mut Vec<Vec<u8>>) {
+        self.rows.clear();
+        let mut tables = Vec::with_capacity(batch.len());
+        for (plane, frequencies) in batch {
+            let (rows, _) = plane.as_chunks::<LANES>();
+            self.rows.extend(rows.iter().map(|row| row.map(i16::from)));
+            tables.push(ByteTable::new(frequencies).expect("frequencies that add up"));
+        }
+        self.writers.resize_with(batch.len(), Writer::new);
+        for (writer, (plane, _)) in self.writers.iter_mut().zip(batch) {
+            writer.begin(plane.len());
+        }
+        rans::encode_bytes(&tables, &mut self.writers, &self.rows);
+        for (writer, (plane, frequencies)) in self.writers.iter_mut().zip(batch) {
+            let mut block = Vec::with_capacity(plane.len() / 2);
+            write_frequencies(frequencies, &mut block);
+            block.extend_from_slice(plane.as_chunks::<LANES>().1);
+            writer.write_states(&mut block);
+            writer.write_words(&mut block);
+            blocks.push(block);
+        }
+    }
+}
+
+/// Decodes byte planes, and keeps its buffers.
+#[derive(Default)]
+struct Decoder {
+    readers: Vec<Reader>,
+    rows: Vec<Row>,
+}
+
+impl Decoder {
+    fn decode(
+        &mut self,
+        blocks: &[&[u8]],
+        planes: &mut [u8],
+        len: usize,
+    ) -> Result<(), LosslessError> {
+        let mut coded = Vec::with_capacity(AT_ONCE);
+        for (block, plane) in blocks.iter().zip(planes.chunks_exact_mut(len)) {
+            if block.len() == plane.len() {
+                plane.copy_from_slice(block);
+                continue;
+            }
+            coded.push((*block, plane));
+            if coded.len() == AT_ONCE {
+                self.decode_some(&mut coded)?;
+            }
+        }
+        self.decode_some(&mut coded)
+    }
+
+    fn decode_some(&mut self, coded: &mut Vec<(&[u8], &mut [u8])>) -> Result<(), LosslessError> {
+        let Some(len) = coded.first().map(|(_, plane)| plane.len()) else {
+            return Ok(());
+        };
+        let rows = len / LANES;
+        self.rows.resize(coded.len() * rows, [0; LANES]);
+        self.readers.resize_with(coded.len(), Reader::new);
+        let mut tables = Vec::with_capacity(coded.len());
+        for (reader, (block, plane)) in self.readers.iter_mut().zip(coded.iter_mut()) {
+            let (table, rest) = read_frequencies(block).ok_or(LosslessError::Block)?;
+            tables.push(table);
+            let (_, last) = plane.as_chunks_mut::<LANES>();
+            let bytes = rest.split_at_checked(last.len());
+            let (bytes, stream) = bytes.ok_or(LosslessError::Block)?;
+            last.copy_from_slice(bytes);
+            let words = reader.begin(stream)?;
+            reader.go_on(words, rows * LANES)?;
+        }
+        if rows > 0 {
+            rans::decode_bytes(&tables, &mut self.readers, &mut self.rows);
+        }
+        for (at, (reader, (_, plane))) in self.readers.iter().zip(coded.drain(..)).enumerate() {
+            reader.check_words()?;
+            reader.check_states()?;
+            let (to, _) = plane.as_chunks_mut();
+            narrow(&self.rows[at * rows..][..rows], to);
+        }
+        Ok(())
+    }
+}
+
+/// The frequencies that a plane is worth coding by.
+fn frequencies_of(plane: &[u8]) -> Option<[u16; 256]> {
+    // A few bytes tell what is too even to shrink.
+    let some: Vec<u8> = plane
+        .iter()
+        .step_by(plane.len().div_ceil(SAMPLE))
+        .copied()
+        .collect();
+    if some.len() == SAMPLE && bits(&counts(&some)) > TOO_EVEN {
+        return None;
+    }
+    (plane.len() >= LANES).then(|| ByteTable::frequencies(&counts(plane)))
+}
+
+fn counts(bytes: &[u8]) -> [u32; 256] {
+    // Several, so that equal bytes in a row need not wait for each other.
+    let mut counts = [[0u32; 256]; 4];
+    let (fours, rest) = bytes.as_chunks::<4>();
+    for four in fours {
+        for (counts, &byte) in counts.iter_mut().zip(four) {
+            counts[usize::from(byte)] += 1;
+        }
+    }
+    let [mut all, others @ ..] = counts;
+    for byte in rest {
+        all[usize::from(*byte)] += 1;
+    }
+    for others in others {
+        all.iter_mut()
+            .zip(others)
+            .for_each(|(sum, count)| *sum += count);
+    }
+    all
+}
+
+/// The entropy of a byte.
+fn bits(counts: &[u32; 256]) -> f64 {
+    let all: f64 = counts.iter().map(|&count| f64::from(count)).sum();
+    let share = |&count: &u32| f64::from(count) / all;
+    let all = counts.iter().filter(|count| **count > 0).map(share);
+    all.map(|share| -share * share.log2()).sum()
+}
+
+fn write_frequencies(frequencies: &[u16; 256], out: &mut Vec<u8>) {
+    let distinct = frequencies
+        .iter()
+        .filter(|frequency| **frequency > 0)
+        .count();
+    out.extend(u8::try_from(distinct.saturating_sub(1)));
+    for (byte, &frequency) in (0u8..=255).zip(frequencies).filter(|(_, f)| **f > 0) {
+        out.push(byte);
+        out.extend_from_slice(&(frequency - 1).to_le_bytes());
+    }
+}
+
+/// The table at the start of a block, and what follows.
+fn read_frequencies(block: &[u8]) -> Option<(ByteTable, &[u8])> {
+    let (&last, rest) = block.split_first()?;
+    let (all, rest) = rest.split_at_checked(3 * (usize::from(last) + 1))?;
+    let mut frequencies = [0; 256];
+    for &[byte, low, high] in all.as_chunks().0 {
+        let frequency = &mut frequencies[usize::from(byte)];
+        *frequency = u16::from_le_bytes([low, high]).checked_add(1)?;
+    }
+    Some((ByteTable::new(&frequencies)?, rest))
+}
+
+/// Numbers that are bytes.
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl", "x86_64+avx2"))]
+fn narrow(rows: &[Row], bytes: &mut [[u8; LANES]]) {
+    for (bytes, row) in bytes.iter_mut().zip(rows) {
+        for (byte, number) in bytes.iter_mut().zip(row) {
+            [*byte, _] = number.to_le_bytes();
+        }
     }
 }
 
@@ -112,7 +308,22 @@ fn heads(layout: &KvLayout) -> impl Iterator<Item = std::ops::Range<usize>> {
         })
 }
 
+/// As many of them as are coded at once, all of one plane.
+fn batches(layout: &KvLayout) -> Vec<Vec<std::ops::Range<usize>>> {
+    let mut batches: Vec<Vec<std::ops::Range<usize>>> = Vec::new();
+    for head in heads(layout) {
+        match batches.last_mut() {
+            Some(batch) if batch.len() < AT_ONCE && batch[0].len() == head.len() => {
+                batch.push(head);
+            }
+            _ => batches.push(vec![head]),
+        }
+    }
+    batches
+}
+
 /// Sorts the bytes of numbers into planes.
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl", "x86_64+avx2"))]
 fn split(dtype: DType, head: &[u8], planes: &mut [u8]) {
     match dtype.bytes() {
         4 => {
@@ -135,6 +346,7 @@ fn split(dtype: DType, head: &[u8], planes: &mut [u8]) {
 }
 
 /// The opposite.
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl", "x86_64+avx2"))]
 fn join(dtype: DType, planes: &[u8], head: &mut [u8]) {
     match dtype.bytes() {
         4 => {
@@ -158,7 +370,10 @@ fn join(dtype: DType, planes: &[u8], head: &mut [u8]) {
     }
 }
 
-const LEVEL: i32 = 1;
+/// Bytes of a plane that tell whether it is too even.
+const SAMPLE: usize = 2048;
+/// Bits a byte of such a sample, of which 7.9 are what even bytes have.
+const TOO_EVEN: f64 = 7.85;
 
 #[cfg(test)]
 mod tests {

@@ -37,11 +37,14 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod bytes;
 mod scalar;
 #[cfg(test)]
 mod tests;
 
 use std::sync::LazyLock;
+
+pub(crate) use bytes::ByteTable;
 
 use crate::classes::{BASE, ByClass, PADDED, ThirdTables};
 
@@ -324,6 +327,29 @@ pub(crate) fn encode_thirds(
     KERNEL.encode_thirds(lanes, tables, writers, rows);
 }
 
+/// Decodes rows of bytes of several streams at once, each by a table.
+///
+/// # Panics
+/// As for [`decode_base`]; or there are fewer tables than streams.
+pub(crate) fn decode_bytes(tables: &[ByteTable], readers: &mut [Reader], rows: &mut [Row]) {
+    KERNEL.decode_bytes(tables, readers, rows);
+}
+
+/// Codes rows of bytes of several streams at once, each by a table.
+///
+/// # Panics
+/// As for [`decode_bytes`]; or a table does not have a byte, or a number is none; or the
+/// writers did not begin with as many symbols.
+pub(crate) fn encode_bytes(tables: &[ByteTable], writers: &mut [Writer], rows: &[Row]) {
+    KERNEL.encode_bytes(tables, writers, rows);
+}
+
+/// What decoding a slot takes: the symbol in bits 0 to 7, its frequency less one in 8 to 18,
+/// the place of the slot in the symbol in 19 to 29.
+pub(crate) fn slot(symbol: u8, frequency: u32, place: u32) -> u32 {
+    u32::from(symbol) | (frequency - 1) << 8 | place << 19
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kernel {
     #[cfg(target_arch = "x86_64")]
@@ -375,6 +401,30 @@ impl Kernel {
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => avx2::decode_thirds(lanes, tables, readers, rows),
             Self::Scalar => scalar::decode_thirds(lanes, tables, readers, rows),
+        }
+    }
+
+    fn decode_bytes(self, tables: &[ByteTable], readers: &mut [Reader], rows: &mut [Row]) {
+        check(readers.len(), rows.len());
+        assert!(tables.len() >= readers.len(), "a table a stream");
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => avx512::decode_bytes(tables, readers, rows),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => avx2::decode_bytes(tables, readers, rows),
+            Self::Scalar => scalar::decode_bytes(tables, readers, rows),
+        }
+    }
+
+    fn encode_bytes(self, tables: &[ByteTable], writers: &mut [Writer], rows: &[Row]) {
+        check(writers.len(), rows.len());
+        assert!(tables.len() >= writers.len(), "a table a stream");
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => avx512::encode_bytes(tables, writers, rows),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => avx2::encode_bytes(tables, writers, rows),
+            Self::Scalar => scalar::encode_bytes(tables, writers, rows),
         }
     }
 

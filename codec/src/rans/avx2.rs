@@ -9,7 +9,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{LANES, Lanes, PRECISION, Reader, Row, States, TOTAL, Writer};
+use super::{ByteTable, LANES, Lanes, PRECISION, Reader, Row, States, TOTAL, Writer};
 use crate::classes::{BASE, DISTANCES, LARGEST, NUMBER_BIT, SLOT_ZERO, ThirdTables};
 
 pub(super) fn is_available() -> bool {
@@ -64,6 +64,24 @@ pub(super) fn encode_thirds(
 ) {
     let bounds = Thirds::of(lanes, tables);
     with_streams!(put_thirds(&bounds; writers, rows));
+}
+
+pub(super) fn decode_bytes(tables: &[ByteTable], readers: &mut [Reader], rows: &mut [Row]) {
+    assert!(is_available(), "checked when the kernel was chosen");
+    let of_stream = rows.chunks_exact_mut((rows.len() / readers.len()).max(1));
+    for ((reader, table), rows) in readers.iter_mut().zip(tables).zip(of_stream) {
+        // SAFETY: the CPU has the features.
+        unsafe { by_slot(&table.slots, &[0; LANES], 0, reader, rows) }
+    }
+}
+
+pub(super) fn encode_bytes(tables: &[ByteTable], writers: &mut [Writer], rows: &[Row]) {
+    assert!(is_available(), "checked when the kernel was chosen");
+    let of_stream = rows.chunks_exact((rows.len() / writers.len()).max(1));
+    for ((writer, table), rows) in writers.iter_mut().zip(tables).zip(of_stream) {
+        // SAFETY: the CPU has the features.
+        unsafe { put_bytes(table, writer, rows) }
+    }
 }
 
 /// By number from zero on: first slots, less one, and packed frequencies.
@@ -249,31 +267,46 @@ fn narrow(bounds: &Bounds, reader: &mut Reader, rows: &mut [Row]) {
 
 #[target_feature(enable = "avx2,fma,popcnt")]
 fn wide(lanes: Lanes<'_>, reader: &mut Reader, rows: &mut [Row]) {
+    by_slot(
+        &BASE.slots,
+        &lanes.classes.map(u16::from),
+        SLOT_ZERO,
+        reader,
+        rows,
+    );
+}
+
+/// Looks symbols up, of which zero has the number `zero`.
+#[inline]
+#[target_feature(enable = "avx2,fma,popcnt")]
+fn by_slot(
+    table: &[u32],
+    classes: &[u16; LANES],
+    zero: i16,
+    reader: &mut Reader,
+    rows: &mut [Row],
+) {
     let slots = _mm256_set1_epi16((TOTAL - 1).cast_signed());
-    let number_bits = _mm256_set1_epi32(0x7f);
+    let zero = _mm256_set1_epi16(zero);
+    let symbol_bits = _mm256_set1_epi32(0xff);
     let frequency_bits = _mm256_set1_epi32(0x7ff);
-    let classes = lanes.classes.map(u16::from);
     let mut state = Reading::of(reader);
     for row in rows {
         let words = reader.upcoming(state.next);
         let mut read = 0;
         for half in 0..2 {
             let slot = _mm256_and_si256(state.low[half], slots);
-            let [a, b] = look_up(&BASE.slots, PRECISION, load(&classes, half), slot);
-            let number = _mm256_packus_epi32(
-                _mm256_and_si256(a, number_bits),
-                _mm256_and_si256(b, number_bits),
+            let [a, b] = look_up(table, PRECISION, load(classes, half), slot);
+            let symbol = _mm256_packus_epi32(
+                _mm256_and_si256(a, symbol_bits),
+                _mm256_and_si256(b, symbol_bits),
             );
             let frequency = _mm256_packus_epi32(
-                _mm256_and_si256(_mm256_srli_epi32::<7>(a), frequency_bits),
-                _mm256_and_si256(_mm256_srli_epi32::<7>(b), frequency_bits),
+                _mm256_and_si256(_mm256_srli_epi32::<8>(a), frequency_bits),
+                _mm256_and_si256(_mm256_srli_epi32::<8>(b), frequency_bits),
             );
-            let place = _mm256_packus_epi32(_mm256_srli_epi32::<18>(a), _mm256_srli_epi32::<18>(b));
-            store(
-                row,
-                half,
-                _mm256_sub_epi16(number, _mm256_set1_epi16(SLOT_ZERO)),
-            );
+            let place = _mm256_packus_epi32(_mm256_srli_epi32::<19>(a), _mm256_srli_epi32::<19>(b));
+            store(row, half, _mm256_sub_epi16(symbol, zero));
             let frequency = _mm256_add_epi16(frequency, _mm256_set1_epi16(1));
             read += state.advance(half, frequency, place, words, read);
         }
@@ -531,6 +564,35 @@ fn put_thirds(bounds: &Thirds, writer: &mut Writer, rows: &mut [Row]) {
         _mm256_movemask_epi8(impossible),
         0,
         "every class has its thirds"
+    );
+}
+
+#[target_feature(enable = "avx2,fma,popcnt")]
+fn put_bytes(table: &ByteTable, writer: &mut Writer, rows: &[Row]) {
+    let zero = _mm256_setzero_si256();
+    let words = _mm256_set1_epi32(0xffff);
+    let byte_bits = _mm256_set1_epi16(0xff);
+    let mut impossible = zero;
+    let mut state = Writing::of(writer);
+    for row in rows.iter().rev() {
+        for half in [1, 0] {
+            let byte = load_numbers(row, half);
+            let more = _mm256_andnot_si256(byte_bits, byte);
+            let [a, b] = look_up(&table.codes, 0, zero, byte);
+            let frequency =
+                _mm256_packus_epi32(_mm256_and_si256(a, words), _mm256_and_si256(b, words));
+            let none = _mm256_cmpeq_epi16(frequency, zero);
+            impossible = _mm256_or_si256(impossible, _mm256_or_si256(none, more));
+            let first = _mm256_packus_epi32(_mm256_srli_epi32::<16>(a), _mm256_srli_epi32::<16>(b));
+            let (quotients, place) = state.divide(half, writer, frequency);
+            state.set(half, quotients, _mm256_add_epi16(first, place));
+        }
+    }
+    state.put_back(writer);
+    assert_eq!(
+        _mm256_testz_si256(impossible, impossible),
+        1,
+        "every table has its bytes"
     );
 }
 

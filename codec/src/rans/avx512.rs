@@ -21,7 +21,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{LANES, Lanes, PRECISION, Reader, Row, States, TOTAL, Writer};
+use super::{ByteTable, LANES, Lanes, PRECISION, Reader, Row, States, TOTAL, Writer};
 use crate::classes::{BASE, DISTANCES, LARGEST, NUMBER_BIT, PADDED, SLOT_ZERO, ThirdTables};
 
 pub(super) fn is_available() -> bool {
@@ -89,6 +89,14 @@ pub(super) fn encode_thirds(
     rows: &mut [Row],
 ) {
     with_streams!(put_thirds(lanes, tables; writers, rows));
+}
+
+pub(super) fn decode_bytes(tables: &[ByteTable], readers: &mut [Reader], rows: &mut [Row]) {
+    with_streams!(bytes(tables; readers, rows));
+}
+
+pub(super) fn encode_bytes(tables: &[ByteTable], writers: &mut [Writer], rows: &[Row]) {
+    with_streams!(put_bytes(tables; writers, rows));
 }
 
 /// A reader's states in registers.
@@ -206,36 +214,53 @@ fn narrow<const S: usize>(lanes: Lanes<'_>, readers: [&mut Reader; S], rows: &mu
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vbmi2,popcnt")]
 fn wide<const S: usize>(lanes: Lanes<'_>, readers: [&mut Reader; S], rows: &mut [Row]) {
+    let first = wide_classes(lanes, PRECISION);
+    by_slot([&BASE.slots; S], first, SLOT_ZERO, readers, rows);
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vbmi2,popcnt")]
+fn bytes<const S: usize>(tables: &[ByteTable], readers: [&mut Reader; S], rows: &mut [Row]) {
+    let mut slots = [&[][..]; S];
+    for (slots, table) in slots.iter_mut().zip(tables) {
+        *slots = &table.slots;
+    }
+    by_slot(slots, [_mm512_setzero_si512(); 2], 0, readers, rows);
+}
+
+/// Looks symbols up, of which zero has the number `zero`.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vbmi2,popcnt")]
+fn by_slot<const S: usize>(
+    tables: [&[u32]; S],
+    first: [__m512i; 2],
+    zero: i16,
+    readers: [&mut Reader; S],
+    rows: &mut [Row],
+) {
     let tokens = rows.len() / S;
-    let first_slots = wide_classes(lanes, PRECISION);
     let slots = _mm512_set1_epi16((TOTAL - 1).cast_signed());
-    let zero = _mm512_setzero_si512();
-    let number_bits = _mm512_set1_epi32(0x7f);
+    let zero = _mm512_set1_epi16(zero);
+    let symbol_bits = _mm512_set1_epi32(0xff);
     let frequency_bits = _mm512_set1_epi32(0x7ff);
-    let mut states = [Reading {
-        low: zero,
-        high: zero,
-        next: 0,
-    }; S];
+    let mut states = [Reading::of(readers[0]); S];
     for (state, reader) in states.iter_mut().zip(&readers) {
         *state = Reading::of(reader);
     }
     for token in 0..tokens {
         each_stream!(s in S {
             let slot = _mm512_and_si512(states[s].low, slots);
-            let [a, b] = look_up(&BASE.slots, first_slots, slot);
-            let number = narrowed(
-                _mm512_and_si512(a, number_bits),
-                _mm512_and_si512(b, number_bits),
+            let [a, b] = look_up(tables[s], first, slot);
+            let symbol = narrowed(
+                _mm512_and_si512(a, symbol_bits),
+                _mm512_and_si512(b, symbol_bits),
             );
-            let number = _mm512_sub_epi16(number, _mm512_set1_epi16(SLOT_ZERO));
             let frequency = narrowed(
-                _mm512_and_si512(_mm512_srli_epi32::<7>(a), frequency_bits),
-                _mm512_and_si512(_mm512_srli_epi32::<7>(b), frequency_bits),
+                _mm512_and_si512(_mm512_srli_epi32::<8>(a), frequency_bits),
+                _mm512_and_si512(_mm512_srli_epi32::<8>(b), frequency_bits),
             );
             let frequency = _mm512_add_epi16(frequency, _mm512_set1_epi16(1));
-            let place = narrowed(_mm512_srli_epi32::<18>(a), _mm512_srli_epi32::<18>(b));
-            store_numbers(&mut rows[s * tokens + token], number);
+            let place = narrowed(_mm512_srli_epi32::<19>(a), _mm512_srli_epi32::<19>(b));
+            store_numbers(&mut rows[s * tokens + token], _mm512_sub_epi16(symbol, zero));
             states[s].advance(readers[s], frequency, place);
         });
     }
@@ -548,6 +573,35 @@ fn put_thirds<const S: usize>(
         state.put_back(writer);
     }
     assert_eq!(impossible, 0, "every class has its thirds");
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vbmi2,popcnt")]
+fn put_bytes<const S: usize>(tables: &[ByteTable], mut writers: [&mut Writer; S], rows: &[Row]) {
+    let tokens = rows.len() / S;
+    let none = [_mm512_setzero_si512(); 2];
+    let words = _mm512_set1_epi32(0xffff);
+    let byte_bits = _mm512_set1_epi16(0xff);
+    let mut impossible = 0;
+    let mut states = [Writing::of(writers[0]); S];
+    for (state, writer) in states.iter_mut().zip(&writers) {
+        *state = Writing::of(writer);
+    }
+    for token in (0..tokens).rev() {
+        each_stream!(s in S {
+            let byte = load_numbers(&rows[s * tokens + token]);
+            impossible |= _mm512_cmpgt_epu16_mask(byte, byte_bits);
+            let [a, b] = look_up(&tables[s].codes, none, byte);
+            let frequency = narrowed(_mm512_and_si512(a, words), _mm512_and_si512(b, words));
+            impossible |= _mm512_testn_epi16_mask(frequency, frequency);
+            let first = narrowed(_mm512_srli_epi32::<16>(a), _mm512_srli_epi32::<16>(b));
+            let (quotients, place) = states[s].divide(writers[s], frequency);
+            states[s].set(quotients, _mm512_add_epi16(first, place));
+        });
+    }
+    for (state, writer) in states.into_iter().zip(&mut writers) {
+        state.put_back(writer);
+    }
+    assert_eq!(impossible, 0, "every table has its bytes");
 }
 
 /// Zero-extended classes, shifted: in the order of [`look_up`].

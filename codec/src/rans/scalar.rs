@@ -1,6 +1,6 @@
 //! What the kernels compute, a lane at a time.
 
-use super::{HALF, LANES, Lanes, PRECISION, Reader, Row, START, TOTAL, Writer};
+use super::{ByteTable, HALF, LANES, Lanes, PRECISION, Reader, Row, START, TOTAL, Writer};
 use crate::classes::{BASE, DISTANCES, LARGEST, SLOT_ZERO, ThirdTables};
 
 pub(super) fn decode_base(lanes: Lanes<'_>, readers: &mut [Reader], rows: &mut [Row]) {
@@ -9,9 +9,7 @@ pub(super) fn decode_base(lanes: Lanes<'_>, readers: &mut [Reader], rows: &mut [
         for (lane, number) in in_order(rows) {
             let table = usize::from(lanes.classes[lane]) << PRECISION;
             let entry = BASE.slots[table | usize::from(reader.slot(lane))];
-            let [number_bits, ..] = (entry & 0x7f).to_le_bytes();
-            *number = i16::from(number_bits) - SLOT_ZERO;
-            reader.advance(lane, (entry >> 7 & 0x7ff) + 1, entry >> 18);
+            *number = reader.take(lane, entry) - SLOT_ZERO;
         }
     }
 }
@@ -96,6 +94,29 @@ pub(super) fn encode_thirds(
     }
 }
 
+pub(super) fn decode_bytes(tables: &[ByteTable], readers: &mut [Reader], rows: &mut [Row]) {
+    let of_stream = rows.chunks_exact_mut((rows.len() / readers.len()).max(1));
+    for ((reader, table), rows) in readers.iter_mut().zip(tables).zip(of_stream) {
+        for (lane, number) in in_order(rows) {
+            *number = reader.take(lane, table.slots[usize::from(reader.slot(lane))]);
+        }
+    }
+}
+
+pub(super) fn encode_bytes(tables: &[ByteTable], writers: &mut [Writer], rows: &[Row]) {
+    let of_stream = rows.chunks_exact((rows.len() / writers.len()).max(1));
+    for ((writer, table), rows) in writers.iter_mut().zip(tables).zip(of_stream) {
+        for row in rows.iter().rev() {
+            for (lane, &number) in row.iter().enumerate().rev() {
+                let byte = u8::try_from(number).expect("a byte");
+                let code = table.codes[usize::from(byte)];
+                assert!(code & 0xffff > 0, "a table has no such byte");
+                writer.put(lane, code & 0xffff, |place| (code >> 16) + place);
+            }
+        }
+    }
+}
+
 /// The first slots of the symbols 1 and 2.
 fn bounds(lanes: Lanes<'_>, tables: &ThirdTables, lane: usize, coarser: u16) -> [u16; 2] {
     let distance = usize::from(coarser).min(DISTANCES - 1);
@@ -110,6 +131,13 @@ fn in_order(rows: &mut [Row]) -> impl Iterator<Item = (usize, &mut i16)> {
 impl Reader {
     fn slot(&self, lane: usize) -> u16 {
         self.states.low[lane] % TOTAL
+    }
+
+    /// The symbol of a slot's entry.
+    fn take(&mut self, lane: usize, entry: u32) -> i16 {
+        self.advance(lane, (entry >> 8 & 0x7ff) + 1, entry >> 19);
+        let [symbol, ..] = entry.to_le_bytes();
+        symbol.into()
     }
 
     /// After a symbol of this frequency, in which the slot had this place.

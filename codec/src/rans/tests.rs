@@ -128,7 +128,16 @@ struct Oracle<'a> {
     words: &'a [u8],
 }
 
-impl Oracle<'_> {
+impl<'a> Oracle<'a> {
+    fn new(stream: &'a [u8]) -> Self {
+        let (stored, words) = stream.split_first_chunk::<STATE_BYTES>().unwrap();
+        let mut states = [0; LANES];
+        for (state, &bytes) in states.iter_mut().zip(stored.as_chunks().0) {
+            *state = u32::from_le_bytes(bytes);
+        }
+        Self { states, words }
+    }
+
     /// Decodes a symbol; `renamed` says which slot of the model a slot stands for.
     fn symbol(&mut self, lane: usize, frequencies: &[u16], renamed: impl Fn(u32) -> u32) -> usize {
         let total = u32::from(TOTAL);
@@ -161,14 +170,7 @@ impl Oracle<'_> {
 
 /// What another implementation makes of a stream.
 fn decoded_by_constriction(case: &Case, parts: &Parts) -> Vec<Row> {
-    let (states, words) = parts[0].split_first_chunk::<STATE_BYTES>().unwrap();
-    let mut oracle = Oracle {
-        states: [0; LANES],
-        words,
-    };
-    for (state, &bytes) in oracle.states.iter_mut().zip(states.as_chunks().0) {
-        *state = u32::from_le_bytes(bytes);
-    }
+    let mut oracle = Oracle::new(&parts[0]);
     let mut rows = vec![[0; LANES]; case.rows()];
     for row in &mut rows {
         for (lane, number) in row.iter_mut().enumerate() {
@@ -344,5 +346,98 @@ fn a_number_that_its_class_does_not_have_is_a_mistake() {
             });
             assert!(result.is_err(), "{kernel:?}, {class}");
         }
+    }
+}
+
+/// Rows of bytes, a few of them often, and the frequencies of each stream.
+fn bytes() -> impl Strategy<Value = (Vec<[u16; 256]>, Vec<Vec<Row>>)> {
+    let stream = |rows| {
+        let byte = prop_oneof![4 => 120..126u8, 1 => any::<u8>()];
+        prop::collection::vec(byte.prop_map(i16::from), rows * LANES)
+    };
+    (1..40usize, 1..=AT_ONCE)
+        .prop_flat_map(move |(rows, streams)| prop::collection::vec(stream(rows), streams))
+        .prop_map(|streams| {
+            let of = |stream: &Vec<i16>| {
+                let mut counts = [0; 256];
+                for &byte in stream {
+                    counts[usize::try_from(byte).unwrap()] += 1;
+                }
+                ByteTable::frequencies(&counts)
+            };
+            let frequencies = streams.iter().map(of).collect();
+            let rows = |stream: Vec<i16>| stream.as_chunks().0.to_vec();
+            (frequencies, streams.into_iter().map(rows).collect())
+        })
+}
+
+proptest! {
+    #[test]
+    fn kernels_agree_on_bytes_with_each_other_and_with_constriction(
+        (frequencies, streams) in bytes(),
+        flip in prop::option::of((any::<prop::sample::Index>(), 0..8u8)),
+    ) {
+        let tables: Vec<_> = frequencies.iter().filter_map(ByteTable::new).collect();
+        prop_assert_eq!(tables.len(), frequencies.len());
+        let rows = streams.concat();
+        let encoded = |kernel: Kernel| -> Vec<Vec<u8>> {
+            let mut writers: Vec<Writer> = streams.iter().map(|_| Writer::new()).collect();
+            writers.iter_mut().for_each(|writer| writer.begin(streams[0].len() * LANES));
+            kernel.encode_bytes(&tables, &mut writers, &rows);
+            let stream = |mut writer: Writer| {
+                let mut out = Vec::new();
+                writer.write_states(&mut out);
+                writer.write_words(&mut out);
+                out
+            };
+            writers.into_iter().map(stream).collect()
+        };
+        let decoded = |kernel: Kernel, encoded: &[Vec<u8>]| {
+            let mut readers: Vec<Reader> = encoded.iter().map(|_| Reader::new()).collect();
+            for (reader, stream) in readers.iter_mut().zip(encoded) {
+                let words = reader.begin(stream).unwrap();
+                reader.go_on(words, streams[0].len() * LANES).unwrap();
+            }
+            let mut rows = vec![[0; LANES]; rows.len()];
+            kernel.decode_bytes(&tables, &mut readers, &mut rows);
+            let end = |reader: &Reader| (reader.check_words(), reader.check_states());
+            (rows, readers.iter().map(end).collect::<Vec<_>>())
+        };
+        let mut reference = encoded(Kernel::Scalar);
+        for kernel in Kernel::available() {
+            prop_assert_eq!(&encoded(kernel), &reference, "{:?}", kernel);
+            let (got, ends) = decoded(kernel, &reference);
+            prop_assert_eq!(&got, &rows);
+            prop_assert!(ends.iter().all(|end| *end == (Ok(()), Ok(()))));
+        }
+        for ((stream, rows), frequencies) in reference.iter().zip(&streams).zip(&frequencies) {
+            let mut oracle = Oracle::new(stream);
+            for (at, &byte) in rows.iter().flatten().enumerate() {
+                let symbol = oracle.symbol(at % LANES, frequencies, |slot| slot);
+                prop_assert_eq!(symbol, usize::try_from(byte).unwrap());
+            }
+            prop_assert!(oracle.words.is_empty() && oracle.states == [START; LANES]);
+        }
+        if let Some((at, bit)) = flip {
+            let at = at.index(reference[0].len());
+            reference[0][at] ^= 1 << bit;
+            let expected = decoded(Kernel::Scalar, &reference);
+            for kernel in Kernel::available() {
+                prop_assert_eq!(&decoded(kernel, &reference), &expected, "{:?}", kernel);
+            }
+        }
+    }
+
+    #[test]
+    fn frequencies_add_up_whatever_the_counts(
+        counts in prop::collection::vec(prop_oneof![Just(0), Just(1), 0..u32::MAX], 256),
+        one in any::<u8>(),
+    ) {
+        let mut counts: [u32; 256] = counts.try_into().unwrap();
+        counts[usize::from(one)] |= 1;
+        let frequencies = ByteTable::frequencies(&counts);
+        prop_assert!(ByteTable::new(&frequencies).is_some());
+        let have = |(count, frequency): (&u32, &u16)| (*count > 0) == (*frequency > 0);
+        prop_assert!(counts.iter().zip(&frequencies).all(have));
     }
 }
