@@ -9,7 +9,7 @@
 //! ```text
 //! layer := block × length (u32) ‖ block × bytes     by plane, head, byte of a number
 //! block := bytes as they are, or
-//!          distinct bytes - 1 (u8) ‖ distinct × { byte ‖ frequency - 1 (u16) }
+//!          which bytes occur (256 bits) ‖ frequency - 1 (LEB128) of each that does
 //!          ‖ last bytes, up to 31, as they are ‖ states ‖ words
 //! ```
 //!
@@ -18,6 +18,7 @@
 use kvasir_types::{DType, HeadRange, KvLayout, Plane};
 use multiversion::multiversion;
 
+use crate::part::write_length;
 use crate::rans::{self, AT_ONCE, ByteTable, LANES, Reader, Row, StreamError, Writer};
 
 /// Why the bytes of an exactly coded layer cannot be decoded.
@@ -265,25 +266,32 @@ fn bits(counts: &[u32; 256]) -> f64 {
 }
 
 fn write_frequencies(frequencies: &[u16; 256], out: &mut Vec<u8>) {
-    let distinct = frequencies
-        .iter()
-        .filter(|frequency| **frequency > 0)
-        .count();
-    out.extend(u8::try_from(distinct.saturating_sub(1)));
-    for (byte, &frequency) in (0u8..=255).zip(frequencies).filter(|(_, f)| **f > 0) {
-        out.push(byte);
-        out.extend_from_slice(&(frequency - 1).to_le_bytes());
+    let (eights, _) = frequencies.as_chunks::<8>();
+    out.extend(eights.iter().map(|eight| {
+        let bit = |(at, &frequency): (usize, &u16)| u8::from(frequency > 0) << at;
+        eight.iter().enumerate().map(bit).sum::<u8>()
+    }));
+    for &frequency in frequencies.iter().filter(|frequency| **frequency > 0) {
+        write_length(u32::from(frequency - 1), out);
     }
 }
 
 /// The table at the start of a block, and what follows.
 fn read_frequencies(block: &[u8]) -> Option<(ByteTable, &[u8])> {
-    let (&last, rest) = block.split_first()?;
-    let (all, rest) = rest.split_at_checked(3 * (usize::from(last) + 1))?;
+    let (occur, mut rest) = block.split_first_chunk::<32>()?;
     let mut frequencies = [0; 256];
-    for &[byte, low, high] in all.as_chunks().0 {
-        let frequency = &mut frequencies[usize::from(byte)];
-        *frequency = u16::from_le_bytes([low, high]).checked_add(1)?;
+    for (at, frequency) in frequencies.iter_mut().enumerate() {
+        if occur[at / 8] >> (at % 8) & 1 == 0 {
+            continue;
+        }
+        let (&[low], after) = rest.split_first_chunk()?;
+        rest = after;
+        *frequency = u16::from(low & 0x7f) + 1;
+        if low & 0x80 != 0 {
+            let (&[high], after) = rest.split_first_chunk()?;
+            rest = after;
+            *frequency += u16::from(high) << 7;
+        }
     }
     Some((ByteTable::new(&frequencies)?, rest))
 }
