@@ -160,6 +160,9 @@ impl<'a> LayerCodec<'a> {
 
     /// Keeps the first tokens of every chunk as they are, bit for bit. Default: 0.
     ///
+    /// Of keys that are turned, what is not finite makes its partner in a pair no number; of
+    /// exact tokens every bit survives.
+    ///
     /// Only encoding needs to know: decoding reads it from the base. They take as much as raw
     /// tokens, besides a little in their cell.
     #[must_use]

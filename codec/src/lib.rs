@@ -41,13 +41,23 @@
 //! chunk, where CacheGen (arXiv 2310.07240), as circulated, ships its tables, two bits a
 //! value in chunks of 256 tokens.
 //!
+//! The levels of a few tokens and heads, a cell, follow each other in one stream of rANS. How
+//! symbols are found without tables in memory, and so at several GB/s a core: [`LayerCodec`]'s
+//! entropy coder compares all lanes with the bounds of their symbols, which stay the same for
+//! 64 tokens. Every cell has a CRC-32C over its bytes and its place, so some heads and tokens
+//! are decoded, and checked, without the others: [`LayerCodec::decode_slice`]. The first
+//! tokens, which attention leans on, can be kept bit for bit:
+//! [`LayerCodec::with_exact_tokens`].
+//!
 //! What a layer takes, how exact it stays and how fast it is coded: `kvasir-bench codec`.
 //!
 //! # Other codings
 //! * [`FixedCodec`]: every row takes the same bytes, INT8 or INT4, for pages.
 //!
-//! Code that is `unsafe` is in the kernels of the entropy coder, and nowhere else; a scalar
-//! twin says what each computes, and tests compare them.
+//! Code that is `unsafe` is in the kernels of the entropy coder and in those that write
+//! values, and nowhere else; a scalar twin says what each computes, and tests compare them.
+//! There are kernels for AVX-512 with VBMI2 and for AVX2 with FMA; other CPUs take the scalar
+//! code.
 //!
 //! Not here: where objects lie (`kvasir-store`), how they travel (`kvasir-proto`).
 
