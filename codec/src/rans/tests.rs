@@ -441,3 +441,19 @@ proptest! {
         prop_assert!(counts.iter().zip(&frequencies).all(have));
     }
 }
+
+#[test]
+fn a_level_has_at_most_a_word_a_symbol() {
+    let mut reader = Reader::new();
+    assert_eq!(reader.go_on(&[0; 4 * LANES], 2 * LANES), Ok(()));
+    let long = [0; 4 * LANES + 2];
+    assert_eq!(
+        reader.go_on(&long, 2 * LANES),
+        Err(StreamError::Length(long.len()))
+    );
+    assert_eq!(reader.go_on(&[0; 3], LANES), Err(StreamError::Length(3)));
+    assert_eq!(
+        reader.begin(&[0; STATE_BYTES - 1]),
+        Err(StreamError::Length(STATE_BYTES - 1))
+    );
+}
