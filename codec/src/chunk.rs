@@ -31,6 +31,7 @@ pub struct ChunkDecoder {
     layout: KvLayout,
     level: Level,
     rotation: Option<Rotation>,
+    exact_tokens: u32,
 }
 
 /// Why a chunk could not be encoded.
@@ -174,6 +175,7 @@ impl Encoding {
         let tokens = layout.tokens();
         let rotation = prelude.rotation.as_ref().map(|of| of.angles(tokens));
         let codec = LayerCodec::new(*layout, rotation.as_ref())?;
+        let codec = codec.with_exact_tokens(prelude.exact_tokens);
         let mut steps = self.steps.iter().copied();
         let mut last = DEFAULT_STEPS;
         let encoded = layers.iter().map(|layer| {
@@ -222,6 +224,7 @@ impl ChunkDecoder {
             layout,
             level,
             rotation,
+            exact_tokens: prelude.exact_tokens,
         })
     }
 
@@ -250,6 +253,7 @@ impl ChunkDecoder {
                 return Err(wrong);
             }
             let codec = LayerCodec::new(self.layout, self.rotation.as_ref())?;
+            let codec = codec.with_exact_tokens(self.exact_tokens);
             return Ok(codec.decode(&parts, raw)?);
         }
         let &[part] = parts.as_slice() else {

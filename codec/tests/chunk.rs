@@ -189,6 +189,27 @@ fn values_that_are_no_numbers_survive() {
 }
 
 #[test]
+fn exact_tokens_are_exact() {
+    let layout = layout(64);
+    let layers = layers(&layout);
+    let prelude = Prelude {
+        exact_tokens: 3,
+        ..prelude()
+    };
+    let key = ChunkKey::from_bytes([5; 32]);
+    let encoding = Encoding::at(Level::L0);
+    let object = encoding
+        .encode(key, &layout, &prelude, layers.clone())
+        .unwrap();
+    let raw = decoded(&object, 1, 1).unwrap();
+    let row = 16 * 2;
+    for (head, before) in raw.chunks(64 * row).zip(layers[1].chunks(64 * row)) {
+        assert_eq!(head[..3 * row], before[..3 * row]);
+        assert_ne!(head[3 * row..4 * row], before[3 * row..4 * row]);
+    }
+}
+
+#[test]
 fn wrong_parts_are_errors() {
     let layout = layout(64);
     let object = encoded(&layout, Level::L1, layers(&layout));
