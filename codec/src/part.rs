@@ -38,6 +38,11 @@ impl Place {
     }
 }
 
+/// Behind a checksum, a fuzzer would not get any further.
+fn is_same(checksum: u32, stated: u32) -> bool {
+    checksum == stated || cfg!(fuzzing)
+}
+
 fn checksum(before: &[u8], bytes: &[u8]) -> u32 {
     let mut digest = Digest::new(CrcAlgorithm::Crc32Iscsi);
     digest.update(before);
@@ -192,7 +197,7 @@ impl<'a> HeadReader<'a> {
         }
         let head = &self.part[..self.part.len() - self.rest.len()];
         let stated = u32::from_le_bytes(self.take()?);
-        if checksum(&[self.number], head) != stated {
+        if !is_same(checksum(&[self.number], head), stated) {
             return Err(DecodeError::Head(self.number));
         }
         if self.rest.len() != start {
@@ -216,7 +221,7 @@ impl<'a> Part<'a> {
     pub(crate) fn cell(&self, number: usize, place: Place) -> Result<&'a [u8], DecodeError> {
         let entry = self.entries[number];
         let bytes = &self.cells[entry.start..entry.start + entry.len];
-        if place.checksum(bytes) == entry.checksum {
+        if is_same(place.checksum(bytes), entry.checksum) {
             Ok(bytes)
         } else {
             Err(DecodeError::Checksum(self.number_of(place)))
