@@ -23,7 +23,7 @@ impl ByteTable {
         }
         let mut slots = Vec::with_capacity(TOTAL.into());
         let mut first = 0;
-        let codes = (0u8..).zip(frequencies).map(|(byte, &frequency)| {
+        let codes = (0..=u8::MAX).zip(frequencies).map(|(byte, &frequency)| {
             let frequency = u32::from(frequency);
             slots.extend((0..frequency).map(|place| slot(byte, frequency, place)));
             let code = frequency | first << 16;
