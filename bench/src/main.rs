@@ -13,6 +13,7 @@ mod faults;
 mod kvstats;
 mod link;
 mod lookup;
+mod methods;
 mod page;
 mod prefill;
 mod quality;

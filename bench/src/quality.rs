@@ -21,12 +21,15 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use anyhow::{Context as _, ensure};
 
 use crate::corpus::{self, Profile, Split, Task, Vocabulary};
+use crate::methods::{self, Geometry, Spec};
 use crate::report::{Report, Row, median, percentile};
 
+pub(crate) mod coded;
 pub(crate) mod gates;
 pub(crate) mod interval;
 pub(crate) mod method;
@@ -34,8 +37,9 @@ pub(crate) mod reader;
 
 mod score;
 
+use coded::Coded;
 use interval::Estimate;
-use method::{Caches, Charge, Method};
+use method::{Caches, Charge, Method, Way};
 use reader::Reader;
 use score::{Answer, Asked, Distance};
 
@@ -63,13 +67,14 @@ pub(crate) struct Options {
     /// Tasks to ask; all of them when left out.
     #[arg(long, value_delimiter = ',')]
     pub(crate) tasks: Vec<String>,
-    /// Methods beside full prefill.
+    /// Methods beside full prefill: prefix, naive, naive-unpositioned, recompute-all, and
+    /// what codes KV, as METHOD or METHOD:VARIANT; `codecs` are all of these.
     #[arg(
         long,
         value_delimiter = ',',
         default_value = "prefix,naive,naive-unpositioned"
     )]
-    pub(crate) methods: Vec<Method>,
+    pub(crate) methods: Vec<String>,
     /// Other numbers of chunks for the tasks where reuse must hurt.
     #[arg(long, value_delimiter = ',', default_values_t = [4, 12])]
     pub(crate) chunks: Vec<usize>,
@@ -99,9 +104,34 @@ impl Options {
         report.set("quick", quick);
     }
 
-    fn methods(&self) -> Vec<Method> {
-        let others = self.methods.iter().copied();
-        others.filter(|&method| method != Method::Full).collect()
+    /// Methods beside full prefill, and whether any codes KV.
+    fn ways(&self, reader: &mut Reader, vocabulary: &Vocabulary) -> anyhow::Result<Vec<Way>> {
+        let geometry = Arc::new(Geometry::new(reader.config()));
+        let mut training = None;
+        let mut ways = Vec::new();
+        let names = self.methods.iter().flat_map(|name| match name.as_str() {
+            "codecs" => methods::CODECS
+                .iter()
+                .map(|&name| name.to_owned())
+                .collect(),
+            _ => vec![name.clone()],
+        });
+        for name in names {
+            match <Method as clap::ValueEnum>::from_str(&name, false) {
+                Ok(Method::Full) => {}
+                Ok(method) => ways.push(Way::Reuse(method)),
+                Err(_) => {
+                    let spec: Spec = name.parse()?;
+                    if spec.is_calibrated() && training.is_none() {
+                        training = Some(coded::training(reader, vocabulary, self.size)?);
+                    }
+                    let training = training.as_deref().unwrap_or(&[]);
+                    let coded = Coded::new(spec, &geometry, training)?;
+                    ways.push(Way::Coded(Arc::new(coded)));
+                }
+            }
+        }
+        Ok(ways)
     }
 
     fn cells<'a>(&self, vocabulary: &'a Vocabulary) -> anyhow::Result<Vec<Cell<'a>>> {
@@ -168,31 +198,44 @@ pub(crate) fn run(options: &Options, quick: bool) -> anyhow::Result<Report> {
     );
     let mut report = Report::new("quality");
     let mut gates = gates::Gates::default();
-    let mut charges: BTreeMap<&str, Vec<Charge>> = BTreeMap::new();
-    let methods = options.methods();
+    let mut charges: BTreeMap<String, Vec<Charge>> = BTreeMap::new();
+    let ways = options.ways(&mut reader, &vocabulary)?;
     let wanted = options.wanted(quick);
     options.record(&reader, wanted, quick, &mut report);
     let bar = crate::progress(cells.len() as u64 + 1, "quality");
+    let mut all = Outcome::default();
     for cell in &cells {
         bar.set_message(cell.name());
         let outcome = ask(
             &mut reader,
             &vocabulary,
             cell,
-            &methods,
+            &ways,
             options,
             wanted,
             &mut charges,
             &mut gates,
         )?;
         outcome.report(&cell.name(), options.seed, &mut report, &mut gates);
+        if cell.chunks == BASE_CHUNKS {
+            all.extend(outcome);
+        }
         bar.inc(1);
+    }
+    if cells.len() > 1 {
+        // Of no task: no gate is about them.
+        all.report(
+            "all",
+            options.seed,
+            &mut report,
+            &mut gates::Gates::default(),
+        );
     }
     bar.set_message("continuation");
     continuations(
         &mut reader,
         &vocabulary,
-        &methods,
+        &ways,
         options,
         wanted / QUESTIONS_PER_CONTEXT,
         &mut report,
@@ -214,7 +257,7 @@ pub(crate) fn run(options: &Options, quick: bool) -> anyhow::Result<Report> {
         ));
         report.push(Row::new(
             format!("{method}/bits"),
-            reader.bits_per_value(),
+            mean(|charge| charge.bits),
             "bits/value",
         ));
     }
@@ -229,7 +272,7 @@ type Held = Vec<(Answer, Distance)>;
 #[derive(Debug, Default)]
 struct Outcome {
     full: Vec<Vec<Answer>>,
-    others: Vec<(Method, Vec<Held>)>,
+    others: Vec<(String, Vec<Held>)>,
 }
 
 #[expect(
@@ -240,15 +283,18 @@ fn ask(
     reader: &mut Reader,
     vocabulary: &Vocabulary,
     cell: &Cell<'_>,
-    methods: &[Method],
+    ways: &[Way],
     options: &Options,
     wanted: usize,
-    charges: &mut BTreeMap<&'static str, Vec<Charge>>,
+    charges: &mut BTreeMap<String, Vec<Charge>>,
     gates: &mut gates::Gates,
 ) -> anyhow::Result<Outcome> {
     let mut outcome = Outcome {
         full: Vec::new(),
-        others: methods.iter().map(|&method| (method, Vec::new())).collect(),
+        others: ways
+            .iter()
+            .map(|way| (way.name().to_owned(), Vec::new()))
+            .collect(),
     };
     let mut asked = 0;
     for index in 0.. {
@@ -273,14 +319,18 @@ fn ask(
             })
             .collect();
         asked += questions.len();
-        let caches = Caches::new(reader, vocabulary.bos, &context.chunks)?;
+        let mut caches = Caches::new(reader, vocabulary.bos, &context.chunks)?;
         let (pages, charge) = Method::Full.prepare(reader, &caches)?;
-        charges.entry(Method::Full.name()).or_default().push(charge);
+        charges
+            .entry(Method::Full.name().to_owned())
+            .or_default()
+            .push(charge);
+        caches.keep(reader.take(&pages, 0..caches.tokens().len())?);
         gates.layer0_keys(reader, &pages, &caches)?;
         let full = score::answer(reader, &pages, &questions, vocabulary.eos)?;
         reader.release(pages)?;
-        let mut held = |reader: &mut Reader, method: Method| -> anyhow::Result<(Held, Charge)> {
-            let (pages, charge) = method.prepare(reader, &caches)?;
+        let mut held = |reader: &mut Reader, way: &Way| -> anyhow::Result<(Held, Charge)> {
+            let (pages, charge) = way.prepare(reader, &caches)?;
             let found = score::answer(reader, &pages, &questions, vocabulary.eos)?;
             reader.release(pages)?;
             let held: Held = found
@@ -292,17 +342,17 @@ fn ask(
                 })
                 .collect();
             for (_, distance) in &held {
-                gates.logits(method, distance.logit);
+                gates.logits(way.name(), distance.logit);
             }
             Ok((held, charge))
         };
-        for (method, answers) in &mut outcome.others {
-            let (held, charge) = held(reader, *method)?;
-            charges.entry(method.name()).or_default().push(charge);
+        for (way, (name, answers)) in ways.iter().zip(&mut outcome.others) {
+            let (held, charge) = held(reader, way)?;
+            charges.entry(name.clone()).or_default().push(charge);
             answers.push(held);
         }
         if index < CHECKED_CONTEXTS {
-            held(reader, Method::RecomputeAll)?;
+            held(reader, &Way::Reuse(Method::RecomputeAll))?;
         }
         outcome.full.push(full);
     }
@@ -310,6 +360,18 @@ fn ask(
 }
 
 impl Outcome {
+    /// Adds the answers of another cell.
+    fn extend(&mut self, other: Self) {
+        self.full.extend(other.full);
+        if self.others.is_empty() {
+            self.others = other.others;
+            return;
+        }
+        for ((_, all), (_, more)) in self.others.iter_mut().zip(other.others) {
+            all.extend(more);
+        }
+    }
+
     fn report(&self, cell: &str, seed: u64, report: &mut Report, gates: &mut gates::Gates) {
         let questions: usize = self.full.iter().map(Vec::len).sum();
         #[expect(clippy::cast_precision_loss, reason = "a count of questions")]
@@ -335,8 +397,7 @@ impl Outcome {
             &each(|a| a.f1),
             seed,
         );
-        for (method, contexts) in &self.others {
-            let name = method.name();
+        for (name, contexts) in &self.others {
             let row = |measure: &str| format!("{name}/{cell}/{measure}");
             let found = |of: fn(&Answer) -> f64| per_question(contexts, move |(a, _)| of(a));
             push(report, row("em"), "share", &found(exact), seed);
@@ -353,7 +414,7 @@ impl Outcome {
                 })
                 .collect();
             if let Some(loss) = push(report, row("em_loss"), "share", &loss, seed) {
-                gates.loss(*method, cell, loss);
+                gates.loss(name, cell, loss);
             }
             let kl: Vec<Vec<f64>> = contexts
                 .iter()
@@ -426,14 +487,14 @@ fn per_question<T>(contexts: &[Vec<T>], of: impl Fn(&T) -> f64) -> Vec<Vec<f64>>
 fn continuations(
     reader: &mut Reader,
     vocabulary: &Vocabulary,
-    methods: &[Method],
+    ways: &[Way],
     options: &Options,
     contexts: usize,
     report: &mut Report,
     gates: &mut gates::Gates,
 ) -> anyhow::Result<()> {
-    let all: Vec<Method> = std::iter::once(Method::Full)
-        .chain(methods.iter().copied())
+    let all: Vec<Way> = std::iter::once(Way::Reuse(Method::Full))
+        .chain(ways.iter().cloned())
         .collect();
     let mut losses = vec![Vec::new(); all.len()];
     for index in 0..contexts.max(2) {
@@ -446,7 +507,10 @@ fn continuations(
             Split::Test,
         )?;
         let continuation = context.chunks.pop().context("a context has chunks")?;
-        let caches = Caches::new(reader, vocabulary.bos, &context.chunks)?;
+        let mut caches = Caches::new(reader, vocabulary.bos, &context.chunks)?;
+        let pages = reader.prefill(&caches.tokens())?;
+        caches.keep(reader.take(&pages, 0..caches.tokens().len())?);
+        reader.release(pages)?;
         for (method, losses) in all.iter().zip(&mut losses) {
             let (pages, _) = method.prepare(reader, &caches)?;
             let loss = score::negative_log_likelihood(reader, &pages, &continuation)?;
@@ -454,17 +518,17 @@ fn continuations(
             losses.push(vec![loss]);
         }
     }
-    for (method, losses_of) in all.iter().zip(&losses) {
-        let row = |measure: &str| format!("{}/continuation/{measure}", method.name());
+    for (way, losses_of) in all.iter().zip(&losses) {
+        let row = |measure: &str| format!("{}/continuation/{measure}", way.name());
         push(report, row("nll"), "nats", losses_of, options.seed);
-        if *method != Method::Full {
+        if !matches!(way, Way::Reuse(Method::Full)) {
             let more: Vec<Vec<f64>> = losses_of
                 .iter()
                 .zip(&losses[0])
                 .map(|(this, full)| vec![this[0] - full[0]])
                 .collect();
             if let Some(more) = push(report, row("nll_more"), "nats", &more, options.seed) {
-                gates.continuation(*method, more.value);
+                gates.continuation(way.name(), more.value);
             }
         }
     }

@@ -173,7 +173,7 @@ impl<'a> Quality<'a> {
             quality.by_name.insert(&row.name, row);
             let names: Vec<&str> = row.name.split('/').collect();
             match names[..] {
-                ["gate", ..] | ["questions", _] => {}
+                ["gate" | "bar" | "sensitivity", ..] | ["questions", _] => {}
                 [method, cell, measure] => {
                     note(&mut quality.methods, method);
                     note(&mut quality.cells, cell);

@@ -9,7 +9,7 @@
 use std::collections::BTreeMap;
 
 use super::interval::Estimate;
-use super::method::{Caches, Method};
+use super::method::Caches;
 use super::reader::{Pages, Reader};
 use crate::report::{Report, Row};
 
@@ -48,9 +48,9 @@ const LOGIT: f64 = 1e-3;
 #[derive(Debug, Default)]
 pub(super) struct Gates {
     full: BTreeMap<String, f64>,
-    losses: BTreeMap<(&'static str, String), Estimate>,
-    logits: BTreeMap<&'static str, f64>,
-    continuations: BTreeMap<&'static str, f64>,
+    losses: BTreeMap<(String, String), Estimate>,
+    logits: BTreeMap<String, f64>,
+    continuations: BTreeMap<String, f64>,
     layer0_keys: Option<f64>,
 }
 
@@ -61,18 +61,19 @@ impl Gates {
     }
 
     /// Exact match that full prefill has over the method.
-    pub(super) fn loss(&mut self, method: Method, cell: &str, loss: Estimate) {
-        self.losses.insert((method.name(), cell.to_owned()), loss);
+    pub(super) fn loss(&mut self, method: &str, cell: &str, loss: Estimate) {
+        let key = (method.to_owned(), cell.to_owned());
+        self.losses.insert(key, loss);
     }
 
     /// Nats a token of text that the method adds to full prefill's.
-    pub(super) fn continuation(&mut self, method: Method, more: f64) {
-        self.continuations.insert(method.name(), more);
+    pub(super) fn continuation(&mut self, method: &str, more: f64) {
+        self.continuations.insert(method.to_owned(), more);
     }
 
     /// A difference of a logit between full prefill and the method.
-    pub(super) fn logits(&mut self, method: Method, difference: f64) {
-        let worst = self.logits.entry(method.name()).or_default();
+    pub(super) fn logits(&mut self, method: &str, difference: f64) {
+        let worst = self.logits.entry(method.to_owned()).or_default();
         *worst = worst.max(difference);
     }
 
@@ -136,7 +137,7 @@ impl Gates {
                 );
             }
         }
-        let naive = |cell: &str| self.losses.get(&("naive", cell.to_owned()));
+        let naive = |cell: &str| self.losses.get(&("naive".to_owned(), cell.to_owned()));
         let of = |method: &'static str| {
             let losses = self
                 .losses
@@ -159,7 +160,7 @@ impl Gates {
                 "share",
             );
         }
-        let more = |method| self.continuations.get(method);
+        let more = |method: &str| self.continuations.get(method);
         if let (Some(wrong), Some(right)) = (more("naive-unpositioned"), more("naive")) {
             push(
                 report,

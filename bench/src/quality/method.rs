@@ -1,5 +1,8 @@
 //! Ways to have the KV of a context: the thing under test.
 
+use std::sync::Arc;
+
+use super::coded::Coded;
 use super::reader::{Kv, Pages, Reader};
 
 /// How the pages of a context come to be.
@@ -24,6 +27,39 @@ pub(crate) struct Charge {
     pub(crate) recomputed: f64,
     /// KV bytes read from a cache in host memory, a token of the context.
     pub(crate) host_bytes: f64,
+    /// Bits that a value of KV takes where it is cached.
+    pub(crate) bits: f64,
+}
+
+/// A method of either kind.
+#[derive(Clone, Debug)]
+pub(crate) enum Way {
+    /// KV is computed and reused, exactly as it was.
+    Reuse(Method),
+    /// KV is coded and decoded.
+    Coded(Arc<Coded>),
+}
+
+impl Way {
+    /// As in the rows of a report.
+    pub(crate) fn name(&self) -> &str {
+        match self {
+            Self::Reuse(method) => method.name(),
+            Self::Coded(coded) => &coded.name,
+        }
+    }
+
+    /// Fills pages with the whole context.
+    pub(crate) fn prepare(
+        &self,
+        reader: &mut Reader,
+        caches: &Caches,
+    ) -> anyhow::Result<(Pages, Charge)> {
+        match self {
+            Self::Reuse(method) => method.prepare(reader, caches),
+            Self::Coded(coded) => coded.prepare(reader, caches),
+        }
+    }
 }
 
 /// One context as chunks, and the KV that each has when it is computed alone.
@@ -33,6 +69,8 @@ pub(crate) struct Caches {
     /// K and V of each chunk after the first token `<s>`, which is dropped:
     /// positions `1..=chunk`.
     alone: Vec<Kv>,
+    /// K and V of all tokens as full prefill computed them, where they are kept.
+    full: Option<Kv>,
     first: u32,
 }
 
@@ -54,8 +92,18 @@ impl Caches {
         Ok(Self {
             chunks: chunks.to_vec(),
             alone,
+            full: None,
             first,
         })
+    }
+
+    /// Keeps what full prefill computed.
+    pub(crate) fn keep(&mut self, full: Kv) {
+        self.full = Some(full);
+    }
+
+    pub(crate) fn full(&self) -> Option<&Kv> {
+        self.full.as_ref()
     }
 
     /// `<s>` and all chunks.
@@ -149,6 +197,7 @@ impl Method {
             Charge {
                 recomputed: per_token(computed),
                 host_bytes: per_token(bytes),
+                bits: reader.bits_per_value(),
             },
         ))
     }

@@ -47,6 +47,21 @@ pub(crate) struct Kv {
     pub(crate) layers: Vec<Vec<f32>>,
 }
 
+impl Kv {
+    /// K and V of some of the tokens, for heads of `dim` channels.
+    pub(crate) fn tokens_of(&self, dim: usize, range: Range<usize>) -> Self {
+        let layer = |layer: &Vec<f32>| {
+            let heads = layer.chunks_exact(self.tokens * dim);
+            let rows = heads.flat_map(|head| &head[range.start * dim..range.end * dim]);
+            rows.copied().collect()
+        };
+        Self {
+            tokens: range.len(),
+            layers: self.layers.iter().map(layer).collect(),
+        }
+    }
+}
+
 impl Reader {
     /// Loads the model in `dir`, with pages for `tokens` tokens.
     pub(crate) fn load(dir: &Path, tokens: usize) -> anyhow::Result<Self> {

@@ -9,7 +9,9 @@ fn shipped() -> Options {
         model: PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../models/reader-9m")),
         questions: Some(6),
         tasks: vec!["hop1".into(), "coref3".into()],
-        methods: vec![Method::Prefix, Method::Naive, Method::NaiveUnpositioned],
+        methods: ["prefix", "naive", "naive-unpositioned"]
+            .map(String::from)
+            .to_vec(),
         chunks: vec![4],
         size: 64,
         seed: 3,

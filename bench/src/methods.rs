@@ -1,0 +1,308 @@
+//! Ways to code the KV of a chunk: our own, and its peers, behind one face.
+//!
+//! A method takes a chunk's raw layers and gives bytes; everything that a decoder needs
+//! besides what an object's header says (layout, model, position) is in these bytes and
+//! counted. Decoding gives raw layers again. Suites `codec` and `quality` measure the same
+//! bytes.
+//!
+//! # Names
+//! `METHOD` or `METHOD:VARIANT`; METHOD alone is the variant that stands for it.
+//!
+//! - `kvasir:L1`, `kvasir:s2-L1`, `kvasir:s2k0.5-L1`: our codec at a level, where level 0
+//!   has a step of so many (default [`STEP`]) deviations of the layer's plane, and keys one
+//!   of `k` times that; `kvasir` is `kvasir:L1`. After `-`, `klt` puts a Karhunen–Loève
+//!   transform before it: `-klthead` per head, `-kltlayer` per layer, `-kltall` over all
+//!   layers; see [`klt`]. These measure what a profile could gain and do not ship.
+//! - `int8`, `int4-hadamard`: fixed rate, for pages; `kvasir_codec::FixedCodec`.
+//! - `zstd-planes`: exact, of bf16 (`zstd-planes:f16`: of f16).
+//! - `raw`: f16 as it is, what rounding to it costs.
+
+use std::collections::BTreeMap;
+use std::str::FromStr;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use anyhow::Context as _;
+use kvasir_codec::{FixedRate, Pairing, Rotation};
+use kvasir_engine::ModelConfig;
+use kvasir_engine::rope::Frequencies;
+use kvasir_types::{DType, KvLayout, Planes};
+
+use crate::quality::reader::Kv;
+
+mod ours;
+mod simple;
+
+/// The step of level 0 of `kvasir` in deviations, where a name says none.
+pub(crate) const STEP: f32 = 3.0;
+/// Tokens at the start of a context that methods with protection keep as they are.
+pub(crate) const PROTECTED: usize = 4;
+
+/// KV of consecutive tokens, as an engine hands it over.
+#[derive(Clone, Debug)]
+pub(crate) struct Chunk {
+    pub(crate) layout: KvLayout,
+    /// Position of the first token.
+    pub(crate) start: u64,
+    /// Raw layers.
+    pub(crate) layers: Vec<Vec<u8>>,
+}
+
+/// What a method made of a chunk: parts, of which the bytes count.
+pub(crate) type Parts = Vec<Vec<u8>>;
+
+/// Codes chunks.
+pub(crate) trait Coder: Send + Sync {
+    /// Parts from which a chunk of the same layout and position is decoded.
+    fn encode(&self, chunk: &Chunk) -> anyhow::Result<Parts>;
+
+    /// Fills the layers of `chunk`; what they held before is lost.
+    fn decode(&self, parts: &[Vec<u8>], chunk: &mut Chunk) -> anyhow::Result<()>;
+
+    /// Tokens at the start of a context that are kept as they are.
+    fn protected(&self) -> usize {
+        0
+    }
+}
+
+/// What methods need to know of a model.
+#[derive(Debug)]
+pub(crate) struct Geometry {
+    pub(crate) layers: usize,
+    pub(crate) kv_heads: usize,
+    pub(crate) head_dim: usize,
+    frequencies: Frequencies,
+    rotations: Mutex<BTreeMap<(u64, u32), Arc<Rotation>>>,
+}
+
+/// A method and its variant.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Spec {
+    Raw,
+    Kvasir(ours::Variant),
+    Int8,
+    Int4Hadamard,
+    ZstdPlanes(DType),
+}
+
+/// What `codecs` stands for.
+pub(crate) const CODECS: [&str; 7] = [
+    "raw",
+    "zstd-planes",
+    "kvasir:L0",
+    "kvasir",
+    "kvasir:L2",
+    "int8",
+    "int4-hadamard",
+];
+
+/// No method has this name.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("no method is called {0}; there are raw, kvasir, int8, int4-hadamard, zstd-planes")]
+pub(crate) struct UnknownMethod(String);
+
+impl Geometry {
+    pub(crate) fn new(config: &ModelConfig) -> Self {
+        Self {
+            layers: config.layers,
+            kv_heads: config.kv_heads,
+            head_dim: config.head_dim,
+            frequencies: config.rope.frequencies(config.head_dim),
+            rotations: Mutex::default(),
+        }
+    }
+
+    /// Values of K and V of a token, all layers.
+    pub(crate) fn values_per_token(&self) -> usize {
+        2 * self.layers * self.kv_heads * self.head_dim
+    }
+
+    pub(crate) fn layout(&self, tokens: usize, dtype: DType) -> anyhow::Result<KvLayout> {
+        KvLayout::new(
+            u16::try_from(self.layers)?,
+            u16::try_from(self.kv_heads)?,
+            Planes::symmetric(u16::try_from(self.head_dim)?),
+            u32::try_from(tokens)?,
+            dtype,
+        )
+        .context("the layout of a chunk")
+    }
+
+    /// How the keys of a chunk were turned; made once.
+    pub(crate) fn rotation(&self, start: u64, tokens: u32) -> Arc<Rotation> {
+        let mut known = self
+            .rotations
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let Frequencies {
+            radians,
+            attention_factor,
+        } = &self.frequencies;
+        let new = || Rotation::new(radians, Pairing::Halves, *attention_factor, start, tokens);
+        Arc::clone(
+            known
+                .entry((start, tokens))
+                .or_insert_with(|| Arc::new(new())),
+        )
+    }
+}
+
+impl Spec {
+    /// As in the rows of a report.
+    pub(crate) fn name(&self) -> String {
+        match self {
+            Self::Raw => "raw".to_owned(),
+            Self::Kvasir(variant) => variant.name(),
+            Self::Int8 => "int8".to_owned(),
+            Self::Int4Hadamard => "int4-hadamard".to_owned(),
+            Self::ZstdPlanes(DType::F16) => "zstd-planes:f16".to_owned(),
+            Self::ZstdPlanes(_) => "zstd-planes".to_owned(),
+        }
+    }
+
+    /// Which type of number the method takes.
+    pub(crate) fn dtype(&self) -> DType {
+        match self {
+            Self::ZstdPlanes(dtype) => *dtype,
+            _ => DType::F16,
+        }
+    }
+
+    /// Whether it is made for a model, from KV that the model computed.
+    pub(crate) fn is_calibrated(&self) -> bool {
+        false
+    }
+
+    /// The method, ready to code chunks of a model.
+    pub(crate) fn coder(
+        &self,
+        geometry: &Arc<Geometry>,
+        _training: &[Kv],
+    ) -> anyhow::Result<Box<dyn Coder>> {
+        Ok(match self {
+            Self::Raw => Box::new(simple::Raw),
+            Self::Kvasir(variant) => Box::new(ours::Kvasir::new(*variant, geometry)),
+            Self::Int8 => Box::new(simple::Fixed(FixedRate::Int8)),
+            Self::Int4Hadamard => Box::new(simple::Fixed(FixedRate::Int4Hadamard)),
+            Self::ZstdPlanes(_) => Box::new(simple::Lossless),
+        })
+    }
+}
+
+impl FromStr for Spec {
+    type Err = UnknownMethod;
+
+    fn from_str(name: &str) -> Result<Self, UnknownMethod> {
+        let unknown = || UnknownMethod(name.to_owned());
+        let (method, variant) = name.split_once(':').unwrap_or((name, ""));
+        match (method, variant) {
+            ("raw", "") => Ok(Self::Raw),
+            ("kvasir", _) => ours::Variant::parse(variant)
+                .map(Self::Kvasir)
+                .ok_or_else(unknown),
+            ("int8", "") => Ok(Self::Int8),
+            ("int4-hadamard", "") => Ok(Self::Int4Hadamard),
+            ("zstd-planes", "") => Ok(Self::ZstdPlanes(DType::Bf16)),
+            ("zstd-planes", "f16") => Ok(Self::ZstdPlanes(DType::F16)),
+            _ => Err(unknown()),
+        }
+    }
+}
+
+impl Chunk {
+    /// From what a model computed.
+    pub(crate) fn of(
+        kv: &Kv,
+        geometry: &Geometry,
+        start: usize,
+        dtype: DType,
+    ) -> anyhow::Result<Self> {
+        let layers = kv.layers.iter().map(|layer| to_raw(dtype, layer)).collect();
+        Ok(Self {
+            layout: geometry.layout(kv.tokens, dtype)?,
+            start: start as u64,
+            layers,
+        })
+    }
+
+    /// Of the same layout and position, without contents.
+    pub(crate) fn empty(&self) -> Self {
+        Self {
+            layers: vec![vec![0; self.layout.layer_bytes()]; self.layers.len()],
+            ..*self
+        }
+    }
+
+    /// As a model reads it.
+    pub(crate) fn to_kv(&self) -> Kv {
+        let dtype = self.layout.dtype();
+        Kv {
+            tokens: self.layout.tokens() as usize,
+            layers: self
+                .layers
+                .iter()
+                .map(|layer| from_raw(dtype, layer))
+                .collect(),
+        }
+    }
+
+    /// Values in it.
+    pub(crate) fn values(&self) -> usize {
+        self.layers.len() * self.layout.layer_bytes() / self.layout.dtype().bytes()
+    }
+}
+
+/// Numbers of a type, from f32.
+pub(crate) fn to_raw(dtype: DType, values: &[f32]) -> Vec<u8> {
+    let values = values.iter();
+    match dtype {
+        DType::F16 => values
+            .flat_map(|&value| half::f16::from_f32(value).to_le_bytes())
+            .collect(),
+        DType::Bf16 => values
+            .flat_map(|&value| half::bf16::from_f32(value).to_le_bytes())
+            .collect(),
+        _ => values.flat_map(|value| value.to_le_bytes()).collect(),
+    }
+}
+
+/// The opposite.
+pub(crate) fn from_raw(dtype: DType, raw: &[u8]) -> Vec<f32> {
+    let halves = raw.as_chunks().0.iter();
+    match dtype {
+        DType::F16 => halves
+            .map(|&half| half::f16::from_le_bytes(half).to_f32())
+            .collect(),
+        DType::Bf16 => halves
+            .map(|&half| half::bf16::from_le_bytes(half).to_f32())
+            .collect(),
+        _ => {
+            let numbers = raw.as_chunks().0.iter();
+            numbers.map(|&number| f32::from_le_bytes(number)).collect()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_read_as_they_are_written() {
+        for name in [
+            "raw",
+            "kvasir",
+            "kvasir:L0",
+            "kvasir:s2-L2",
+            "kvasir:s1.5k0.5-L1",
+            "int8",
+            "int4-hadamard",
+            "zstd-planes",
+            "zstd-planes:f16",
+        ] {
+            assert_eq!(name.parse::<Spec>().unwrap().name(), name);
+        }
+        for name in ["", "kvasir:L3", "kvasir:s-L1", "int8:x", "kvasir:s0-L1"] {
+            assert!(name.parse::<Spec>().is_err(), "{name}");
+        }
+    }
+}
