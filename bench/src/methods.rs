@@ -15,6 +15,11 @@
 //!   layers; see [`klt`]. These measure what a profile could gain and do not ship.
 //! - `int8`, `int4-hadamard`: fixed rate, for pages; `kvasir_codec::FixedCodec`.
 //! - `zstd-planes`: exact, of bf16 (`zstd-planes:f16`: of f16).
+//! - `cachegen`: as its paper has it; `cachegen:x2` with steps twice as large.
+//!   `cachegen-circulated`: as its code circulates; `:L1` its coarse level, `:L3` its fine one.
+//! - `kivi4`, `kivi2`: see [`kivi`]; `:r128` keeps the last 128 tokens of every chunk.
+//! - `turboquant4`, `turboquant3`: see [`turboquant`].
+//! - `kvtc:B`, at a budget of B bits a value before DEFLATE, in places of `2`; see [`kvtc`].
 //! - `raw`: f16 as it is, what rounding to it costs.
 
 use std::collections::BTreeMap;
@@ -22,15 +27,24 @@ use std::str::FromStr;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::Context as _;
-use kvasir_codec::{FixedRate, Pairing, Rotation};
+use kvasir_codec::{CirculatedLevel, FixedRate, Pairing, Rotation};
 use kvasir_engine::ModelConfig;
 use kvasir_engine::rope::Frequencies;
 use kvasir_types::{DType, KvLayout, Planes};
 
 use crate::quality::reader::Kv;
 
+mod cachegen;
+mod frame;
+mod kivi;
+mod klt;
+mod kvtc;
 mod ours;
 mod simple;
+mod table;
+mod turboquant;
+
+pub(crate) use ours::{Kvasir, Variant};
 
 /// The step of level 0 of `kvasir` in deviations, where a name says none.
 pub(crate) const STEP: f32 = 3.0;
@@ -82,22 +96,91 @@ pub(crate) enum Spec {
     Int8,
     Int4Hadamard,
     ZstdPlanes(DType),
+    /// With steps so many times those of the paper.
+    CacheGen(f32),
+    Circulated(CirculatedLevel),
+    /// Bits, and tokens that stay as they are.
+    Kivi(u32, usize),
+    TurboQuant(u32),
+    /// Bits a value before DEFLATE.
+    Kvtc(f64),
+}
+
+/// What methods with a profile are made from: KV of contexts that no question is about.
+#[derive(Debug, Default)]
+pub(crate) struct Training {
+    chunks: Vec<Chunk>,
+    kvtc: Mutex<Option<Arc<kvtc::Profile>>>,
+    bases: Mutex<BTreeMap<ours::Transform, Arc<klt::Bases>>>,
+}
+
+impl Training {
+    pub(crate) fn new(chunks: Vec<Chunk>) -> Self {
+        Self {
+            chunks,
+            ..Self::default()
+        }
+    }
+
+    fn kvtc(&self, geometry: &Geometry) -> anyhow::Result<Arc<kvtc::Profile>> {
+        let mut known = self.kvtc.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = &*known {
+            return Ok(Arc::clone(known));
+        }
+        let new = Arc::new(kvtc::Profile::new(&self.chunks, geometry)?);
+        *known = Some(Arc::clone(&new));
+        Ok(new)
+    }
+
+    fn bases(
+        &self,
+        transform: ours::Transform,
+        geometry: &Geometry,
+    ) -> anyhow::Result<Arc<klt::Bases>> {
+        let mut known = self.bases.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = known.get(&transform) {
+            return Ok(Arc::clone(known));
+        }
+        let new = Arc::new(klt::Bases::new(transform, &self.chunks, geometry)?);
+        known.insert(transform, Arc::clone(&new));
+        Ok(new)
+    }
 }
 
 /// What `codecs` stands for.
-pub(crate) const CODECS: [&str; 7] = [
+pub(crate) const CODECS: [&str; 24] = [
     "raw",
     "zstd-planes",
+    "int8",
+    "int4-hadamard",
+    "cachegen",
+    "cachegen:x2",
+    "cachegen-circulated:L1",
+    "cachegen-circulated",
+    "cachegen-circulated:L3",
+    "kivi4",
+    "kivi2",
+    "turboquant4",
+    "turboquant3",
+    "kvtc:4",
+    "kvtc:3",
+    "kvtc",
+    "kvtc:1.5",
+    "kvtc:1",
     "kvasir:L0",
     "kvasir",
     "kvasir:L2",
-    "int8",
-    "int4-hadamard",
+    "kvasir:s2-L0",
+    "kvasir:s2-L1",
+    "kvasir:s2-L2",
 ];
 
 /// No method has this name.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("no method is called {0}; there are raw, kvasir, int8, int4-hadamard, zstd-planes")]
+#[error(
+    "no method is called {0}; there are raw, kvasir, int8, int4-hadamard, zstd-planes, cachegen, \
+     cachegen-circulated, kivi4, kivi2, turboquant4, turboquant3, kvtc; see bench/src/methods.rs"
+)]
 pub(crate) struct UnknownMethod(String);
 
 impl Geometry {
@@ -156,6 +239,16 @@ impl Spec {
             Self::Int4Hadamard => "int4-hadamard".to_owned(),
             Self::ZstdPlanes(DType::F16) => "zstd-planes:f16".to_owned(),
             Self::ZstdPlanes(_) => "zstd-planes".to_owned(),
+            Self::CacheGen(coarser) if coarser.to_bits() == 1f32.to_bits() => "cachegen".to_owned(),
+            Self::CacheGen(coarser) => format!("cachegen:x{coarser}"),
+            Self::Circulated(CirculatedLevel::Coarse) => "cachegen-circulated:L1".to_owned(),
+            Self::Circulated(CirculatedLevel::Default) => "cachegen-circulated".to_owned(),
+            Self::Circulated(CirculatedLevel::Fine) => "cachegen-circulated:L3".to_owned(),
+            Self::Kivi(bits, 0) => format!("kivi{bits}"),
+            Self::Kivi(bits, residual) => format!("kivi{bits}:r{residual}"),
+            Self::TurboQuant(bits) => format!("turboquant{bits}"),
+            Self::Kvtc(budget) if budget.to_bits() == 2f64.to_bits() => "kvtc".to_owned(),
+            Self::Kvtc(budget) => format!("kvtc:{budget}"),
         }
     }
 
@@ -169,21 +262,43 @@ impl Spec {
 
     /// Whether it is made for a model, from KV that the model computed.
     pub(crate) fn is_calibrated(&self) -> bool {
-        false
+        match self {
+            Self::Kvasir(variant) => variant.transform.is_some(),
+            Self::Kvtc(_) => true,
+            _ => false,
+        }
     }
 
     /// The method, ready to code chunks of a model.
     pub(crate) fn coder(
         &self,
         geometry: &Arc<Geometry>,
-        _training: &[Kv],
+        training: &Training,
     ) -> anyhow::Result<Box<dyn Coder>> {
         Ok(match self {
             Self::Raw => Box::new(simple::Raw),
-            Self::Kvasir(variant) => Box::new(ours::Kvasir::new(*variant, geometry)),
+            Self::Kvasir(
+                variant @ Variant {
+                    transform: Some(transform),
+                    ..
+                },
+            ) => Box::new(klt::Transformed {
+                variant: *variant,
+                geometry: Arc::clone(geometry),
+                bases: training.bases(*transform, geometry)?,
+            }),
+            Self::Kvasir(variant) => Box::new(Kvasir::new(*variant, geometry)),
             Self::Int8 => Box::new(simple::Fixed(FixedRate::Int8)),
             Self::Int4Hadamard => Box::new(simple::Fixed(FixedRate::Int4Hadamard)),
             Self::ZstdPlanes(_) => Box::new(simple::Lossless),
+            Self::CacheGen(coarser) => Box::new(cachegen::Published(*coarser)),
+            Self::Circulated(level) => Box::new(cachegen::Circulated(*level)),
+            &Self::Kivi(bits, residual) => Box::new(kivi::Kivi { bits, residual }),
+            Self::TurboQuant(bits) => Box::new(turboquant::TurboQuant::new(*bits, geometry)),
+            Self::Kvtc(budget) => {
+                let profile = training.kvtc(geometry)?;
+                Box::new(kvtc::Kvtc::new(&profile, *budget, geometry))
+            }
         })
     }
 }
@@ -203,6 +318,33 @@ impl FromStr for Spec {
             ("int4-hadamard", "") => Ok(Self::Int4Hadamard),
             ("zstd-planes", "") => Ok(Self::ZstdPlanes(DType::Bf16)),
             ("zstd-planes", "f16") => Ok(Self::ZstdPlanes(DType::F16)),
+            ("cachegen", "") => Ok(Self::CacheGen(1.0)),
+            ("cachegen", _) => {
+                let coarser = variant
+                    .strip_prefix('x')
+                    .and_then(|x| x.parse::<f32>().ok());
+                let coarser = coarser.filter(|x| x.is_normal() && *x > 0.0);
+                coarser.map(Self::CacheGen).ok_or_else(unknown)
+            }
+            ("cachegen-circulated", "L1") => Ok(Self::Circulated(CirculatedLevel::Coarse)),
+            ("cachegen-circulated", "") => Ok(Self::Circulated(CirculatedLevel::Default)),
+            ("cachegen-circulated", "L3") => Ok(Self::Circulated(CirculatedLevel::Fine)),
+            ("kivi4" | "kivi2", _) => {
+                let residual = match variant.strip_prefix('r') {
+                    Some(residual) => residual.parse().ok(),
+                    None => variant.is_empty().then_some(0),
+                };
+                let bits = if method == "kivi4" { 4 } else { 2 };
+                let kivi = residual.map(|residual| Self::Kivi(bits, residual));
+                kivi.ok_or_else(unknown)
+            }
+            ("turboquant4", "") => Ok(Self::TurboQuant(4)),
+            ("turboquant3", "") => Ok(Self::TurboQuant(3)),
+            ("kvtc", "") => Ok(Self::Kvtc(2.0)),
+            ("kvtc", _) => {
+                let budget = variant.parse::<f64>().ok().filter(|b| *b > 0.0);
+                budget.map(Self::Kvtc).ok_or_else(unknown)
+            }
             _ => Err(unknown()),
         }
     }
@@ -298,10 +440,28 @@ mod tests {
             "int4-hadamard",
             "zstd-planes",
             "zstd-planes:f16",
+            "kvasir:s2-L0-kltall",
+            "kvasir:L1-klthead",
+            "cachegen",
+            "cachegen:x1.5",
+            "cachegen-circulated:L3",
+            "kivi2",
+            "kivi4:r128",
+            "turboquant3",
+            "kvtc",
+            "kvtc:1.5",
         ] {
             assert_eq!(name.parse::<Spec>().unwrap().name(), name);
         }
-        for name in ["", "kvasir:L3", "kvasir:s-L1", "int8:x", "kvasir:s0-L1"] {
+        for name in [
+            "",
+            "kvasir:L3",
+            "kvasir:s-L1",
+            "int8:x",
+            "kvasir:s0-L1",
+            "kvtc:0",
+            "kivi3",
+        ] {
             assert!(name.parse::<Spec>().is_err(), "{name}");
         }
     }

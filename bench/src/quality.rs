@@ -26,7 +26,7 @@ use std::sync::Arc;
 use anyhow::{Context as _, ensure};
 
 use crate::corpus::{self, Profile, Split, Task, Vocabulary};
-use crate::methods::{self, Geometry, Spec};
+use crate::methods::{self, Geometry, Spec, Training};
 use crate::report::{Report, Row, median, percentile};
 
 pub(crate) mod coded;
@@ -107,7 +107,8 @@ impl Options {
     /// Methods beside full prefill, and whether any codes KV.
     fn ways(&self, reader: &mut Reader, vocabulary: &Vocabulary) -> anyhow::Result<Vec<Way>> {
         let geometry = Arc::new(Geometry::new(reader.config()));
-        let mut training = None;
+        let mut training = Training::default();
+        let mut is_trained = false;
         let mut ways = Vec::new();
         let names = self.methods.iter().flat_map(|name| match name.as_str() {
             "codecs" => methods::CODECS
@@ -122,11 +123,11 @@ impl Options {
                 Ok(method) => ways.push(Way::Reuse(method)),
                 Err(_) => {
                     let spec: Spec = name.parse()?;
-                    if spec.is_calibrated() && training.is_none() {
-                        training = Some(coded::training(reader, vocabulary, self.size)?);
+                    if spec.is_calibrated() && !is_trained {
+                        training = coded::training(reader, vocabulary, &geometry, self.size)?;
+                        is_trained = true;
                     }
-                    let training = training.as_deref().unwrap_or(&[]);
-                    let coded = Coded::new(spec, &geometry, training)?;
+                    let coded = Coded::new(spec, &geometry, &training)?;
                     ways.push(Way::Coded(Arc::new(coded)));
                 }
             }

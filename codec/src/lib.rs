@@ -53,6 +53,7 @@
 //!
 //! # Other codings
 //! * [`FixedCodec`]: every row takes the same bytes, INT8 or INT4, for pages.
+//! * [`CacheGen`] and [`CirculatedCacheGen`]: what its paper, and its code, take for the same.
 //!
 //! Code that is `unsafe` is in the kernels of the entropy coder and in those that write
 //! values, and nowhere else; a scalar twin says what each computes, and tests compare them.
@@ -63,6 +64,7 @@
 
 #![deny(unsafe_code)]
 
+mod cachegen;
 mod cell;
 mod channels;
 mod chunk;
@@ -81,6 +83,7 @@ mod rans;
 mod rotation;
 mod values;
 
+pub use cachegen::{CacheGen, CacheGenError, CirculatedCacheGen, CirculatedLevel};
 pub use cell::{CELL_TOKENS, CellError, LADDER};
 pub use channels::ChannelsError;
 pub use chunk::{ChunkDecoder, ChunkError, EncodeError, Encoding};

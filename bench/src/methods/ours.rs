@@ -14,6 +14,24 @@ pub(crate) struct Variant {
     /// What it is multiplied by for keys.
     pub(crate) keys: f32,
     pub(crate) level: usize,
+    /// What comes before it; see [`super::klt`].
+    pub(crate) transform: Option<Transform>,
+}
+
+/// What a Karhunen–Loève basis is of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Transform {
+    Head,
+    Layer,
+    All,
+}
+
+impl Transform {
+    const ALL: [(Self, &str); 3] = [
+        (Self::Head, "klthead"),
+        (Self::Layer, "kltlayer"),
+        (Self::All, "kltall"),
+    ];
 }
 
 impl Variant {
@@ -21,32 +39,36 @@ impl Variant {
         step: STEP,
         keys: 1.0,
         level: 1,
+        transform: None,
     };
 
-    /// `[sSTEP[kFACTOR]-]LLEVEL`, or nothing.
+    /// `[sSTEP[kFACTOR]-]LLEVEL[-TRANSFORM]`, or nothing.
     pub(super) fn parse(text: &str) -> Option<Self> {
+        let mut variant = Self::DEFAULT;
         if text.is_empty() {
-            return Some(Self::DEFAULT);
+            return Some(variant);
         }
-        let (steps, level) = text.rsplit_once('-').unwrap_or(("", text));
-        let level = level.strip_prefix('L')?.parse().ok()?;
-        let mut variant = Self {
-            level,
-            ..Self::DEFAULT
-        };
-        if !steps.is_empty() {
-            let steps = steps.strip_prefix('s')?;
+        let mut parts = text.split('-').peekable();
+        if let Some(steps) = parts.peek().and_then(|part| part.strip_prefix('s')) {
             let (step, keys) = steps.split_once('k').unwrap_or((steps, "1"));
             variant.step = step.parse().ok()?;
             variant.keys = keys.parse().ok()?;
+            parts.next();
+        }
+        variant.level = parts.next()?.strip_prefix('L')?.parse().ok()?;
+        if let Some(name) = parts.next() {
+            let named = |&&(_, of): &&(_, &str)| of == name;
+            variant.transform = Some(Transform::ALL.iter().find(named)?.0);
         }
         let positive = |step: f32| step.is_normal() && step > 0.0;
-        let fits = level < LADDER && positive(variant.step) && positive(variant.keys);
-        fits.then_some(variant)
+        let fits = variant.level < LADDER && positive(variant.step) && positive(variant.keys);
+        (fits && parts.next().is_none()).then_some(variant)
     }
 
     pub(super) fn name(self) -> String {
-        let Self { step, keys, level } = self;
+        let Self {
+            step, keys, level, ..
+        } = self;
         let same = |a: f32, b: f32| a.to_bits() == b.to_bits();
         if self == Self::DEFAULT {
             return "kvasir".to_owned();
@@ -56,13 +78,17 @@ impl Variant {
             (false, true) => format!("s{step}-"),
             (_, false) => format!("s{step}k{keys}-"),
         };
-        format!("kvasir:{step}L{level}")
+        let named = Transform::ALL
+            .iter()
+            .find(|(transform, _)| Some(*transform) == self.transform);
+        let transform = named.map_or(String::new(), |(_, name)| format!("-{name}"));
+        format!("kvasir:{step}L{level}{transform}")
     }
 }
 
 /// `kvasir_codec::LayerCodec`, layer by layer.
 #[derive(Debug)]
-pub(super) struct Kvasir {
+pub(crate) struct Kvasir {
     level: usize,
     /// Of level 0, in deviations: by layer, of keys and values.
     steps: Vec<[f32; 2]>,
@@ -70,7 +96,7 @@ pub(super) struct Kvasir {
 }
 
 impl Kvasir {
-    pub(super) fn new(variant: Variant, geometry: &Arc<Geometry>) -> Self {
+    pub(crate) fn new(variant: Variant, geometry: &Arc<Geometry>) -> Self {
         let steps = [variant.step * variant.keys, variant.step];
         Self {
             level: variant.level,
@@ -80,7 +106,7 @@ impl Kvasir {
     }
 
     /// As [`Self::new`], with the steps of one plane of one layer times `factor`.
-    pub(super) fn perturbed(mut self, layer: usize, plane: usize, factor: f32) -> Self {
+    pub(crate) fn perturbed(mut self, layer: usize, plane: usize, factor: f32) -> Self {
         self.steps[layer][plane] *= factor;
         self
     }

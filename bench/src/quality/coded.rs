@@ -8,11 +8,12 @@
 use std::sync::Arc;
 
 use anyhow::Context as _;
+use kvasir_types::DType;
 
 use super::method::{Caches, Charge};
-use super::reader::{Kv, Pages, Reader};
+use super::reader::{Pages, Reader};
 use crate::corpus::{self, Profile, Split, Vocabulary};
-use crate::methods::{Chunk, Coder, Geometry, Spec};
+use crate::methods::{Chunk, Coder, Geometry, Spec, Training};
 
 /// Tokens of a chunk.
 pub(crate) const STORED_TOKENS: usize = 256;
@@ -42,7 +43,7 @@ impl Coded {
     pub(crate) fn new(
         spec: Spec,
         geometry: &Arc<Geometry>,
-        training: &[Kv],
+        training: &Training,
     ) -> anyhow::Result<Self> {
         let name = spec.name();
         let coder = spec
@@ -118,8 +119,9 @@ impl Coded {
 pub(crate) fn training(
     reader: &mut Reader,
     vocabulary: &Vocabulary,
+    geometry: &Geometry,
     chunk_tokens: usize,
-) -> anyhow::Result<Vec<Kv>> {
+) -> anyhow::Result<Training> {
     let bar = crate::progress(TRAINING_CONTEXTS, "calibration");
     let contexts = (0..TRAINING_CONTEXTS).map(|index| {
         let context = corpus::sample(
@@ -137,11 +139,11 @@ pub(crate) fn training(
         let kv = reader.take(&pages, 0..tokens.len())?;
         reader.release(pages)?;
         bar.inc(1);
-        Ok(kv)
+        Chunk::of(&kv, geometry, 0, DType::F32)
     });
-    let contexts = contexts.collect();
+    let contexts: anyhow::Result<Vec<Chunk>> = contexts.collect();
     bar.finish_and_clear();
-    contexts
+    Ok(Training::new(contexts?))
 }
 
 const TRAINING_SEED: u64 = 0x7261_696e;
