@@ -16,11 +16,13 @@ mod legend;
 mod markdown;
 mod plot;
 mod read;
+mod scatter;
 
 #[cfg(test)]
 mod tests;
 
 use read::Report;
+pub(crate) use scatter::Scatter;
 
 /// What to make a page of, and where.
 #[derive(Clone, Debug, clap::Args)]

@@ -23,12 +23,14 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use anyhow::{Context as _, ensure};
+use anyhow::{Context as _, bail, ensure};
 
 use crate::corpus::{self, Profile, Split, Task, Vocabulary};
 use crate::methods::{self, Geometry, Spec, Training};
+use crate::page::Scatter;
 use crate::report::{Report, Row, median, percentile};
 
+pub(crate) mod bars;
 pub(crate) mod coded;
 pub(crate) mod gates;
 pub(crate) mod interval;
@@ -36,6 +38,7 @@ pub(crate) mod method;
 pub(crate) mod reader;
 
 mod score;
+mod sensitivity;
 
 use coded::Coded;
 use interval::Estimate;
@@ -81,6 +84,16 @@ pub(crate) struct Options {
     /// Tokens a chunk.
     #[arg(long, default_value_t = 64)]
     pub(crate) size: usize,
+    /// Steps of level 0, in deviations, at which the levels of our codec are tried besides.
+    #[arg(long, value_delimiter = ',')]
+    pub(crate) steps: Vec<f32>,
+    /// Measures instead what each layer's keys and values are worth to a variant of our
+    /// codec, e.g. `kvasir:s3k0.3-L1`; see bench/src/quality/sensitivity.rs.
+    #[arg(long, value_name = "VARIANT")]
+    pub(crate) sensitivity: Option<Spec>,
+    /// Writes a plot of bits and KL.
+    #[arg(long, value_name = "FILE.svg")]
+    pub(crate) plot: Option<PathBuf>,
     /// Seed of contexts and intervals.
     #[arg(long, default_value_t = 1)]
     pub(crate) seed: u64,
@@ -117,6 +130,10 @@ impl Options {
                 .collect(),
             _ => vec![name.clone()],
         });
+        let steps = self.steps.iter();
+        let steps =
+            steps.flat_map(|step| (0..3).map(move |level| format!("kvasir:s{step}-L{level}")));
+        let names: Vec<String> = names.chain(steps).collect();
         for name in names {
             match <Method as clap::ValueEnum>::from_str(&name, false) {
                 Ok(Method::Full) => {}
@@ -203,6 +220,23 @@ pub(crate) fn run(options: &Options, quick: bool) -> anyhow::Result<Report> {
     let ways = options.ways(&mut reader, &vocabulary)?;
     let wanted = options.wanted(quick);
     options.record(&reader, wanted, quick, &mut report);
+    match options.sensitivity {
+        Some(Spec::Kvasir(variant)) => {
+            let cells = &cells[..];
+            sensitivity::run(
+                &mut reader,
+                &vocabulary,
+                cells,
+                variant,
+                options,
+                wanted,
+                &mut report,
+            )?;
+            return Ok(report);
+        }
+        Some(other) => bail!("{} is no variant of our codec", other.name()),
+        None => {}
+    }
     let bar = crate::progress(cells.len() as u64 + 1, "quality");
     let mut all = Outcome::default();
     for cell in &cells {
@@ -243,6 +277,7 @@ pub(crate) fn run(options: &Options, quick: bool) -> anyhow::Result<Report> {
         &mut gates,
     )?;
     bar.finish_and_clear();
+    let mut points = Vec::new();
     for (method, charges) in charges {
         let mean =
             |of: fn(&Charge) -> f64| score::mean(&charges.iter().map(of).collect::<Vec<_>>());
@@ -261,6 +296,14 @@ pub(crate) fn run(options: &Options, quick: bool) -> anyhow::Result<Report> {
             mean(|charge| charge.bits),
             "bits/value",
         ));
+        let is_coded = |way: &&Way| matches!(way, Way::Coded(_)) && way.name() == method;
+        if ways.iter().any(|way| is_coded(&way)) {
+            points.push(all.point(method, mean(|charge| charge.bits)));
+        }
+    }
+    bars::report(&points, &mut report);
+    if let Some(path) = &options.plot {
+        plot(&points, path)?;
     }
     gates.report(&mut report);
     Ok(report)
@@ -373,6 +416,37 @@ impl Outcome {
         }
     }
 
+    /// KL of a method: `[context][token]`.
+    fn kl(&self, name: &str) -> Vec<Vec<f64>> {
+        let of = self.others.iter().find(|(of, _)| of == name);
+        let contexts = of.map_or(&[][..], |(_, contexts)| contexts);
+        contexts
+            .iter()
+            .map(|context| context.iter().flat_map(|(_, d)| d.kl.clone()).collect())
+            .collect()
+    }
+
+    /// Means of a method over all questions.
+    fn point(&self, name: String, bits: f64) -> bars::Point {
+        let of = self.others.iter().find(|(of, _)| *of == name);
+        let held = || of.into_iter().flat_map(|(_, contexts)| contexts).flatten();
+        let mean = |of: &dyn Fn(&Answer) -> f64, answers: &mut dyn Iterator<Item = &Answer>| {
+            score::mean(&answers.map(of).collect::<Vec<_>>())
+        };
+        let em = mean(&exact, &mut held().map(|(answer, _)| answer));
+        let full = mean(&exact, &mut self.full.iter().flatten());
+        let agrees = held().flat_map(|(_, distance)| &distance.agrees);
+        let agrees: Vec<f64> = agrees.map(|&a| f64::from(u8::from(a))).collect();
+        let kl: Vec<f64> = self.kl(&name).concat();
+        bars::Point {
+            bits,
+            kl: score::mean(&kl),
+            top1: score::mean(&agrees),
+            em_loss: full - em,
+            name,
+        }
+    }
+
     fn report(&self, cell: &str, seed: u64, report: &mut Report, gates: &mut gates::Gates) {
         let questions: usize = self.full.iter().map(Vec::len).sum();
         #[expect(clippy::cast_precision_loss, reason = "a count of questions")]
@@ -417,10 +491,7 @@ impl Outcome {
             if let Some(loss) = push(report, row("em_loss"), "share", &loss, seed) {
                 gates.loss(name, cell, loss);
             }
-            let kl: Vec<Vec<f64>> = contexts
-                .iter()
-                .map(|context| context.iter().flat_map(|(_, d)| d.kl.clone()).collect())
-                .collect();
+            let kl = self.kl(name);
             push(report, row("kl"), "nats", &kl, seed);
             let agrees: Vec<Vec<f64>> = contexts
                 .iter()
@@ -458,6 +529,20 @@ impl Outcome {
             }
         }
     }
+}
+
+/// Bits against KL, a curve a series.
+fn plot(points: &[bars::Point], path: &std::path::Path) -> anyhow::Result<()> {
+    let lossy = points.iter().filter(|point| point.bits < 16.0);
+    let points = lossy.map(|point| (bars::series(&point.name), point.bits, point.kl));
+    let scatter = Scatter {
+        title: "KL from full prefill by bits",
+        x_label: "bits a value, everything counted",
+        y_label: "KL (nats, log scale)",
+        log: true,
+        points: points.collect(),
+    };
+    scatter.write(path)
 }
 
 /// Adds the row of a mean over `[context][value]`; nothing when there is no value.

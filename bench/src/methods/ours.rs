@@ -105,9 +105,13 @@ impl Kvasir {
         }
     }
 
-    /// As [`Self::new`], with the steps of one plane of one layer times `factor`.
-    pub(crate) fn perturbed(mut self, layer: usize, plane: usize, factor: f32) -> Self {
-        self.steps[layer][plane] *= factor;
+    /// With every step times its factor, by layer and plane.
+    pub(crate) fn times(mut self, factors: &[[f32; 2]]) -> Self {
+        for (steps, factors) in self.steps.iter_mut().zip(factors) {
+            for (step, factor) in steps.iter_mut().zip(factors) {
+                *step *= factor;
+            }
+        }
         self
     }
 }

@@ -14,6 +14,9 @@ fn shipped() -> Options {
             .to_vec(),
         chunks: vec![4],
         size: 64,
+        steps: Vec::new(),
+        sensitivity: None,
+        plot: None,
         seed: 3,
     }
 }
