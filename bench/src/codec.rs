@@ -18,8 +18,13 @@
 //! the 16 bits of a raw value. Levels nest: a level's bits hold those of all before it, and
 //! encoding makes all of them at once.
 //!
+//! Of the other methods see [`peers`]; of those that do not ship, and are named in
+//! [`crate::methods`] as comparisons, speeds say nothing about what is possible.
+//!
 //! The KV is that of the model on contexts of the corpus, f16, in chunks of as many tokens
 //! as asked for. Speeds are of copies of it in turn.
+
+mod peers;
 
 use std::hint::black_box;
 use std::path::PathBuf;
@@ -52,6 +57,9 @@ pub(crate) struct Options {
     /// Steps of level 0, in standard deviations.
     #[arg(long, value_delimiter = ',', default_value = "3")]
     steps: Vec<f32>,
+    /// Writes a plot of bits and decoding speed.
+    #[arg(long, value_name = "FILE.svg")]
+    plot: Option<PathBuf>,
 }
 
 /// Chunks of one layout.
@@ -72,15 +80,20 @@ pub(crate) fn run(options: &Options, quick: bool) -> anyhow::Result<Report> {
     report.set("tokens", options.tokens);
     report.set("chunks", count);
     let window = Duration::from_millis(if quick { 200 } else { 1500 });
+    let mut points = Vec::new();
     for &step in &options.steps {
         ensure!(
             step.is_normal() && step > 0.0,
             "a step is a positive number"
         );
         report.set("step", step);
-        chunks.measure(step, window, &mut report)?;
+        chunks.measure(step, window, &mut points, &mut report)?;
     }
-    chunks.measure_lossless(window, &mut report)?;
+    chunks.measure_lossless(window, &mut points, &mut report)?;
+    points.extend(peers::measure(options, quick, window, &mut report)?);
+    if let Some(path) = &options.plot {
+        peers::plot(points, path)?;
+    }
     Ok(report)
 }
 
@@ -150,7 +163,13 @@ impl Chunks {
     }
 
     #[expect(clippy::cast_precision_loss, reason = "a benchmark's result")]
-    fn measure(&self, step: f32, window: Duration, report: &mut Report) -> anyhow::Result<()> {
+    fn measure(
+        &self,
+        step: f32,
+        window: Duration,
+        points: &mut Vec<(String, f64, f64)>,
+        report: &mut Report,
+    ) -> anyhow::Result<()> {
         let codec = self.codec()?;
         let steps: Vec<[f32; 2]> = self
             .all()
@@ -178,11 +197,8 @@ impl Chunks {
                 .map(|layer| layer.parts[..=level].iter().map(Vec::as_slice).collect())
                 .collect();
             let bytes: usize = parts.iter().flatten().map(|part| part.len()).sum();
-            report.push(Row::new(
-                format!("{name}/bits"),
-                8.0 * bytes as f64 / values,
-                "bit",
-            ));
+            let bits = 8.0 * bytes as f64 / values;
+            report.push(Row::new(format!("{name}/bits"), bits, "bit"));
             let mut raw = vec![0; self.layout.layer_bytes()];
             let mut ratios = Vec::new();
             for (parts, before) in parts.iter().zip(self.all()) {
@@ -200,6 +216,11 @@ impl Chunks {
             let size = self.layout.layer_bytes() * encoded.len();
             let core = rate(window, size, || decode(&mut raw).unwrap_or(()));
             report.push(Row::new(format!("{name}/decode_core"), core, "GB/s"));
+            points.push((
+                format!("kvasir, {} tokens", self.layout.tokens()),
+                bits,
+                core,
+            ));
             let cores = std::thread::available_parallelism().map_or(1, usize::from);
             let begun = Instant::now();
             std::thread::scope(|scope| {
@@ -223,7 +244,12 @@ impl Chunks {
     }
 
     #[expect(clippy::cast_precision_loss, reason = "a benchmark's result")]
-    fn measure_lossless(&self, window: Duration, report: &mut Report) -> anyhow::Result<()> {
+    fn measure_lossless(
+        &self,
+        window: Duration,
+        points: &mut Vec<(String, f64, f64)>,
+        report: &mut Report,
+    ) -> anyhow::Result<()> {
         for (name, layers, dtype) in [
             ("kvasir/lossless", &self.bf16, DType::Bf16),
             ("kvasir/lossless_f16", &self.layers, DType::F16),
@@ -246,11 +272,8 @@ impl Chunks {
             }
             let size = layout.layer_bytes() * raws.len();
             let bytes: usize = encoded.iter().map(Vec::len).sum();
-            report.push(Row::new(
-                format!("{name}/bits"),
-                16.0 * bytes as f64 / size as f64,
-                "bit",
-            ));
+            let bits = 16.0 * bytes as f64 / size as f64;
+            report.push(Row::new(format!("{name}/bits"), bits, "bit"));
             let encode = rate(window, size, || {
                 for raw in &raws {
                     black_box(encode_lossless(&layout, raw));
@@ -263,6 +286,7 @@ impl Chunks {
                 }
             });
             report.push(Row::new(format!("{name}/decode_core"), decode, "GB/s"));
+            points.push((format!("kvasir, {}", dtype), bits, decode));
         }
         Ok(())
     }

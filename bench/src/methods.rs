@@ -12,7 +12,7 @@
 //!   has a step of so many (default [`STEP`]) deviations of the layer's plane, and keys one
 //!   of `k` times that; `kvasir` is `kvasir:L1`. After `-`, `klt` puts a Karhunen–Loève
 //!   transform before it: `-klthead` per head, `-kltlayer` per layer, `-kltall` over all
-//!   layers; see [`klt`]. These measure what a profile could gain and do not ship.
+//!   layers, `-kltflat` the same without weighing them; see [`klt`]. These measure what a profile could gain and do not ship.
 //! - `int8`, `int4-hadamard`: fixed rate, for pages; `kvasir_codec::FixedCodec`.
 //! - `zstd-planes`: exact, of bf16 (`zstd-planes:f16`: of f16).
 //! - `cachegen`: as its paper has it; `cachegen:x2` with steps twice as large.
@@ -194,9 +194,13 @@ impl Geometry {
         }
     }
 
-    /// Values of K and V of a token, all layers.
-    pub(crate) fn values_per_token(&self) -> usize {
-        2 * self.layers * self.kv_heads * self.head_dim
+    /// The same for a model without its rotations.
+    fn unturned(&self) -> Self {
+        Self {
+            frequencies: self.frequencies.clone(),
+            rotations: Mutex::default(),
+            ..*self
+        }
     }
 
     pub(crate) fn layout(&self, tokens: usize, dtype: DType) -> anyhow::Result<KvLayout> {

@@ -3,8 +3,8 @@
 //! RoPE is undone, channels are projected on a basis of the training split, and
 //! the coefficients take the places of channels in our codec, which codes them as f32. A
 //! basis is of one head, of all heads of a layer, or of all layers. For the last, layers are
-//! brought to the same deviation first, since their steps are relative to it; its
-//! coefficients share one step.
+//! brought to the same deviation first, since their steps are relative to it, or left as they
+//! are; its coefficients share one step, and are coded as the heads of one layer.
 
 use std::sync::Arc;
 
@@ -43,7 +43,7 @@ impl Bases {
         let block = match transform {
             Transform::Head => geometry.head_dim,
             Transform::Layer => per_layer,
-            Transform::All => rows,
+            Transform::All | Transform::Flat => rows,
         };
         let mut planes: [Vec<DMatrix<f32>>; 2] = Default::default();
         for chunk in training {
@@ -56,6 +56,7 @@ impl Bases {
         let prepare = |plane: &mut Vec<DMatrix<f32>>| {
             let deviations = match transform {
                 Transform::All => deviations(plane, per_layer),
+                Transform::Flat => deviations(plane, rows).repeat(geometry.layers),
                 _ => vec![1.0; geometry.layers],
             };
             plane
@@ -83,21 +84,29 @@ impl Bases {
 
 impl Transformed {
     /// A chunk of f32 in which coefficients take the places of channels.
-    fn shape(&self, chunk: &Chunk) -> anyhow::Result<Chunk> {
-        let layout = self
-            .geometry
-            .layout(chunk.layout.tokens() as usize, DType::F32)?;
-        // Position 0 has no rotation to undo; the rest of a chunk would have.
-        let layers = vec![vec![0; layout.layer_bytes()]; self.geometry.layers];
-        Ok(Chunk {
+    fn shape(&self, chunk: &Chunk) -> anyhow::Result<(Geometry, Chunk)> {
+        let mut geometry = self.geometry.unturned();
+        if self.is_over_layers() {
+            geometry.kv_heads *= geometry.layers;
+            geometry.layers = 1;
+        }
+        let layout = geometry.layout(chunk.layout.tokens() as usize, DType::F32)?;
+        let layers = vec![vec![0; layout.layer_bytes()]; geometry.layers];
+        let shape = Chunk {
             layout,
             start: 0,
             layers,
-        })
+        };
+        Ok((geometry, shape))
+    }
+
+    fn is_over_layers(&self) -> bool {
+        let over = [Transform::All, Transform::Flat];
+        self.variant.transform.is_some_and(|of| over.contains(&of))
     }
 
     fn steps(&self, codec: &LayerCodec<'_>, raw: &[u8]) -> [f32; 2] {
-        let deviations = if self.bases.bases[0].len() == 1 {
+        let deviations = if self.is_over_layers() {
             [1.0; 2]
         } else {
             codec.deviations(raw)
@@ -121,8 +130,8 @@ impl Coder for Transformed {
                 row += n;
             }
         }
-        let mut shape = self.shape(chunk)?;
-        frame::fill_as_they_are(&mut shape, &self.geometry, &matrices);
+        let (geometry, mut shape) = self.shape(chunk)?;
+        frame::fill_as_they_are(&mut shape, &geometry, &matrices);
         let codec = LayerCodec::new(shape.layout, None)?;
         let mut parts = Vec::new();
         for raw in &shape.layers {
@@ -133,14 +142,14 @@ impl Coder for Transformed {
     }
 
     fn decode(&self, parts: &[Vec<u8>], chunk: &mut Chunk) -> anyhow::Result<()> {
-        let mut shape = self.shape(chunk)?;
+        let (geometry, mut shape) = self.shape(chunk)?;
         let codec = LayerCodec::new(shape.layout, None)?;
         let layers = shape.layers.iter_mut();
         for (raw, parts) in layers.zip(parts.chunks(self.variant.level + 1)) {
             let parts: Vec<&[u8]> = parts.iter().map(Vec::as_slice).collect();
             codec.decode(&parts, raw)?;
         }
-        let mut matrices = frame::matrices_as_they_are(&shape, &self.geometry);
+        let mut matrices = frame::matrices_as_they_are(&shape, &geometry);
         for plane in 0..2 {
             let matrix = &mut matrices[plane];
             let mut row = 0;

@@ -21,16 +21,22 @@ pub(crate) struct Variant {
 /// What a Karhunen–Loève basis is of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Transform {
+    /// A head.
     Head,
+    /// All heads of a layer.
     Layer,
+    /// All layers, each first brought to the same deviation.
     All,
+    /// All layers as they are.
+    Flat,
 }
 
 impl Transform {
-    const ALL: [(Self, &str); 3] = [
+    const ALL: [(Self, &str); 4] = [
         (Self::Head, "klthead"),
         (Self::Layer, "kltlayer"),
         (Self::All, "kltall"),
+        (Self::Flat, "kltflat"),
     ];
 }
 
