@@ -26,7 +26,7 @@ use std::collections::BTreeMap;
 use std::str::FromStr;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use anyhow::Context as _;
+use anyhow::{Context as _, ensure};
 use kvasir_codec::{CirculatedLevel, FixedRate, Pairing, Rotation};
 use kvasir_engine::ModelConfig;
 use kvasir_engine::rope::Frequencies;
@@ -110,8 +110,10 @@ pub(crate) enum Spec {
 #[derive(Debug, Default)]
 pub(crate) struct Training {
     chunks: Vec<Chunk>,
+    /// What steps are multiplied by, by layer and plane, where a variant asks for it.
+    factors: Option<Vec<[f32; 2]>>,
     kvtc: Mutex<Option<Arc<kvtc::Profile>>>,
-    bases: Mutex<BTreeMap<ours::Transform, Arc<klt::Bases>>>,
+    bases: Mutex<BTreeMap<(ours::Transform, bool), Arc<klt::Bases>>>,
 }
 
 impl Training {
@@ -132,16 +134,42 @@ impl Training {
         Ok(new)
     }
 
+    /// With these factors for variants that ask for them.
+    pub(crate) fn allocated(self, factors: Option<Vec<[f32; 2]>>) -> Self {
+        Self { factors, ..self }
+    }
+
+    /// By layer and plane.
+    fn factors(&self, variant: Variant, geometry: &Geometry) -> anyhow::Result<Vec<[f32; 2]>> {
+        if !variant.allocated {
+            return Ok(vec![[1.0; 2]; geometry.layers]);
+        }
+        let factors = self.factors.clone().context("pass --allocation")?;
+        ensure!(
+            factors.len() == geometry.layers,
+            "--allocation is of another model"
+        );
+        Ok(factors)
+    }
+
     fn bases(
         &self,
         transform: ours::Transform,
+        variant: Variant,
         geometry: &Geometry,
     ) -> anyhow::Result<Arc<klt::Bases>> {
+        let factors = self.factors(variant, geometry)?;
+        let transform = (transform, variant.allocated);
         let mut known = self.bases.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(known) = known.get(&transform) {
             return Ok(Arc::clone(known));
         }
-        let new = Arc::new(klt::Bases::new(transform, &self.chunks, geometry)?);
+        let new = Arc::new(klt::Bases::new(
+            transform.0,
+            &factors,
+            &self.chunks,
+            geometry,
+        )?);
         known.insert(transform, Arc::clone(&new));
         Ok(new)
     }
@@ -289,9 +317,13 @@ impl Spec {
             ) => Box::new(klt::Transformed {
                 variant: *variant,
                 geometry: Arc::clone(geometry),
-                bases: training.bases(*transform, geometry)?,
+                factors: training.factors(*variant, geometry)?,
+                bases: training.bases(*transform, *variant, geometry)?,
             }),
-            Self::Kvasir(variant) => Box::new(Kvasir::new(*variant, geometry)),
+            Self::Kvasir(variant) => {
+                let factors = training.factors(*variant, geometry)?;
+                Box::new(Kvasir::new(*variant, geometry).times(&factors))
+            }
             Self::Int8 => Box::new(simple::Fixed(FixedRate::Int8)),
             Self::Int4Hadamard => Box::new(simple::Fixed(FixedRate::Int4Hadamard)),
             Self::ZstdPlanes(_) => Box::new(simple::Lossless),
@@ -446,6 +478,8 @@ mod tests {
             "zstd-planes:f16",
             "kvasir:s2-L0-kltall",
             "kvasir:L1-klthead",
+            "kvasir:s1-L0-alloc",
+            "kvasir:s1k2-L0-kltall-alloc",
             "cachegen",
             "cachegen:x1.5",
             "cachegen-circulated:L3",

@@ -13,10 +13,17 @@
 //! - `METHOD/continuation/nll`: nats a token of text after the context;
 //! - `METHOD/charged`: rows computed as a share of tokens times layers;
 //!   `host_bytes`: KV read a context token; `bits`: a KV value as stored;
+//! - `bar/…`: our codec beside others at equal KL, see [`bars`]; `sensitivity/…`: what
+//!   each layer's planes are worth, see [`sensitivity`];
 //! - `gate/…`: what the model must show for any of this to mean something,
 //!   `ratio` 1.0 or more where it does.
 //!
-//! A CELL is a task at 8 chunks of 64 tokens; `TASK@N` at N chunks. Intervals
+//! A METHOD is one of reuse ([`method::Method`]), or codes KV: `METHOD` or `METHOD:VARIANT`
+//! of [`crate::methods`], see [`coded`] for how. For these, `bits` are those of the very
+//! bytes that were decoded, protected tokens included.
+//!
+//! A CELL is a task at 8 chunks of 64 tokens; `TASK@N` at N chunks; `all` are all tasks at
+//! 8 chunks together. Intervals
 //! (`lo`, `hi`) are bootstrapped over contexts. The same seed gives the same rows.
 
 use std::collections::BTreeMap;
@@ -91,6 +98,9 @@ pub(crate) struct Options {
     /// codec, e.g. `kvasir:s3k0.3-L1`; see bench/src/quality/sensitivity.rs.
     #[arg(long, value_name = "VARIANT")]
     pub(crate) sensitivity: Option<Spec>,
+    /// What `--sensitivity` printed: steps of variants that end in `-alloc` follow it.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) allocation: Option<PathBuf>,
     /// Writes a plot of bits and KL.
     #[arg(long, value_name = "FILE.svg")]
     pub(crate) plot: Option<PathBuf>,
@@ -120,7 +130,9 @@ impl Options {
     /// Methods beside full prefill, and whether any codes KV.
     fn ways(&self, reader: &mut Reader, vocabulary: &Vocabulary) -> anyhow::Result<Vec<Way>> {
         let geometry = Arc::new(Geometry::new(reader.config()));
-        let mut training = Training::default();
+        let factors = self.allocation.as_deref().map(sensitivity::read);
+        let factors = factors.transpose()?;
+        let mut training = Training::default().allocated(factors.clone());
         let mut is_trained = false;
         let mut ways = Vec::new();
         let names = self.methods.iter().flat_map(|name| match name.as_str() {
@@ -141,7 +153,8 @@ impl Options {
                 Err(_) => {
                     let spec: Spec = name.parse()?;
                     if spec.is_calibrated() && !is_trained {
-                        training = coded::training(reader, vocabulary, &geometry, self.size)?;
+                        let chunks = coded::training(reader, vocabulary, &geometry, self.size)?;
+                        training = chunks.allocated(factors.clone());
                         is_trained = true;
                     }
                     let coded = Coded::new(spec, &geometry, &training)?;

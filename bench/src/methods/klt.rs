@@ -21,6 +21,8 @@ pub(super) struct Transformed {
     pub(super) variant: Variant,
     pub(super) geometry: Arc<Geometry>,
     pub(super) bases: Arc<Bases>,
+    /// Of steps, by layer and plane.
+    pub(super) factors: Vec<[f32; 2]>,
 }
 
 /// What is calibrated for all steps at once.
@@ -35,6 +37,7 @@ pub(super) struct Bases {
 impl Bases {
     pub(super) fn new(
         transform: Transform,
+        factors: &[[f32; 2]],
         training: &[Chunk],
         geometry: &Geometry,
     ) -> anyhow::Result<Self> {
@@ -53,12 +56,18 @@ impl Bases {
                 plane.push(matrix.columns(PROTECTED, tokens).into_owned());
             }
         }
-        let prepare = |plane: &mut Vec<DMatrix<f32>>| {
-            let deviations = match transform {
+        let prepare = |index: usize, plane: &mut Vec<DMatrix<f32>>| {
+            let mut deviations = match transform {
                 Transform::All => deviations(plane, per_layer),
                 Transform::Flat => deviations(plane, rows).repeat(geometry.layers),
                 _ => vec![1.0; geometry.layers],
             };
+            if block == rows {
+                // What may err more counts less, before directions are chosen.
+                for (deviation, factors) in deviations.iter_mut().zip(factors) {
+                    *deviation *= factors[index];
+                }
+            }
             plane
                 .iter_mut()
                 .for_each(|matrix| scale(matrix, &deviations, true));
@@ -69,9 +78,12 @@ impl Bases {
             anyhow::Ok((bases?, deviations))
         };
         let [keys, values] = std::thread::scope(|scope| {
-            let workers = planes
-                .each_mut()
-                .map(|plane| scope.spawn(|| prepare(plane)));
+            let [keys, values] = &mut planes;
+            let prepare = &prepare;
+            let workers = [
+                scope.spawn(move || prepare(0, keys)),
+                scope.spawn(move || prepare(1, values)),
+            ];
             workers.map(|worker| worker.join().expect("no calibration panics"))
         });
         let ((keys, of_keys), (values, of_values)) = (keys?, values?);
@@ -105,13 +117,17 @@ impl Transformed {
         self.variant.transform.is_some_and(|of| over.contains(&of))
     }
 
-    fn steps(&self, codec: &LayerCodec<'_>, raw: &[u8]) -> [f32; 2] {
+    fn steps(&self, codec: &LayerCodec<'_>, layer: usize, raw: &[u8]) -> [f32; 2] {
         let deviations = if self.is_over_layers() {
             [1.0; 2]
         } else {
             codec.deviations(raw)
         };
-        let [keys, values] = deviations.map(|deviation| deviation * self.variant.step);
+        let [mut keys, mut values] = deviations.map(|deviation| deviation * self.variant.step);
+        if !self.is_over_layers() {
+            keys *= self.factors[layer][0];
+            values *= self.factors[layer][1];
+        }
         [keys * self.variant.keys, values].map(|step| step.max(f32::MIN_POSITIVE))
     }
 }
@@ -119,11 +135,11 @@ impl Transformed {
 impl Coder for Transformed {
     fn encode(&self, chunk: &Chunk) -> anyhow::Result<Parts> {
         let mut matrices = frame::matrices(chunk, &self.geometry);
-        for plane in 0..2 {
-            let matrix = &mut matrices[plane];
-            scale(matrix, &self.bases.deviations[plane], true);
+        let Bases { bases, deviations } = &*self.bases;
+        for (matrix, (bases, deviations)) in matrices.iter_mut().zip(bases.iter().zip(deviations)) {
+            scale(matrix, deviations, true);
             let mut row = 0;
-            for basis in &self.bases.bases[plane] {
+            for basis in bases {
                 let n = basis.mean.len();
                 let block = matrix.rows(row, n).into_owned();
                 matrix.rows_mut(row, n).copy_from(&basis.project(block, n));
@@ -134,8 +150,8 @@ impl Coder for Transformed {
         frame::fill_as_they_are(&mut shape, &geometry, &matrices);
         let codec = LayerCodec::new(shape.layout, None)?;
         let mut parts = Vec::new();
-        for raw in &shape.layers {
-            let encoded = codec.encode(raw, self.steps(&codec, raw));
+        for (layer, raw) in shape.layers.iter().enumerate() {
+            let encoded = codec.encode(raw, self.steps(&codec, layer, raw));
             parts.extend(encoded.parts.into_iter().take(self.variant.level + 1));
         }
         Ok(parts)
@@ -150,16 +166,16 @@ impl Coder for Transformed {
             codec.decode(&parts, raw)?;
         }
         let mut matrices = frame::matrices_as_they_are(&shape, &geometry);
-        for plane in 0..2 {
-            let matrix = &mut matrices[plane];
+        let Bases { bases, deviations } = &*self.bases;
+        for (matrix, (bases, deviations)) in matrices.iter_mut().zip(bases.iter().zip(deviations)) {
             let mut row = 0;
-            for basis in &self.bases.bases[plane] {
+            for basis in bases {
                 let n = basis.mean.len();
                 let restored = basis.restore(&matrix.rows(row, n).into_owned());
                 matrix.rows_mut(row, n).copy_from(&restored);
                 row += n;
             }
-            scale(matrix, &self.bases.deviations[plane], false);
+            scale(matrix, deviations, false);
         }
         frame::fill(chunk, &self.geometry, matrices);
         Ok(())

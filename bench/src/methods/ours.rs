@@ -16,6 +16,8 @@ pub(crate) struct Variant {
     pub(crate) level: usize,
     /// What comes before it; see [`super::klt`].
     pub(crate) transform: Option<Transform>,
+    /// Whether steps follow what each layer's planes are worth.
+    pub(crate) allocated: bool,
 }
 
 /// What a Karhunen–Loève basis is of.
@@ -46,9 +48,10 @@ impl Variant {
         keys: 1.0,
         level: 1,
         transform: None,
+        allocated: false,
     };
 
-    /// `[sSTEP[kFACTOR]-]LLEVEL[-TRANSFORM]`, or nothing.
+    /// `[sSTEP[kFACTOR]-]LLEVEL[-TRANSFORM][-alloc]`, or nothing.
     pub(super) fn parse(text: &str) -> Option<Self> {
         let mut variant = Self::DEFAULT;
         if text.is_empty() {
@@ -62,10 +65,11 @@ impl Variant {
             parts.next();
         }
         variant.level = parts.next()?.strip_prefix('L')?.parse().ok()?;
-        if let Some(name) = parts.next() {
+        if let Some(name) = parts.next_if(|part| *part != ALLOCATED) {
             let named = |&&(_, of): &&(_, &str)| of == name;
             variant.transform = Some(Transform::ALL.iter().find(named)?.0);
         }
+        variant.allocated = parts.next_if_eq(&ALLOCATED).is_some();
         let positive = |step: f32| step.is_normal() && step > 0.0;
         let fits = variant.level < LADDER && positive(variant.step) && positive(variant.keys);
         (fits && parts.next().is_none()).then_some(variant)
@@ -88,9 +92,12 @@ impl Variant {
             .iter()
             .find(|(transform, _)| Some(*transform) == self.transform);
         let transform = named.map_or(String::new(), |(_, name)| format!("-{name}"));
-        format!("kvasir:{step}L{level}{transform}")
+        let allocated = if self.allocated { "-alloc" } else { "" };
+        format!("kvasir:{step}L{level}{transform}{allocated}")
     }
 }
+
+const ALLOCATED: &str = "alloc";
 
 /// `kvasir_codec::LayerCodec`, layer by layer.
 #[derive(Debug)]

@@ -1,6 +1,6 @@
 //! Where our codec is beside others at equal quality: rows `bar/SERIES/…`.
 //!
-//! A series is `kvasir`, or with a transform before it; its points are those of its variants
+//! A series is `kvasir`, or with what a profile would give it, as `kvasir-alloc`; its points are those of its variants
 //! that no cheaper one beats, bits against mean KL over all cells, with the logarithm of KL
 //! taken as linear in between. Beyond its ends nothing is said, and there is no row.
 //!
@@ -26,11 +26,12 @@ pub(super) struct Point {
 
 /// The method's name, and what is put before it.
 pub(crate) fn series(name: &str) -> String {
-    let method = name.split(':').next().unwrap_or(name);
-    match name.rsplit_once('-') {
-        Some((_, transform)) if transform.starts_with("klt") => format!("{method}-{transform}"),
-        _ => method.to_owned(),
-    }
+    let (method, variant) = name.split_once(':').unwrap_or((name, ""));
+    let parts = variant.split('-');
+    let profile: Vec<&str> = parts
+        .filter(|part| part.starts_with("klt") || *part == "alloc")
+        .collect();
+    [&[method], &profile[..]].concat().join("-")
 }
 
 /// The points that no cheaper one beats, by bits; of `(name, bits, kl)`.
@@ -52,7 +53,7 @@ fn bits_at(front: &[&Point], kl: f64) -> Option<f64> {
         let (a, b) = (pair[0], pair[1]);
         let inside = b.kl <= kl && kl <= a.kl;
         let share = (a.kl / kl).ln() / (a.kl / b.kl).ln();
-        inside.then(|| a.bits + share * (b.bits - a.bits))
+        inside.then_some(a.bits + share * (b.bits - a.bits))
     })
 }
 
@@ -157,6 +158,7 @@ mod tests {
     #[test]
     fn a_series_is_a_method_and_its_transform() {
         assert_eq!(series("kvasir:s2-L1-kltall"), "kvasir-kltall");
+        assert_eq!(series("kvasir:s2-L0-kltall-alloc"), "kvasir-kltall-alloc");
         assert_eq!(series("kvasir:s2k0.5-L1"), "kvasir");
         assert_eq!(series("cachegen-circulated:L1"), "cachegen-circulated");
         assert_eq!(series("int4-hadamard"), "int4-hadamard");

@@ -14,7 +14,10 @@
 //! ones: `allocated:xF/…` and `equal:xF/…`, where F multiplies all of them.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
+
+use anyhow::{Context as _, ensure};
 
 use super::coded::Coded;
 use super::method::{Charge, Way};
@@ -73,6 +76,31 @@ fn asked(
     Ok((all, bits.collect()))
 }
 
+/// The factors of a report of this kind, by layer and plane.
+pub(super) fn read(path: &Path) -> anyhow::Result<Vec<[f32; 2]>> {
+    let text =
+        std::fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
+    let line = text.lines().rfind(|line| !line.trim().is_empty());
+    let report: serde_json::Value = serde_json::from_str(line.unwrap_or_default())
+        .with_context(|| format!("{} has no report in its last line", path.display()))?;
+    let rows = report["rows"].as_array().context("a report has rows")?;
+    let factor = |layer: usize, plane: &str| {
+        let name = format!("sensitivity/{layer}/{plane}/factor");
+        let row = rows.iter().find(|row| row["name"] == name.as_str())?;
+        #[expect(clippy::cast_possible_truncation, reason = "rounded to f32")]
+        Some(row["value"].as_f64()? as f32)
+    };
+    let factors: Vec<[f32; 2]> = (0..)
+        .map_while(|layer| Some([factor(layer, "k")?, factor(layer, "v")?]))
+        .collect();
+    ensure!(
+        !factors.is_empty(),
+        "{} is no report of --sensitivity",
+        path.display()
+    );
+    Ok(factors)
+}
+
 /// Measures `variant` and what differs from it.
 pub(super) fn run(
     reader: &mut Reader,
@@ -99,7 +127,7 @@ pub(super) fn run(
     let mut sums = [(0.0, 0.0); 2];
     let base = outcome.kl("base");
     let bits_of = |name: &str| bits.get(name).copied().unwrap_or(f64::NAN);
-    for layer in 0..geometry.layers {
+    for (layer, found) in found.iter_mut().enumerate() {
         for (plane, letter) in ["k", "v"].into_iter().enumerate() {
             let name = format!("{layer}/{letter}");
             let more: Vec<Vec<f64>> = outcome
@@ -112,7 +140,7 @@ pub(super) fn run(
                 continue;
             };
             let saved = bits_of("base") - bits_of(&name);
-            found[layer][plane] = more.value;
+            found[plane] = more.value;
             sums[plane].0 += more.value;
             sums[plane].1 += saved;
             let row = |measure: &str| format!("sensitivity/{name}/{measure}");

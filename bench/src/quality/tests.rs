@@ -16,6 +16,7 @@ fn shipped() -> Options {
         size: 64,
         steps: Vec::new(),
         sensitivity: None,
+        allocation: None,
         plot: None,
         seed: 3,
     }

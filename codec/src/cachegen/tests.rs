@@ -1,5 +1,7 @@
 //! Both kinds of CacheGen: what comes back, what it takes, what is refused.
 
+#![expect(clippy::indexing_slicing, reason = "a test that panics fails")]
+
 use kvasir_types::Planes;
 use proptest::prelude::*;
 

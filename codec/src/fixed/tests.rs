@@ -1,5 +1,7 @@
 //! What comes back at a fixed rate, and what is refused.
 
+#![expect(clippy::indexing_slicing, reason = "a test that panics fails")]
+
 use kvasir_types::Planes;
 use proptest::prelude::*;
 
