@@ -47,7 +47,7 @@ pub(super) fn measure(
     report: &mut Report,
 ) -> anyhow::Result<Vec<(String, f64, f64)>> {
     let vocabulary = Vocabulary::load()?;
-    let mut reader = Reader::load(&options.model, LONG.next_multiple_of(64) + 1)?;
+    let mut reader = Reader::load(&options.model, LONG.next_multiple_of(128) + 1)?;
     let geometry = Arc::new(Geometry::new(reader.config()));
     let mut training = Training::default();
     if !quick {
@@ -89,11 +89,13 @@ fn chunk(
     tokens: usize,
     index: u64,
 ) -> anyhow::Result<Chunk> {
+    // A context has 16 chunks at most.
+    let size = (CORPUS_CHUNK as usize) << usize::from(tokens > SHORT);
     let context = corpus::sample(
         vocabulary,
         &Profile::default(),
-        tokens.div_ceil(CORPUS_CHUNK as usize),
-        CORPUS_CHUNK as usize,
+        tokens.div_ceil(size),
+        size,
         corpus::mix(1, index),
         Split::Test,
     )?;
