@@ -9,7 +9,7 @@ MINUTES ?= 5
 
 # How long `make fuzz` takes for each of these.
 SECONDS      ?= 60
-FUZZ_TARGETS ?= container prelude layer
+FUZZ_TARGETS ?= container prelude layer cachegen
 
 # What `make train` and `make quality` work on.
 MODEL   ?= models/reader-9m

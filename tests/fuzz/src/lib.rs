@@ -13,8 +13,19 @@
 #![forbid(unsafe_code)]
 
 use bytes::Bytes;
-use kvasir_codec::{ChunkDecoder, Object, Prelude};
+use kvasir_codec::{CacheGen, ChunkDecoder, CirculatedCacheGen, CirculatedLevel, Object, Prelude};
 use kvasir_types::{Checksum, DType, KvLayout, LayerIdx, Level, Planes};
+
+/// A name, and what is done with bytes.
+pub type Target = (&'static str, fn(&[u8]));
+
+/// Every target.
+pub const TARGETS: [Target; 4] = [
+    ("container", container),
+    ("prelude", prelude),
+    ("layer", layer),
+    ("cachegen", cachegen),
+];
 
 /// A whole object: header, then all of its extents, decoded at every level that it has.
 ///
@@ -84,6 +95,38 @@ pub fn layer(bytes: &[u8]) {
     parts.push(rest);
     let mut raw = vec![0; layout.layer_bytes()];
     let _ = decoder.layer(&parts, &mut raw);
+}
+
+/// A layer of either CacheGen, whose tables come with it. The first byte chooses which, and
+/// the layout.
+pub fn cachegen(bytes: &[u8]) {
+    let Some((&choice, bytes)) = bytes.split_first() else {
+        return;
+    };
+    let (layouts, choice) = (layouts(), usize::from(choice));
+    let layout = layouts[choice % layouts.len()];
+    let mut raw = vec![0; layout.layer_bytes()];
+    if choice / layouts.len() % 2 == 0 {
+        if let Ok(codec) = CacheGen::new(layout, 1.0) {
+            let _ = codec.decode(bytes, &mut raw);
+        }
+    } else if let Ok(codec) = CirculatedCacheGen::new(layout, CirculatedLevel::Default) {
+        let _ = codec.decode(0, bytes, &mut raw);
+    }
+}
+
+/// What [`cachegen`] reads.
+///
+/// # Panics
+/// The layout is none of those that a target knows.
+pub fn cachegen_input(layout: &KvLayout, circulated: bool, layer: &[u8]) -> Vec<u8> {
+    let layouts = layouts();
+    let of_layout = layouts.iter().position(|other| other == layout);
+    let of_layout = of_layout.expect("a target knows it");
+    let choice = of_layout + layouts.len() * usize::from(circulated);
+    let mut out = vec![u8::try_from(choice).expect("there are few")];
+    out.extend_from_slice(layer);
+    out
 }
 
 /// What [`layer`] reads, of these parts.

@@ -6,7 +6,7 @@
 use std::fs;
 use std::path::Path;
 
-use kvasir_fuzz::layouts;
+use kvasir_fuzz::{TARGETS, layouts};
 use peak_alloc::PeakAlloc;
 
 #[global_allocator]
@@ -21,12 +21,7 @@ fn damage_takes_no_more_memory_than_the_largest_layer_justifies() {
         .unwrap();
     // A layer, the values of a group of heads as f32 and as symbols, angles.
     let most = 16 * largest + (64 << 10);
-    let targets: [(&str, fn(&[u8])); 3] = [
-        ("container", kvasir_fuzz::container),
-        ("prelude", kvasir_fuzz::prelude),
-        ("layer", kvasir_fuzz::layer),
-    ];
-    for (target, run) in targets {
+    for (target, run) in TARGETS {
         let seeds = Path::new(env!("CARGO_MANIFEST_DIR"))
             .join("seeds")
             .join(target);

@@ -7,18 +7,12 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
-use kvasir_codec::{ChunkDecoder, Encoding, KeyRotation, Object, Pairing, Prelude};
-use kvasir_fuzz::layouts;
+use kvasir_codec::{
+    CacheGen, ChunkDecoder, CirculatedCacheGen, CirculatedLevel, Encoding, KeyRotation, Object,
+    Pairing, Prelude,
+};
+use kvasir_fuzz::{TARGETS, layouts};
 use kvasir_types::{ChunkKey, DType, KvLayout, LayerIdx, Level};
-
-/// A name, and what is done with bytes.
-type Target = (&'static str, fn(&[u8]));
-
-const TARGETS: [Target; 3] = [
-    ("container", kvasir_fuzz::container),
-    ("prelude", kvasir_fuzz::prelude),
-    ("layer", kvasir_fuzz::layer),
-];
 
 fn seeds(target: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -70,6 +64,29 @@ fn object(layout: &KvLayout, level: Level, strange: bool) -> Object {
 /// Intact inputs, from which damage is not far.
 fn intact() -> Vec<(&'static str, String, Vec<u8>)> {
     let mut all = Vec::new();
+    for (number, layout) in layouts().iter().enumerate().take(2) {
+        let layer = layer(layout, false);
+        let published = CacheGen::new(*layout, 1.0).unwrap().encode(0, &layer);
+        let circulated = CirculatedCacheGen::new(*layout, CirculatedLevel::Default).unwrap();
+        for (circulated, layer) in [
+            (false, published.unwrap()),
+            (true, circulated.encode(0, &layer).unwrap()),
+        ] {
+            let input = kvasir_fuzz::cachegen_input(layout, circulated, &layer);
+            all.push((
+                "cachegen",
+                format!(
+                    "{}-{number}",
+                    if circulated {
+                        "circulated"
+                    } else {
+                        "published"
+                    }
+                ),
+                input,
+            ));
+        }
+    }
     for (number, layout) in layouts().iter().enumerate() {
         for level in Level::ALL {
             if level == Level::INT4 && number > 0 {
