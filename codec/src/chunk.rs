@@ -5,6 +5,7 @@
 use bytes::Bytes;
 use kvasir_types::{ChunkKey, KvLayout, Level};
 
+use crate::cachegen::{CacheGen, CacheGenError};
 use crate::cell::LADDER;
 use crate::fixed::{FixedCodec, FixedError, FixedRate, UnsupportedFixed};
 use crate::header::HeaderError;
@@ -44,6 +45,9 @@ pub enum EncodeError {
     /// A fixed rate cannot be of such a layout.
     #[error(transparent)]
     Fixed(#[from] UnsupportedFixed),
+    /// CacheGen cannot be of such a layout.
+    #[error(transparent)]
+    CacheGen(#[from] CacheGenError),
     /// A step is zero, negative or no number.
     #[error("steps must be positive numbers, and there must be one")]
     Steps,
@@ -62,6 +66,9 @@ pub enum ChunkError {
     /// A fixed rate cannot be of such a layout.
     #[error(transparent)]
     FixedLayout(#[from] UnsupportedFixed),
+    /// CacheGen cannot be of such a layout, or its bytes are no layer.
+    #[error(transparent)]
+    CacheGen(#[from] CacheGenError),
     /// The prelude is damaged, or needs a newer reader.
     #[error(transparent)]
     Prelude(#[from] PreludeError),
@@ -118,6 +125,9 @@ impl Encoding {
                     return Err(EncodeError::Steps);
                 }
             }
+            Level::CACHEGEN => {
+                CacheGen::new(*layout, CACHEGEN_STEPS)?;
+            }
             level => {
                 FixedCodec::new(*layout, rate_of(level))?;
             }
@@ -146,6 +156,12 @@ impl Encoding {
         let parts: Vec<Vec<Vec<u8>>> = match self.level {
             Level::LOSSLESS => lossless(layout, &layers),
             level if level.is_nested() => self.nested(layout, prelude, &layers)?,
+            Level::CACHEGEN => match cachegen(layout, &layers) {
+                Err(CacheGenError::NotFinite) => {
+                    return Self::at(Level::LOSSLESS).encode(key, layout, prelude, layers);
+                }
+                parts => parts?,
+            },
             level => fixed(layout, level, &layers)?,
         };
         let most = layout.layer_bytes();
@@ -216,6 +232,9 @@ impl ChunkDecoder {
             level if level.is_nested() => {
                 LayerCodec::new(layout, rotation.as_ref())?;
             }
+            Level::CACHEGEN => {
+                CacheGen::new(layout, CACHEGEN_STEPS)?;
+            }
             level => {
                 FixedCodec::new(layout, rate_of(level))?;
             }
@@ -268,10 +287,19 @@ impl ChunkDecoder {
                 });
             }
             Level::LOSSLESS => decode_lossless(&self.layout, part, raw)?,
+            Level::CACHEGEN => CacheGen::new(self.layout, CACHEGEN_STEPS)?.decode(part, raw)?,
             level => FixedCodec::new(self.layout, rate_of(level))?.decode(part, raw)?,
         }
         Ok(())
     }
+}
+
+fn cachegen(layout: &KvLayout, layers: &[Bytes]) -> Result<Vec<Vec<Vec<u8>>>, CacheGenError> {
+    let codec = CacheGen::new(*layout, CACHEGEN_STEPS)?;
+    let encoded = (0..).zip(layers);
+    encoded
+        .map(|(layer, raw)| Ok(vec![codec.encode(layer, raw)?]))
+        .collect()
 }
 
 fn fixed(
@@ -296,6 +324,8 @@ fn lossless(layout: &KvLayout, layers: &[Bytes]) -> Vec<Vec<Vec<u8>>> {
     encoded.collect()
 }
 
+/// The paper's own.
+const CACHEGEN_STEPS: f32 = 1.0;
 /// Far from where a ninth of it, or its reciprocal, is no number any more.
 const SMALLEST_STEP: f32 = 1e-30;
 /// Of keys and of values.

@@ -19,6 +19,7 @@ use crate::range::ExtentIdx;
 /// | 1 | `lossless` | its bytes, compressed |
 /// | 2 | `int8` | whole numbers of 8 bits |
 /// | 3 | `int4` | whole numbers of 4 bits |
+/// | 4 | `cachegen` | differences from anchors, entropy-coded (arXiv 2310.07240) |
 /// | 16, 17, 18 | `l0`, `l1`, `l2` | one, two, three nested parts |
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Level(u8);
@@ -32,6 +33,8 @@ impl Level {
     pub const INT8: Self = Self(2);
     /// 4 bits a value after a rotation, and one scale a token and head.
     pub const INT4: Self = Self(3);
+    /// CacheGen as published (arXiv 2310.07240), to compare with.
+    pub const CACHEGEN: Self = Self(4);
     /// The coarsest nested level.
     pub const L0: Self = Self(16);
     /// Steps three times finer than [`L0`](Self::L0)'s.
@@ -40,11 +43,12 @@ impl Level {
     pub const L2: Self = Self(18);
 
     /// Every level of this version, in the order of their codes.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::RAW,
         Self::LOSSLESS,
         Self::INT8,
         Self::INT4,
+        Self::CACHEGEN,
         Self::L0,
         Self::L1,
         Self::L2,
@@ -74,6 +78,7 @@ impl Level {
         let order = [
             Self::L0,
             Self::INT4,
+            Self::CACHEGEN,
             Self::L1,
             Self::L2,
             Self::INT8,
@@ -152,6 +157,7 @@ impl Level {
             Self::LOSSLESS => "lossless",
             Self::INT8 => "int8",
             Self::INT4 => "int4",
+            Self::CACHEGEN => "cachegen",
             Self::L0 => "l0",
             Self::L1 => "l1",
             _ => "l2",
@@ -181,7 +187,7 @@ pub struct UnknownLevel(pub u8);
 
 /// A word that names no level.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("not a level; use raw, lossless, int8, int4, l0, l1 or l2")]
+#[error("not a level; use raw, lossless, int8, int4, cachegen, l0, l1 or l2")]
 pub struct ParseLevelError;
 
 #[cfg(test)]
