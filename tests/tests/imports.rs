@@ -36,6 +36,8 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("kvasir-engine", &["kvasir-types", "kvasir-plugin"]),
     ("kvasir-bench", ANY),
     ("kvasir-tests", ANY),
+    // Small, because it is built once more with a sanitizer.
+    ("kvasir-fuzz", &["kvasir-types", "kvasir-codec"]),
 ];
 
 const ANY: &[&str] = &["*"];
