@@ -3,10 +3,12 @@
 use std::future::Future;
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use futures::FutureExt;
 use futures::future::join_all;
+use kvasir_codec::Object;
 use kvasir_store::{Facts, PinId, PinRefused, Read, ReadError, Written};
-use kvasir_types::{DType, ExtentRange, KvLayout, Planes};
+use kvasir_types::{DType, ExtentIdx, ExtentRange, KvLayout, Level, Planes};
 
 use super::{
     Fixture, Setup, Suite, all_extents, assert_holds, is_there, key, layout, object, object_with,
@@ -51,6 +53,60 @@ where
             assert_eq!(layers, [&object.extents()[start as usize]]);
         }
     }
+}
+
+/// Extents of all lengths, none at all among them, and headers of more than a block.
+pub(super) async fn every_level_round_trips<F, O>(suite: &Suite<F>)
+where
+    F: Fn(Setup) -> O,
+    O: Future<Output = Fixture>,
+{
+    let fixture = suite.roomy().await;
+    let layout = KvLayout::new(120, 1, Planes::symmetric(8), 16, DType::F16).unwrap();
+    let mut kept = Vec::new();
+    for (number, level) in (0..).zip(Level::ALL) {
+        let extents = (0..level.extents(layout.layers())).map(|extent| {
+            let [_, most] = layout.extent_bounds(level, ExtentIdx(extent));
+            let len = match level.is_encoded() {
+                true => (extent as usize * 37) % 512,
+                false => usize::try_from(most).unwrap(),
+            };
+            Bytes::from(vec![extent.to_le_bytes()[0] ^ level.code(); len])
+        });
+        let object = Object::new(key(number), &layout, level, extents.collect()).unwrap();
+        assert_eq!(write(&fixture, object.clone()).await, Written::Stored);
+        kept.push(object);
+    }
+    for (number, object) in (0..).zip(&kept) {
+        assert_holds(&fixture, object).await;
+        let facts = fixture.tier.find(&[key(number)])[0].unwrap();
+        assert_eq!(facts, Facts::of(object.header()));
+        let reader = fixture.tier.open(key(number)).await.unwrap().unwrap();
+        assert_eq!(reader.header(), object.header());
+        // The prelude and the coarsest part of the first layers, and what refines them.
+        for (start, end) in [(0, 4), (118, 123), (119, 120)] {
+            let end = end.min(object.header().all().end());
+            let Ok(range) = ExtentRange::new(start, end) else {
+                continue;
+            };
+            let extents = reader.read_extents(range).await.unwrap();
+            assert_eq!(extents, object.extents()[start as usize..end as usize]);
+        }
+    }
+    let usage = fixture.tier.usage();
+    assert_eq!(usage.levels.iter().count(), Level::ALL.len());
+    for ((level, usage), object) in usage.levels.iter().zip(&kept) {
+        assert_eq!((level, usage.chunks), (object.header().level(), 1));
+        assert_eq!(usage.bytes, object.header().object_bytes());
+        assert_eq!(usage.raw_bytes, layout.chunk_bytes());
+    }
+    assert!(fixture.tier.remove(key(1)).await.unwrap());
+    let levels = fixture.tier.usage().levels;
+    assert!(
+        levels
+            .iter()
+            .all(|(level, _)| level != kept[1].header().level())
+    );
 }
 
 pub(super) async fn a_missing_key_is_a_miss<F, O>(suite: &Suite<F>)
