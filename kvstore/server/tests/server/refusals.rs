@@ -96,6 +96,15 @@ async fn malformed_pins_and_ranges_are_named() {
         };
         assert_names(raw.get(get).await, "layers");
     }
+    for (levels, have, field) in [(vec![99], None, "levels"), (vec![], Some(300), "have")] {
+        let get = v1::GetRequest {
+            keys: wire_keys(&[1]),
+            levels,
+            have,
+            ..v1::GetRequest::default()
+        };
+        assert_names(raw.get(get).await, field);
+    }
     let options = GetOptions {
         layers: Some(LayerRange::new(0, 99).unwrap()),
         ..GetOptions::default()
@@ -148,6 +157,22 @@ async fn malformed_puts_are_named_and_leave_nothing() {
             edit_header(|header| header.layout.as_mut().unwrap().tokens = 0),
         ),
         ("header.level", edit_header(|header| header.level = 77)),
+        (
+            "header.extent_bytes",
+            edit_header(|header| header.extent_bytes = vec![1]),
+        ),
+        (
+            "header.extent_bytes",
+            edit_header(|header| header.level = Level::L1.code().into()),
+        ),
+        (
+            "header.extent_bytes[2]",
+            edit_header(|header| {
+                header.level = Level::LOSSLESS.code().into();
+                header.extent_bytes = vec![8; 1 + usize::from(LAYERS)];
+                header.extent_bytes[2] = u64::MAX;
+            }),
+        ),
         ("piece.extent", edit_piece(|piece| piece.extent = 1)),
         ("piece.offset", edit_piece(|piece| piece.offset = 1)),
         (
