@@ -305,7 +305,6 @@ fn thirds<const S: usize>(
     let bounds = Thirds::of(lanes, tables);
     let zero = _mm512_setzero_si512();
     let one = _mm512_set1_epi16(1);
-    let less = _mm512_set1_epi16(-1);
     let slots = _mm512_set1_epi16((TOTAL - 1).cast_signed());
     let total = _mm512_set1_epi16(TOTAL.cast_signed());
     let mut states = [Reading {
@@ -324,20 +323,18 @@ fn thirds<const S: usize>(
             let slot = _mm512_and_si512(states[s].low, slots);
             let is_middle = _mm512_cmpge_epu16_mask(slot, middle);
             let is_away = _mm512_cmpge_epu16_mask(slot, away);
-            let first = _mm512_maskz_mov_epi16(is_middle, middle);
-            let first = _mm512_mask_mov_epi16(first, is_away, away);
-            let end = _mm512_mask_mov_epi16(middle, is_middle, away);
-            let end = _mm512_mask_mov_epi16(end, is_away, total);
+            let frequency = _mm512_mask_sub_epi16(middle, is_middle, away, middle);
+            let frequency = _mm512_mask_sub_epi16(frequency, is_away, total, away);
+            let place = _mm512_mask_sub_epi16(slot, is_middle, slot, middle);
+            let place = _mm512_mask_sub_epi16(place, is_away, slot, away);
             // Towards zero is one less for a positive number, and one more for a negative
             // one; away is the opposite.
-            let third = _mm512_mask_mov_epi16(less, is_middle, zero);
-            let third = _mm512_mask_mov_epi16(third, is_away, one);
-            let negative = _mm512_srai_epi16::<15>(number);
-            let third = _mm512_sub_epi16(_mm512_xor_si512(third, negative), negative);
-            let tripled = _mm512_add_epi16(_mm512_add_epi16(number, number), number);
-            let number = _mm512_add_epi16(tripled, third);
+            let sign = _mm512_or_si512(_mm512_srai_epi16::<15>(number), one);
+            let doubled = _mm512_add_epi16(number, number);
+            let number = _mm512_add_epi16(doubled, _mm512_sub_epi16(number, sign));
+            let number = _mm512_mask_add_epi16(number, is_middle, number, sign);
+            let number = _mm512_mask_add_epi16(number, is_away, number, sign);
             store_numbers(row, number);
-            let (frequency, place) = (_mm512_sub_epi16(end, first), _mm512_sub_epi16(slot, first));
             states[s].advance(readers[s], frequency, place);
         });
     }

@@ -219,12 +219,11 @@ fn put_thirds<const S: usize>(
             let is_away = _mm512_cmpgt_epi16_mask(magnitude, tripled);
             let first = _mm512_maskz_mov_epi16(is_middle, middle);
             let first = _mm512_mask_mov_epi16(first, is_away, away);
-            let end = _mm512_mask_mov_epi16(middle, is_middle, away);
-            let end = _mm512_mask_mov_epi16(end, is_away, total);
+            let frequency = _mm512_mask_sub_epi16(middle, is_middle, away, middle);
+            let frequency = _mm512_mask_sub_epi16(frequency, is_away, total, away);
             let negative = _mm512_movepi16_mask(number);
             let coarser = _mm512_mask_sub_epi16(coarser, negative, zero, coarser);
             store_numbers(row, coarser);
-            let frequency = _mm512_sub_epi16(end, first);
             impossible |= _mm512_testn_epi16_mask(frequency, frequency);
             let (quotients, place) = states[s].divide(writers[s], frequency);
             states[s].set(quotients, _mm512_add_epi16(first, place));
