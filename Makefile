@@ -16,7 +16,7 @@ MODEL   ?= models/reader-9m
 RUN     ?= target/reader
 VENV    ?= .venv
 
-.PHONY: help deps deps-bench build demo test crash soak check check-deep rocksdb loom asan fuzz bench quality venv train
+.PHONY: help deps deps-neon deps-bench build demo test crash soak check check-deep test-neon rocksdb loom asan fuzz bench quality venv train
 
 help:
 	@echo "make demo    build, then answer questions with a computed and a fetched prefill"
@@ -25,6 +25,7 @@ help:
 	@echo "make soak    a daemon at the edge of its budgets for five minutes (MINUTES=60: an hour)"
 	@echo "make check   formatting, lints, documentation, dependency policy"
 	@echo "make check-deep  models of the store's concurrency; unsafe code under AddressSanitizer"
+	@echo "make test-neon   the codec's tests as an ARM CPU runs them, under qemu"
 	@echo "make fuzz    hostile bytes for the codec, a minute a target (SECONDS=1200: twenty)"
 	@echo "make bench   run the benchmarks (ARGS='ttft --quick --json' picks one)"
 	@echo "make quality ask the shipped model, write docs/quality.md (an hour; ARGS=--quick: minutes)"
@@ -35,13 +36,16 @@ help:
 # RocksDB is compiled from source: a C++ compiler, and libclang for its bindings.
 # The tests hold the corpus against the Python that training uses.
 DEPS := g++ clang libclang-dev python3
+# To build for 64-bit ARM, and to run what was built.
+DEPS_NEON := gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user
 # What the suite `store` is measured beside; no other needs them.
 DEPS_BENCH := fio redis-server
 
 deps:       PACKAGES = $(DEPS)
+deps-neon:  PACKAGES = $(DEPS_NEON)
 deps-bench: PACKAGES = $(DEPS_BENCH)
 
-deps deps-bench:
+deps deps-neon deps-bench:
 	@missing=""; for package in $(PACKAGES); do \
 	  dpkg -s $$package >/dev/null 2>&1 || missing="$$missing $$package"; done; \
 	if [ -n "$$missing" ]; then \
@@ -103,6 +107,15 @@ asan: rocksdb
 	$(ROCKSDB) RUSTC_BOOTSTRAP=1 RUSTFLAGS="-Zsanitizer=address" ASAN_OPTIONS=detect_leaks=0 \
 	  $(CARGO) test $(PROFILE) --locked --target-dir $(BUILDS)/asan --target $(HOST) \
 	  -p kvasir-mem -p kvasir-codec -p kvasir-engine -p kvasir-store --lib --test store
+
+NEON = aarch64-unknown-linux-gnu
+
+# The codec's kernels for NEON, each compared with its scalar twin.
+test-neon: deps-neon
+	rustup target add $(NEON)
+	CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc \
+	CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER='qemu-aarch64 -L /usr/aarch64-linux-gnu' \
+	  $(CARGO) test $(PROFILE) --locked --target $(NEON) -p kvasir-codec
 
 # Each target for SECONDS, from its seeds in the repository; what is found lies in
 # target/fuzz. libFuzzer's instrumentation needs the compiler's unstable flags, which the

@@ -31,14 +31,22 @@
 //! ends where its words do.
 //!
 //! All integers are little-endian. Kernels are chosen at run time; all give the same bytes
-//! and numbers as the scalar code in [`scalar`].
+//! and numbers as the scalar code in [`scalar`]. On 64-bit ARM decoders are for NEON, which
+//! all such CPUs have, and encoders are scalar.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod bytes;
+#[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+mod neon;
 mod scalar;
+#[cfg(any(
+    target_arch = "x86_64",
+    all(target_arch = "aarch64", target_endian = "little")
+))]
+mod spread;
 #[cfg(test)]
 mod tests;
 
@@ -266,6 +274,7 @@ impl<'a> Lanes<'a> {
     }
 
     /// The largest number of each lane.
+    #[cfg(target_arch = "x86_64")]
     fn of_largest(self) -> [u16; LANES] {
         self.classes
             .map(|class| u16::from(BASE.largest[usize::from(class)]))
@@ -356,23 +365,27 @@ pub(crate) enum Kernel {
     Avx512,
     #[cfg(target_arch = "x86_64")]
     Avx2,
+    #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+    Neon,
     Scalar,
 }
 
 impl Kernel {
     /// Those that this CPU has, best first.
     pub(crate) fn available() -> Vec<Self> {
-        let mut kernels = Vec::new();
+        let mut kernels = vec![Self::Scalar];
+        #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+        kernels.push(Self::Neon);
         #[cfg(target_arch = "x86_64")]
         {
-            if avx512::is_available() {
-                kernels.push(Self::Avx512);
-            }
             if avx2::is_available() {
                 kernels.push(Self::Avx2);
             }
+            if avx512::is_available() {
+                kernels.push(Self::Avx512);
+            }
         }
-        kernels.push(Self::Scalar);
+        kernels.reverse();
         kernels
     }
 
@@ -383,6 +396,8 @@ impl Kernel {
             Self::Avx512 => avx512::decode_base(lanes, readers, rows),
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => avx2::decode_base(lanes, readers, rows),
+            #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+            Self::Neon => neon::decode_base(lanes, readers, rows),
             Self::Scalar => scalar::decode_base(lanes, readers, rows),
         }
     }
@@ -400,6 +415,8 @@ impl Kernel {
             Self::Avx512 => avx512::decode_thirds(lanes, tables, readers, rows),
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => avx2::decode_thirds(lanes, tables, readers, rows),
+            #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+            Self::Neon => neon::decode_thirds(lanes, tables, readers, rows),
             Self::Scalar => scalar::decode_thirds(lanes, tables, readers, rows),
         }
     }
@@ -412,6 +429,8 @@ impl Kernel {
             Self::Avx512 => avx512::decode_bytes(tables, readers, rows),
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => avx2::decode_bytes(tables, readers, rows),
+            #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+            Self::Neon => scalar::decode_bytes(tables, readers, rows),
             Self::Scalar => scalar::decode_bytes(tables, readers, rows),
         }
     }
@@ -424,6 +443,8 @@ impl Kernel {
             Self::Avx512 => avx512::encode_bytes(tables, writers, rows),
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => avx2::encode_bytes(tables, writers, rows),
+            #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+            Self::Neon => scalar::encode_bytes(tables, writers, rows),
             Self::Scalar => scalar::encode_bytes(tables, writers, rows),
         }
     }
@@ -435,6 +456,8 @@ impl Kernel {
             Self::Avx512 => avx512::encode_base(lanes, writers, rows),
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => avx2::encode_base(lanes, writers, rows),
+            #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+            Self::Neon => scalar::encode_base(lanes, writers, rows),
             Self::Scalar => scalar::encode_base(lanes, writers, rows),
         }
     }
@@ -452,6 +475,8 @@ impl Kernel {
             Self::Avx512 => avx512::encode_thirds(lanes, tables, writers, rows),
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => avx2::encode_thirds(lanes, tables, writers, rows),
+            #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+            Self::Neon => scalar::encode_thirds(lanes, tables, writers, rows),
             Self::Scalar => scalar::encode_thirds(lanes, tables, writers, rows),
         }
     }
@@ -471,4 +496,5 @@ static KERNEL: LazyLock<Kernel> = LazyLock::new(|| Kernel::available()[0]);
 const MOST_BOUNDS: u8 = 24;
 
 /// 2¹⁶ / 3, rounded up: a product's upper half is the quotient, for numbers below 2¹⁵.
+#[cfg(target_arch = "x86_64")]
 const THIRD: u16 = 21_846;

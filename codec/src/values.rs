@@ -200,17 +200,17 @@ static KERNEL: std::sync::LazyLock<Kernel> = std::sync::LazyLock::new(|| Kernel:
 impl Kernel {
     /// Those that this CPU has, best first.
     fn available() -> Vec<Self> {
-        let mut kernels = Vec::new();
+        let mut kernels = vec![Self::Scalar];
         #[cfg(target_arch = "x86_64")]
         {
-            if x86::has_avx512() {
-                kernels.push(Self::Avx512);
-            }
             if x86::has_avx2() {
                 kernels.push(Self::Avx2);
             }
+            if x86::has_avx512() {
+                kernels.push(Self::Avx512);
+            }
         }
-        kernels.push(Self::Scalar);
+        kernels.reverse();
         kernels
     }
 

@@ -9,6 +9,7 @@
 
 use std::arch::x86_64::*;
 
+use super::spread::{NOTHING, SPREAD};
 use super::{ByteTable, LANES, Lanes, PRECISION, Reader, Row, States, TOTAL};
 use crate::classes::{BASE, DISTANCES, LARGEST, NUMBER_BIT, SLOT_ZERO, ThirdTables};
 
@@ -395,37 +396,3 @@ fn states(low: [__m256i; 2], high: [__m256i; 2]) -> States {
     let [low, high] = rows.map(|row| row.map(i16::cast_unsigned));
     States { low, high }
 }
-
-/// For a set of eight lanes that read words.
-#[derive(Clone, Copy)]
-struct Spread {
-    /// Which byte each byte becomes: the words go to the lanes in order.
-    places: [u8; 16],
-    count: usize,
-}
-
-static SPREAD: [Spread; 256] = {
-    let none = Spread {
-        places: [NOTHING; 16],
-        count: 0,
-    };
-    let mut all = [none; 256];
-    let mut lanes = 0;
-    while lanes < all.len() {
-        let (mut lane, mut word) = (0, 0);
-        while lane < 8 {
-            if lanes >> lane & 1 == 1 {
-                all[lanes].places[2 * lane] = 2 * word;
-                all[lanes].places[2 * lane + 1] = 2 * word + 1;
-                all[lanes].count += 1;
-                word += 1;
-            }
-            lane += 1;
-        }
-        lanes += 1;
-    }
-    all
-};
-
-/// Becomes zero.
-const NOTHING: u8 = 0x80;
