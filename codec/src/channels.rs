@@ -46,6 +46,27 @@ impl Quantiser {
         }
     }
 
+    /// Whether values of `rows` take fewer bytes with [these](Self::of) than with what was
+    /// `expected` of them. It is that of two normal variables, of which each has the noise
+    /// of a step.
+    pub(crate) fn is_worth_its_bytes(&self, expected: &Self, rows: &[f32]) -> bool {
+        let width = self.width();
+        let noise = self.step * self.step / 12.0;
+        let mut lost = 0.0;
+        for (moments, &class) in moments(rows, width).iter().zip(&expected.classes) {
+            let ratio = classes::RATIOS.get(usize::from(class)).unwrap_or(&0.0);
+            let deviation = ratio * self.step;
+            let (found, mean) = (moments.variance(), moments.mean());
+            let share = |found: f32| (found + noise) / (deviation * deviation + noise);
+            // In nats, of a value.
+            let with_mean = share(found + mean * mean);
+            lost += moments.count * 0.5 * (with_mean - 1.0 - share(found).ln()).max(0.0);
+        }
+        #[expect(clippy::cast_precision_loss, reason = "channels of a cell")]
+        let bytes = lost / (8.0 * std::f32::consts::LN_2) - (2 * width) as f32;
+        bytes > 0.0 && bytes.is_finite()
+    }
+
     pub(crate) fn width(&self) -> usize {
         self.classes.len()
     }

@@ -2,8 +2,10 @@
 
 #![deny(clippy::indexing_slicing)]
 
+use std::sync::Arc;
+
 use bytes::Bytes;
-use kvasir_types::{ChunkKey, KvLayout, Level};
+use kvasir_types::{ChunkKey, KvLayout, LayerIdx, Level};
 
 use crate::cachegen::{CacheGen, CacheGenError};
 use crate::cell::LADDER;
@@ -13,6 +15,7 @@ use crate::layer::{DecodeError, LayerCodec, UnsupportedLayout};
 use crate::lossless::{LosslessError, decode_lossless, encode_lossless};
 use crate::object::Object;
 use crate::prelude::{Prelude, PreludeError};
+use crate::profile::Profile;
 use crate::rotation::Rotation;
 
 /// How chunks are encoded.
@@ -22,8 +25,10 @@ pub struct Encoding {
     pub level: Level,
     /// Steps of [`Level::L0`] by layer, of keys and of values, in deviations of the layer's
     /// values from the means of their channels. The last one also of all layers that
-    /// follow.
+    /// follow. With a profile, in its units instead.
     pub steps: Vec<[f32; 2]>,
+    /// What is known of the model, for nested levels; others do without.
+    pub profile: Option<Arc<Profile>>,
 }
 
 /// Decodes the layers of one chunk.
@@ -32,6 +37,7 @@ pub struct ChunkDecoder {
     layout: KvLayout,
     level: Level,
     rotation: Option<Rotation>,
+    profile: Option<Arc<Profile>>,
     exact_tokens: u32,
 }
 
@@ -108,6 +114,7 @@ impl Encoding {
         Self {
             level,
             steps: vec![DEFAULT_STEPS],
+            profile: None,
         }
     }
 
@@ -120,6 +127,11 @@ impl Encoding {
             Level::RAW | Level::LOSSLESS => (),
             level if level.is_nested() => {
                 LayerCodec::new(*layout, None)?;
+                if let Some(profile) = &self.profile
+                    && !profile.fits(layout, profile.shape().pairing)
+                {
+                    return Err(UnsupportedLayout::Profile.into());
+                }
                 let steps = |step: &[f32; 2]| step.iter().all(|it| it.is_normal() && *it > 0.0);
                 if self.steps.is_empty() || !self.steps.iter().all(steps) {
                     return Err(EncodeError::Steps);
@@ -153,6 +165,8 @@ impl Encoding {
             return Ok(Object::raw(key, layout, layers)?);
         }
         self.check(layout)?;
+        let profile = self.profile.as_ref().filter(|_| self.level.is_nested());
+        let named = profile.map(|profile| *profile.digest());
         let parts: Vec<Vec<Vec<u8>>> = match self.level {
             Level::LOSSLESS => lossless(layout, &layers),
             level if level.is_nested() => self.nested(layout, prelude, &layers)?,
@@ -172,6 +186,10 @@ impl Encoding {
             };
             return Self::at(exact).encode(key, layout, prelude, layers);
         }
+        let prelude = Prelude {
+            profile: named,
+            ..prelude.clone()
+        };
         // Each layer's parts in turn become each part of all layers.
         let mut extents = vec![Bytes::from(prelude.encode())];
         let mut parts: Vec<_> = parts.into_iter().map(Vec::into_iter).collect();
@@ -190,13 +208,22 @@ impl Encoding {
     ) -> Result<Vec<Vec<Vec<u8>>>, EncodeError> {
         let tokens = layout.tokens();
         let rotation = prelude.rotation.as_ref().map(|of| of.angles(tokens));
-        let codec = LayerCodec::new(*layout, rotation.as_ref())?;
-        let codec = codec.with_exact_tokens(prelude.exact_tokens);
         let mut steps = self.steps.iter().copied();
         let mut last = DEFAULT_STEPS;
-        let encoded = layers.iter().map(|layer| {
+        let encoded = (0..).map(LayerIdx).zip(layers).map(|(index, layer)| {
+            let mut codec = LayerCodec::new(*layout, rotation.as_ref())?;
+            codec = codec.with_exact_tokens(prelude.exact_tokens);
             last = steps.next().unwrap_or(last);
-            let deviations = codec.deviations(layer);
+            let mut deviations = [0.0; 2];
+            if let Some(profile) = &self.profile {
+                let profile = profile.layer(index).ok_or(UnsupportedLayout::Profile)?;
+                codec = codec.with_profile(profile)?;
+                for (deviation, unit) in deviations.iter_mut().zip(profile.units()) {
+                    *deviation = unit;
+                }
+            } else {
+                deviations = codec.deviations(layer);
+            }
             let step = |plane: usize| {
                 let [deviation, factor] = [deviations, last].map(|of| of.get(plane).copied());
                 let step = deviation.unwrap_or(1.0) * factor.unwrap_or(1.0);
@@ -209,20 +236,32 @@ impl Encoding {
             };
             let mut parts = Vec::from(codec.encode(layer, [step(0), step(1)]).parts);
             parts.truncate(self.level.parts().into());
-            parts
+            Ok(parts)
         });
-        Ok(encoded.collect())
+        encoded.collect()
     }
 }
 
 impl ChunkDecoder {
     /// For a chunk that is stored at `level`, and has this prelude; a raw chunk has none.
+    /// If it names a profile, that is one of `profiles`.
     ///
     /// # Errors
-    /// The prelude is damaged, or says that this version cannot decode the chunk.
-    pub fn new(layout: KvLayout, level: Level, prelude: &[u8]) -> Result<Self, ChunkError> {
+    /// The prelude is damaged, or says that this version cannot decode the chunk; or its
+    /// profile is not there, or of other chunks.
+    pub fn new(
+        layout: KvLayout,
+        level: Level,
+        prelude: &[u8],
+        profiles: &[Arc<Profile>],
+    ) -> Result<Self, ChunkError> {
         let prelude = Prelude::parse(prelude, &layout)?;
-        if prelude.profile.is_some() {
+        let named = |digest| {
+            let found = profiles.iter().find(|profile| *profile.digest() == digest);
+            found.cloned().ok_or(ChunkError::Profile)
+        };
+        let profile = prelude.profile.map(named).transpose()?;
+        if !level.is_nested() && profile.is_some() {
             return Err(ChunkError::Profile);
         }
         let rotation = prelude.rotation.filter(|_| level.is_nested());
@@ -230,7 +269,11 @@ impl ChunkDecoder {
         match level {
             Level::RAW | Level::LOSSLESS => (),
             level if level.is_nested() => {
-                LayerCodec::new(layout, rotation.as_ref())?;
+                let codec = LayerCodec::new(layout, rotation.as_ref())?;
+                let of_first = profile.as_ref().and_then(|of| of.layer(LayerIdx(0)));
+                if let Some(of_first) = of_first {
+                    codec.with_profile(of_first)?;
+                }
             }
             Level::CACHEGEN => {
                 CacheGen::new(layout, CACHEGEN_STEPS)?;
@@ -243,6 +286,7 @@ impl ChunkDecoder {
             layout,
             level,
             rotation,
+            profile,
             exact_tokens: prelude.exact_tokens,
         })
     }
@@ -256,7 +300,12 @@ impl ChunkDecoder {
     ///
     /// # Panics
     /// `raw` has not the bytes that the layout says.
-    pub fn layer(&self, parts: &[impl AsRef<[u8]>], raw: &mut [u8]) -> Result<(), ChunkError> {
+    pub fn layer(
+        &self,
+        layer: LayerIdx,
+        parts: &[impl AsRef<[u8]>],
+        raw: &mut [u8],
+    ) -> Result<(), ChunkError> {
         assert_eq!(
             raw.len(),
             self.layout.layer_bytes(),
@@ -271,8 +320,12 @@ impl ChunkDecoder {
             if !(1..=LADDER.min(self.level.parts().into())).contains(&parts.len()) {
                 return Err(wrong);
             }
-            let codec = LayerCodec::new(self.layout, self.rotation.as_ref())?;
-            let codec = codec.with_exact_tokens(self.exact_tokens);
+            let mut codec = LayerCodec::new(self.layout, self.rotation.as_ref())?;
+            codec = codec.with_exact_tokens(self.exact_tokens);
+            if let Some(profile) = &self.profile {
+                let profile = profile.layer(layer).ok_or(ChunkError::Profile)?;
+                codec = codec.with_profile(profile)?;
+            }
             return Ok(codec.decode(&parts, raw)?);
         }
         let &[part] = parts.as_slice() else {

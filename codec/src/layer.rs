@@ -3,6 +3,7 @@
 //! ```text
 //! layer  := base ‖ refinement ‖ refinement          one part a level
 //! parameters of the base := exact tokens (LEB128) ‖ plane × { step (f32) ‖ group × channels }
+//! channels with a profile := 0 (u8)  |  1 (u8) ‖ channels
 //! cells of the base      := group × { exact tokens, as they are ‖ cell … }
 //! cells of a refinement  := cell …
 //! ```
@@ -19,6 +20,9 @@
 //! count for the quantiser: attention sinks are unlike all others, and errors in them are
 //! felt everywhere. No cell is stored of exact tokens where there are none.
 //!
+//! With a profile, coefficients take the places of channels, and a group whose coefficients
+//! are as the profile says has nothing said of them: its channels are a 0.
+//!
 //! All integers are little-endian.
 
 use kvasir_types::{DType, HeadRange, KvLayout, Plane, TokenRange};
@@ -27,6 +31,7 @@ use crate::cell::{CELL_TOKENS, CellError, Decoder, Encoder, LADDER, MAX_WIDTH, m
 use crate::channels::{ChannelsError, Quantiser, moments};
 use crate::output::Output;
 use crate::part::{EXACT, HeadReader, Part, PartWriter, Place, write_length};
+use crate::profile::{LayerProfile, ProfileBasis, ProfileShape};
 use crate::rans::{AT_ONCE, LANES, STATE_BYTES};
 use crate::rotation::Rotation;
 use crate::values;
@@ -37,6 +42,7 @@ pub struct LayerCodec<'a> {
     layout: KvLayout,
     rotation: Option<&'a Rotation>,
     exact_tokens: u32,
+    profile: Option<LayerProfile<'a>>,
     planes: Vec<PlaneShape>,
 }
 
@@ -69,6 +75,9 @@ pub enum UnsupportedLayout {
     /// A head is too wide for a cell.
     #[error("a head of {0} channels is wider than {MAX_WIDTH}")]
     Width(usize),
+    /// The profile is of another layout, or of keys that were turned in another way.
+    #[error("the profile is not one of such chunks")]
+    Profile,
     /// The rotation is of more channels than a key has, or of other tokens.
     #[error("the rotation does not fit keys of {dim} channels and {tokens} tokens")]
     Rotation {
@@ -154,8 +163,25 @@ impl<'a> LayerCodec<'a> {
             layout,
             rotation,
             exact_tokens: 0,
+            profile: None,
             planes,
         })
+    }
+
+    /// With what is known of the layer. Steps stay those of coefficients, in which errors are
+    /// as large as in channels unless the profile weighs them.
+    ///
+    /// A value that is not finite makes all of its token and group so.
+    ///
+    /// # Errors
+    /// [`UnsupportedLayout::Profile`]
+    pub fn with_profile(mut self, profile: LayerProfile<'a>) -> Result<Self, UnsupportedLayout> {
+        let pairing = self.rotation.map(Rotation::pairing);
+        if *profile.shape() != ProfileShape::of(&self.layout, pairing) {
+            return Err(UnsupportedLayout::Profile);
+        }
+        self.profile = Some(profile);
+        Ok(self)
     }
 
     /// Keeps the first tokens of every chunk as they are, bit for bit. Default: 0.
@@ -245,13 +271,30 @@ impl<'a> LayerCodec<'a> {
         let mut parts = [0, 1, 2].map(PartWriter::new);
         let mut encoder = Encoder::new();
         let mut rows = Vec::new();
-        for (shape, step) in self.planes.iter().zip(steps) {
+        let mut coefficients = Vec::new();
+        for ((in_layer, shape), step) in self.planes.iter().enumerate().zip(steps) {
             rows.clear();
             parameters.extend_from_slice(&step.to_le_bytes());
             for (number, group) in (0..).zip(shape.groups()) {
                 self.gather(raw, shape, group, &mut rows);
-                let quantiser = Quantiser::of(&rows[exact * shape.width..], shape.width, step);
-                quantiser.write(&mut parameters);
+                if let Some(basis) = self.basis(in_layer, number) {
+                    basis.project(&rows, &mut coefficients);
+                    std::mem::swap(&mut rows, &mut coefficients);
+                }
+                let counted = &rows[exact * shape.width..];
+                let mut quantiser = Quantiser::of(counted, shape.width, step);
+                if let Some(basis) = self.basis(in_layer, number) {
+                    let expected = basis.quantiser(step);
+                    if quantiser.is_worth_its_bytes(&expected, counted) {
+                        parameters.push(OF_CHUNK);
+                        quantiser.write(&mut parameters);
+                    } else {
+                        parameters.push(OF_PROFILE);
+                        quantiser = expected;
+                    }
+                } else {
+                    quantiser.write(&mut parameters);
+                }
                 for part in &mut parts {
                     part.next = shape.place(part.next.level, number, 0);
                 }
@@ -323,7 +366,7 @@ impl<'a> LayerCodec<'a> {
         let mut before = 0;
         let of_groups = self.cells_of_group();
         let mut quantisers = quantisers.iter();
-        for shape in &self.planes {
+        for (in_layer, shape) in self.planes.iter().enumerate() {
             for (number, (group, quantiser)) in (0..).zip(shape.groups().zip(quantisers.by_ref())) {
                 let in_part = before;
                 before += 1;
@@ -342,6 +385,9 @@ impl<'a> LayerCodec<'a> {
                     slice_tokens,
                     rotation,
                 );
+                if let Some(basis) = self.basis(in_layer, number) {
+                    output = output.with_basis(basis, quantiser);
+                }
                 let mut cell = first_token / CELL_TOKENS;
                 while cell * CELL_TOKENS < last_token {
                     let (cells, tokens) = self.at_once(cell);
@@ -393,12 +439,22 @@ impl<'a> LayerCodec<'a> {
         let mut base = heads.next().ok_or(DecodeError::Length(0))?;
         let exact = base.take_length(tokens)?;
         let mut quantisers = Vec::new();
-        for shape in &self.planes {
+        for (in_layer, shape) in self.planes.iter().enumerate() {
             let step = f32::from_le_bytes(base.take()?);
             if !is_step(step) {
                 return Err(DecodeError::Step(step));
             }
-            for _ in shape.groups() {
+            for (group, _) in (0..).zip(shape.groups()) {
+                if let Some(basis) = self.basis(in_layer, group) {
+                    match base.take()? {
+                        [OF_PROFILE] => {
+                            quantisers.push(basis.quantiser(step));
+                            continue;
+                        }
+                        [OF_CHUNK] => (),
+                        _ => return Err(ChannelsError.into()),
+                    }
+                }
                 quantisers.push(base.read(|bytes| Quantiser::read(step, shape.width, bytes))?);
             }
         }
@@ -438,6 +494,11 @@ impl<'a> LayerCodec<'a> {
             heads: unit_heads,
             tokens: unit_tokens,
         })
+    }
+
+    /// Of a plane in the order of those that are there, and a group.
+    fn basis(&self, plane: usize, group: u16) -> Option<&'a ProfileBasis> {
+        self.profile?.basis(plane, group.into())
     }
 
     fn cells_of_group(&self) -> usize {
@@ -515,7 +576,7 @@ impl PlaneShape {
 
 /// How many heads share cells: few enough for ranks of tensor parallelism to take theirs,
 /// and enough for a cell to have 256 channels where the layer has as many.
-fn heads_of_a_group(heads: u16, dim: usize) -> u16 {
+pub(crate) fn heads_of_a_group(heads: u16, dim: usize) -> u16 {
     let fits = |&group: &u16| heads.is_multiple_of(group) && usize::from(group) * dim <= MAX_WIDTH;
     let enough = |&group: &u16| usize::from(group) * dim >= ENOUGH_CHANNELS;
     let mut groups = (1..=heads).filter(fits);
@@ -527,6 +588,10 @@ fn is_step(step: f32) -> bool {
     step.is_normal() && step > 0.0
 }
 
+/// Channels are as the profile says.
+const OF_PROFILE: u8 = 0;
+/// They are not, and follow.
+const OF_CHUNK: u8 = 1;
 const ENOUGH_CHANNELS: usize = 256;
 /// Of a cell at level 0: length, checksum, the number of outliers, and the states.
 const CELL_BYTES: usize = 2 + 4 + 2 + STATE_BYTES;

@@ -49,6 +49,10 @@
 //! tokens, which attention leans on, can be kept bit for bit:
 //! [`LayerCodec::with_exact_tokens`].
 //!
+//! With a [`Profile`] of the model, which is calibrated once, channels are projected on a basis
+//! in which they say nothing of each other, after [`Rotation`] is undone, and nothing needs to
+//! be shipped of them. A chunk names its profile by digest, and cannot be decoded without it.
+//!
 //! What a layer takes, how exact it stays and how fast it is coded: `kvasir-bench codec`.
 //!
 //! # Other codings
@@ -78,9 +82,11 @@ mod object;
 mod output;
 mod part;
 mod prelude;
+mod profile;
 mod quantise;
 mod rans;
 mod rotation;
+mod transform;
 mod values;
 
 pub use cachegen::{CacheGen, CacheGenError, CirculatedCacheGen, CirculatedLevel};
@@ -93,5 +99,6 @@ pub use layer::{DecodeError, EncodedLayer, LayerCodec, UnsupportedLayout};
 pub use lossless::{LosslessError, decode_lossless, encode_lossless};
 pub use object::{Object, ObjectError};
 pub use prelude::{KeyRotation, Prelude, PreludeError};
+pub use profile::{LayerProfile, Profile, ProfileBasis, ProfileError, ProfilePlane, ProfileShape};
 pub use rans::StreamError;
 pub use rotation::{Pairing, Rotation};

@@ -4,6 +4,7 @@ use kvasir_types::DType;
 
 use crate::cell::{MAX_WIDTH, Numbers};
 use crate::channels::Quantiser;
+use crate::profile::ProfileBasis;
 use crate::rans::LANES;
 use crate::rotation::Rotation;
 use crate::values::{self, Block};
@@ -19,6 +20,18 @@ pub(crate) struct Output<'r, 'a> {
     tokens: usize,
     rotation: Option<&'a Rotation>,
     way: Way,
+    basis: Option<Restored<'a>>,
+}
+
+/// Where numbers are of coefficients, and values of channels.
+#[derive(Debug)]
+struct Restored<'a> {
+    basis: &'a ProfileBasis,
+    /// Channels where all numbers are zero.
+    origin: Vec<f32>,
+    /// Of a cell, a row a token.
+    coefficients: Vec<f32>,
+    rows: Vec<f32>,
 }
 
 /// How numbers become values.
@@ -30,6 +43,8 @@ enum Way {
     TurnedBlocks,
     /// A row at a time.
     Rows,
+    /// A cell at a time, from coefficients.
+    Restored,
 }
 
 impl<'r, 'a> Output<'r, 'a> {
@@ -55,7 +70,20 @@ impl<'r, 'a> Output<'r, 'a> {
             tokens,
             rotation,
             way,
+            basis: None,
         }
+    }
+
+    /// For numbers of coefficients of a basis.
+    pub(crate) fn with_basis(mut self, basis: &'a ProfileBasis, quantiser: &Quantiser) -> Self {
+        self.way = Way::Restored;
+        self.basis = Some(Restored {
+            basis,
+            origin: basis.origin(&quantiser.offsets),
+            coefficients: Vec::new(),
+            rows: Vec::new(),
+        });
+        self
     }
 
     /// How many blocks [`put`](Self::put) needs at a time, of those that there are.
@@ -63,7 +91,7 @@ impl<'r, 'a> Output<'r, 'a> {
         match self.way {
             Way::Blocks => 1,
             Way::TurnedBlocks => self.dim / LANES,
-            Way::Rows => all,
+            Way::Rows | Way::Restored => all,
         }
     }
 
@@ -82,6 +110,7 @@ impl<'r, 'a> Output<'r, 'a> {
                     self.put_blocks(&numbers, quantiser, step, cell, token);
                     self.correct(&numbers, quantiser, step, cell, token);
                 }
+                Way::Restored => self.put_restored(&numbers, quantiser, step, cell, token),
                 Way::Rows => {
                     for row in 0..numbers.tokens {
                         let heads = self.raw.len() / (self.tokens * self.row_bytes());
@@ -145,6 +174,57 @@ impl<'r, 'a> Output<'r, 'a> {
             }
             block += 1;
         }
+    }
+
+    /// Puts a cell whose numbers are of coefficients.
+    fn put_restored(
+        &mut self,
+        numbers: &Numbers<'_>,
+        quantiser: &Quantiser,
+        step: f32,
+        cell: usize,
+        token: usize,
+    ) {
+        let Some(mut restored) = self.basis.take() else {
+            return;
+        };
+        let width = quantiser.width();
+        let Restored {
+            basis,
+            origin,
+            coefficients,
+            rows,
+        } = &mut restored;
+        for of_cell in [&mut *coefficients, &mut *rows] {
+            of_cell.resize(numbers.tokens * width, 0.0);
+        }
+        for block in 0..numbers.blocks() {
+            let of_rows = coefficients.chunks_exact_mut(width);
+            for (row, numbers) in of_rows.zip(numbers.rows(block, cell)) {
+                let values = &mut row[block * LANES..][..LANES];
+                for (value, &number) in values.iter_mut().zip(numbers) {
+                    *value = f32::from(number) * step;
+                }
+            }
+        }
+        for &(position, value) in numbers.outliers(cell) {
+            let position = usize::from(position);
+            // Offsets are in the origin.
+            coefficients[position] = value - quantiser.offsets[position % width];
+        }
+        basis.restore(coefficients, origin, rows);
+        let (row_bytes, dim) = (self.row_bytes(), self.dim);
+        for (at, row) in rows.chunks_exact_mut(width).enumerate() {
+            let heads = self.raw.chunks_exact_mut(self.tokens * row_bytes);
+            for (values, head) in row.chunks_exact_mut(dim).zip(heads) {
+                if let Some(rotation) = self.rotation {
+                    rotation.redo(self.first + token + at, values);
+                }
+                let out = &mut head[(token + at) * row_bytes..][..row_bytes];
+                values::store(self.dtype, values, out);
+            }
+        }
+        self.basis = Some(restored);
     }
 
     /// Puts outliers in their places.

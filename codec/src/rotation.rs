@@ -67,6 +67,11 @@ impl Rotation {
         }
     }
 
+    /// Which channels form pairs.
+    pub fn pairing(&self) -> Pairing {
+        self.pairing
+    }
+
     /// Channels that take part.
     pub fn channels(&self) -> usize {
         2 * self.pairs

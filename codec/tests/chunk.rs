@@ -50,14 +50,16 @@ fn encoded(layout: &KvLayout, level: Level, layers: Vec<Bytes>) -> Object {
 fn decoder(object: &Object) -> Result<ChunkDecoder, ChunkError> {
     let header = object.header();
     let prelude = object.prelude().cloned().unwrap_or_default();
-    ChunkDecoder::new(*header.layout(), header.level(), &prelude)
+    ChunkDecoder::new(*header.layout(), header.level(), &prelude, &[])
 }
 
 /// A layer decoded from so many of its parts.
 fn decoded(object: &Object, layer: u16, parts: usize) -> Result<Vec<u8>, ChunkError> {
     let mut raw = vec![0; object.header().layout().layer_bytes()];
     let of_layer = &object.parts(LayerIdx(layer))[..parts];
-    decoder(object)?.layer(of_layer, &mut raw).map(|()| raw)
+    decoder(object)?
+        .layer(LayerIdx(layer), of_layer, &mut raw)
+        .map(|()| raw)
 }
 
 fn error(raw: &[u8], layer: &[u8]) -> f32 {
@@ -216,16 +218,16 @@ fn wrong_parts_are_errors() {
     let decoder = decoder(&object).unwrap();
     let parts = object.parts(LayerIdx(0));
     let mut raw = vec![0; layout.layer_bytes()];
-    let mut fails = |parts: &[&Bytes]| decoder.layer(parts, &mut raw).is_err();
+    let mut fails = |parts: &[&Bytes]| decoder.layer(LayerIdx(0), parts, &mut raw).is_err();
     assert!(fails(&[]));
     assert!(fails(&[parts[0], parts[1], parts[1]]));
     assert!(fails(&[parts[1], parts[0]]));
     assert!(!fails(&parts));
     let raw_chunk = encoded(&layout, Level::RAW, layers(&layout));
-    let exact = ChunkDecoder::new(layout, Level::RAW, &[]).unwrap();
+    let exact = ChunkDecoder::new(layout, Level::RAW, &[], &[]).unwrap();
     let layer = raw_chunk.parts(LayerIdx(0))[0];
-    assert!(exact.layer(&[&layer[1..]], &mut raw).is_err());
-    assert!(exact.layer(&[layer], &mut raw).is_ok());
+    assert!(exact.layer(LayerIdx(0), &[&layer[1..]], &mut raw).is_err());
+    assert!(exact.layer(LayerIdx(0), &[layer], &mut raw).is_ok());
 }
 
 #[test]
@@ -234,7 +236,7 @@ fn chunks_that_need_more_than_this_version_has_are_refused() {
         profile: Some([1; 32]),
         ..prelude()
     };
-    let error = ChunkDecoder::new(layout(64), Level::L0, &prelude.encode()).unwrap_err();
+    let error = ChunkDecoder::new(layout(64), Level::L0, &prelude.encode(), &[]).unwrap_err();
     assert_eq!(error, ChunkError::Profile);
     let mut encoding = Encoding::at(Level::L0);
     let layout = layout(64);

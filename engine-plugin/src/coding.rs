@@ -5,8 +5,10 @@ use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
 use kvasir_client::Chunk;
-use kvasir_codec::{ChunkDecoder, ChunkError, EncodeError, Encoding, KeyRotation, Prelude};
-use kvasir_types::{KvLayout, Level};
+use kvasir_codec::{
+    ChunkDecoder, ChunkError, EncodeError, Encoding, KeyRotation, Prelude, UnsupportedLayout,
+};
+use kvasir_types::{KvLayout, LayerIdx, Level};
 use tokio::sync::Semaphore;
 use tracing::warn;
 
@@ -15,7 +17,8 @@ use crate::ChunkCopy;
 /// In which form chunks are stored and fetched.
 #[derive(Clone, Debug)]
 pub struct CodecConfig {
-    /// How captured chunks are encoded. Default: not at all, [`Level::RAW`].
+    /// How captured chunks are encoded, and the profile that nested ones are decoded with: one
+    /// that names another is computed. Default: not at all, [`Level::RAW`].
     pub encoding: Encoding,
     /// The finest level that is fetched of chunks which are stored at a nested level.
     /// Default: as stored.
@@ -49,6 +52,11 @@ impl CodecConfig {
     /// # Errors
     /// What is wrong with it.
     pub fn check(&self, layout: &KvLayout) -> Result<(), EncodeError> {
+        let pairing = self.rotation.as_ref().map(|rotation| rotation.pairing);
+        let profile = self.encoding.profile.as_ref();
+        if profile.is_some_and(|profile| !profile.fits(layout, pairing)) {
+            return Err(UnsupportedLayout::Profile.into());
+        }
         self.encoding.check(layout)
     }
 }
@@ -171,6 +179,7 @@ impl Coder {
     pub(crate) async fn decode(
         self: &Arc<Self>,
         decoding: Arc<Decoding>,
+        layer: LayerIdx,
         parts: Vec<Bytes>,
     ) -> Option<Result<Bytes, ChunkError>> {
         let layer_bytes = self.layout.layer_bytes();
@@ -181,13 +190,14 @@ impl Coder {
             return Some(Ok(layer.clone()));
         }
         let layout = self.layout;
+        let profiles = self.config.encoding.profile.clone();
         self.run(move || {
             let Decoding { level, prelude, .. } = &*decoding;
-            let decoder = || ChunkDecoder::new(layout, *level, prelude);
+            let decoder = || ChunkDecoder::new(layout, *level, prelude, profiles.as_slice());
             let decoder = decoding.decoder.get_or_init(decoder);
             let mut raw = vec![0; layer_bytes];
             match decoder {
-                Ok(decoder) => decoder.layer(&parts, &mut raw).map(|()| raw.into()),
+                Ok(decoder) => decoder.layer(layer, &parts, &mut raw).map(|()| raw.into()),
                 Err(error) => Err(error.clone()),
             }
         })

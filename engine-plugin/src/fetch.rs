@@ -506,7 +506,7 @@ impl Fetch {
         let mut decodings: Vec<Arc<Decoding>> = stored.map(raw).collect();
         let decode = async |decoding, chunk, layer, parts: Vec<Bytes>| {
             let bytes = parts.iter().map(|part| part.len() as u64).sum();
-            let failed = match coder.decode(decoding, parts).await {
+            let failed = match coder.decode(decoding, layer, parts).await {
                 Some(Ok(data)) => {
                     return Arrival::Layer {
                         chunk,

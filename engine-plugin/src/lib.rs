@@ -49,7 +49,7 @@ use kvasir_client::{Client, ClientConfig};
 use kvasir_types::{ByteSize, Durability, Namespace};
 
 pub use kvasir_client::ParseEndpointError;
-pub use kvasir_codec::{EncodeError, Encoding, KeyRotation, Pairing};
+pub use kvasir_codec::{EncodeError, Encoding, KeyRotation, Pairing, Profile};
 
 pub use backend::{BackendError, EngineBackend};
 pub use capture::{CaptureOutcome, CaptureStats, ChunkCopy};

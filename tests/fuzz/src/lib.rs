@@ -44,14 +44,14 @@ pub fn container(bytes: &[u8]) {
         return;
     }
     let prelude = object.prelude().cloned().unwrap_or_default();
-    let Ok(decoder) = ChunkDecoder::new(*header.layout(), header.level(), &prelude) else {
+    let Ok(decoder) = ChunkDecoder::new(*header.layout(), header.level(), &prelude, &[]) else {
         return;
     };
     let mut raw = vec![0; header.layout().layer_bytes()];
     for layer in 0..header.layout().layers().min(2) {
         let parts = object.parts(LayerIdx(layer));
         for count in 0..=parts.len() {
-            let _ = decoder.layer(&parts[..count], &mut raw);
+            let _ = decoder.layer(LayerIdx(layer), &parts[..count], &mut raw);
         }
     }
 }
@@ -79,7 +79,7 @@ pub fn layer(bytes: &[u8]) {
     let (layouts, choice) = (layouts(), usize::from(choice));
     let layout = layouts[choice % layouts.len()];
     let level = levels[choice / layouts.len() % levels.len()];
-    let Ok(decoder) = ChunkDecoder::new(layout, level, &[]) else {
+    let Ok(decoder) = ChunkDecoder::new(layout, level, &[], &[]) else {
         return;
     };
     let mut parts = Vec::new();
@@ -94,7 +94,7 @@ pub fn layer(bytes: &[u8]) {
     }
     parts.push(rest);
     let mut raw = vec![0; layout.layer_bytes()];
-    let _ = decoder.layer(&parts, &mut raw);
+    let _ = decoder.layer(LayerIdx(0), &parts, &mut raw);
 }
 
 /// A layer of either CacheGen, whose tables come with it. The first byte chooses which, and

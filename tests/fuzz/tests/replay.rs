@@ -151,9 +151,11 @@ fn seeds_reach_what_they_are_for() {
         let object = object(&layout, Level::L2, false);
         let level = object.header().level();
         let prelude = object.prelude().cloned().unwrap_or_default();
-        let decoder = ChunkDecoder::new(layout, level, &prelude).unwrap();
+        let decoder = ChunkDecoder::new(layout, level, &prelude, &[]).unwrap();
         let mut raw = vec![0; layout.layer_bytes()];
-        decoder.layer(&object.parts(LayerIdx(0)), &mut raw).unwrap();
+        decoder
+            .layer(LayerIdx(0), &object.parts(LayerIdx(0)), &mut raw)
+            .unwrap();
     }
 }
 
