@@ -2,12 +2,15 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use kvasir_client::{Chunk, Client, GetEvent, GetOptions};
+use kvasir_codec::{ProfileBasis, ProfilePlane, ProfileShape};
+use kvasir_engine::KvDtype;
 use kvasir_engine::cache;
 use kvasir_engine::model::Model;
-use kvasir_plugin::{CodecConfig, Encoding, LoadPolicy, PluginConfig};
+use kvasir_plugin::{CodecConfig, Encoding, LoadPolicy, PluginConfig, Profile};
 use kvasir_tests::harness::{self, Answer, Rig, Use, start_daemon};
 use kvasir_types::{LayerRange, Level};
 
@@ -73,6 +76,54 @@ async fn one_stored_chunk_serves_every_level() {
     let all = cached(daemon.address(), &prompt, Level::L2, None).await;
     assert_eq!(all.usage.fetched_bytes, before);
     assert_eq!(all.usage.cached_level, Some(Level::L2));
+}
+
+/// As fine as any, in a basis that is none.
+fn profile(unit: f32) -> Arc<Profile> {
+    let model = Model::load(&harness::model_dir()).unwrap();
+    let layout = cache::layout(model.config(), KvDtype::F32, harness::CHUNK_TOKENS).unwrap();
+    let rotation = cache::rotation(model.config());
+    let shape = ProfileShape::of(&layout, Some(rotation.pairing));
+    let heads = shape.heads_per_basis();
+    let plane = |plane: usize| {
+        let channels = usize::from(heads[plane] * shape.dims[plane]);
+        let ones = vec![1.0; channels];
+        let same = |at: usize| if at % (channels + 1) == 0 { 1.0 } else { 0.0 };
+        let vectors: Vec<f32> = (0..channels * channels).map(same).collect();
+        let basis = ProfileBasis::new(vec![0.0; channels], ones.clone(), ones, &vectors);
+        let bases = vec![basis; usize::from(shape.kv_heads / heads[plane])];
+        ProfilePlane { unit, bases }
+    };
+    let planes = (0..shape.layers).flat_map(|_| [plane(0), plane(1)]);
+    Arc::new(Profile::new(shape, planes.collect()).unwrap())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn chunks_of_an_unknown_profile_are_computed() {
+    let data = tempfile::tempdir().unwrap();
+    let daemon = start_daemon(DAEMON, data.path(), "127.0.0.1:0");
+    let client = Client::connect(daemon.address()).await.unwrap();
+    let prompt = harness::prompt(PROMPT_TOKENS, 0);
+    let with = |profile: Option<Arc<Profile>>| {
+        let mut config = config(Level::L1, None);
+        config.codec.encoding.profile = profile;
+        Rig::reader(daemon.address(), config)
+    };
+    let ours = profile(0.01);
+    let writer = with(Some(Arc::clone(&ours)));
+    let computed = writer.ask(&prompt, Use::Write).await;
+    writer.stored(&client, &prompt).await;
+
+    let answer = with(Some(ours)).ask(&prompt, Use::Read).await;
+    let all = 6 * harness::CHUNK_TOKENS as usize;
+    assert_eq!(answer.usage.cached_tokens, all);
+    assert_eq!(answer.usage.cached_level, Some(Level::L1));
+    assert_eq!(answer.tokens, computed.tokens);
+    for other in [None, Some(profile(0.02))] {
+        let answer = with(other).ask(&prompt, Use::Read).await;
+        assert_eq!(answer.usage.cached_tokens, 0);
+        answer.assert_equals(&computed);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

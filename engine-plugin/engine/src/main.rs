@@ -17,7 +17,7 @@ use kvasir_engine::http::{self, Defaults, Front, Limits, Preparation};
 use kvasir_engine::scheduler::{Engine, EngineConfig};
 use kvasir_engine::tokenizer::Tokenizer;
 use kvasir_engine::{BLOCK_TOKENS, KvDtype, Model, metrics};
-use kvasir_plugin::{CachePlugin, CodecConfig, Encoding, PluginConfig};
+use kvasir_plugin::{CachePlugin, CodecConfig, Encoding, PluginConfig, Profile};
 use kvasir_types::{ByteSize, Level};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -65,6 +65,11 @@ struct ServeArgs {
     /// ever fewer bytes, and hold all coarser ones.
     #[arg(long, default_value_t = Level::RAW)]
     cache_level: Level,
+    /// The profile that levels l0 to l2 are coded with: they take fewer bytes, and only engines
+    /// that have the same one can use them. Default: kvasir-profile.bin beside the model, if it
+    /// is there.
+    #[arg(long, value_name = "FILE")]
+    profile: Option<PathBuf>,
     /// The finest of the levels l0 to l2 that is fetched. Default: as stored.
     #[arg(long)]
     fetch_level: Option<Level>,
@@ -108,6 +113,8 @@ impl From<KvDtypeArg> for KvDtype {
 }
 
 const DEFAULT_KV_MEMORY: ByteSize = ByteSize::gib(1);
+/// In a model's directory.
+const PROFILE: &str = "kvasir-profile.bin";
 const DEFAULT_SEQUENCES: u64 = 8;
 
 #[tokio::main]
@@ -119,6 +126,21 @@ async fn main() -> anyhow::Result<()> {
         .init();
     let Command::Serve(args) = Args::parse().command;
     serve(args).await
+}
+
+/// The one that is asked for, or the model's.
+fn profile(args: &ServeArgs) -> anyhow::Result<Option<Arc<Profile>>> {
+    let beside = || {
+        let path = args.model.join(PROFILE);
+        (args.cache_level.is_nested() && path.exists()).then_some(path)
+    };
+    let Some(path) = args.profile.clone().or_else(beside) else {
+        return Ok(None);
+    };
+    let reading = || format!("reading the profile {}", path.display());
+    let bytes = std::fs::read(&path).with_context(reading)?;
+    let profile = Profile::parse(&bytes).with_context(reading)?;
+    Ok(Some(Arc::new(profile)))
 }
 
 async fn serve(args: ServeArgs) -> anyhow::Result<()> {
@@ -145,15 +167,20 @@ async fn serve(args: ServeArgs) -> anyhow::Result<()> {
         let salt = args.tenant_salt.as_bytes();
         let namespace = cache::namespace(&model, layout, &tokenizer.digest(), salt);
         let runtime = tokio::runtime::Handle::current();
+        let encoding = Encoding {
+            profile: profile(&args)?,
+            ..Encoding::at(args.cache_level)
+        };
         let codec = CodecConfig {
-            encoding: Encoding::at(args.cache_level),
+            encoding,
             fetch: args.fetch_level,
             rotation: Some(cache::rotation(model.config())),
             ..CodecConfig::default()
         };
-        codec
-            .check(&layout)
-            .with_context(|| format!("--cache-level {} is not for this model", args.cache_level))?;
+        codec.check(&layout).with_context(|| {
+            let level = args.cache_level;
+            format!("--cache-level {level}, or the profile, is not for this model")
+        })?;
         let config = PluginConfig {
             codec,
             ..PluginConfig::default()
