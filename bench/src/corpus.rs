@@ -67,7 +67,10 @@ pub(crate) fn evaluation(
 }
 
 /// The first context with a question of the task, of the stream `seed`.
-fn with_questions(
+///
+/// # Errors
+/// As for [`evaluation`].
+pub(crate) fn with_questions(
     vocabulary: &Vocabulary,
     task: &Task,
     chunks: usize,

@@ -82,6 +82,8 @@ enum Suite {
     Replay(replay::Options),
     /// Quality of answers when the KV of a context is reused, beside full prefill.
     Quality(quality::Options),
+    /// Calibrates the profile of a model, for its codec; see bench/src/methods/calibration.rs.
+    Profile(methods::calibration::Options),
     /// What a value of KV takes under each codec, how exact it stays, and how fast it is.
     Codec(codec::Options),
     /// Statistics of the KV of a model: what a codec can gain, and where reuse deviates.
@@ -140,6 +142,7 @@ async fn run(suite: Suite, json: bool, quick: bool) -> anyhow::Result<()> {
         },
         Suite::Soak(options) => soak::run(&options, quick, json).await,
         Suite::Quality(options) => quality::run(&options, quick)?.print(json),
+        Suite::Profile(options) => methods::calibration::run(&options)?.print(json),
         Suite::Codec(options) => codec::run(&options, quick)?.print(json),
         Suite::Kvstats(options) => kvstats::run(&options, quick)?.print(json),
         Suite::Lookup => lookup::run(quick).await?.print(json),

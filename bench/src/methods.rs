@@ -13,6 +13,8 @@
 //!   of `k` times that; `kvasir` is `kvasir:L1`. After `-`, `klt` puts a Karhunen–Loève
 //!   transform before it: `-klthead` per head, `-kltlayer` per layer, `-kltall` over all
 //!   layers, `-kltflat` the same without weighing them; see [`klt`]. These measure what a profile could gain and do not ship.
+//!   `kvasir:profile-L1`: what ships, with a profile of the model, see [`calibration`]; steps
+//!   are in its units.
 //! - `int8`, `int4-hadamard`: fixed rate, for pages; `kvasir_codec::FixedCodec`.
 //! - `zstd-planes`: exact, of bf16 (`zstd-planes:f16`: of f16).
 //! - `cachegen`: as its paper has it; `cachegen:x2` with steps twice as large.
@@ -27,7 +29,7 @@ use std::str::FromStr;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context as _, ensure};
-use kvasir_codec::{CirculatedLevel, FixedRate, Pairing, Rotation};
+use kvasir_codec::{CirculatedLevel, FixedRate, Pairing, Profile, Rotation};
 use kvasir_engine::ModelConfig;
 use kvasir_engine::rope::Frequencies;
 use kvasir_types::{DType, KvLayout, Planes};
@@ -35,6 +37,7 @@ use kvasir_types::{DType, KvLayout, Planes};
 use crate::quality::reader::Kv;
 
 mod cachegen;
+pub(crate) mod calibration;
 mod frame;
 mod kivi;
 mod klt;
@@ -112,6 +115,8 @@ pub(crate) struct Training {
     chunks: Vec<Chunk>,
     /// What steps are multiplied by, by layer and plane, where a variant asks for it.
     factors: Option<Vec<[f32; 2]>>,
+    /// For variants that ask for it.
+    profile: Option<Arc<Profile>>,
     kvtc: Mutex<Option<Arc<kvtc::Profile>>>,
     bases: Mutex<BTreeMap<(ours::Transform, bool), Arc<klt::Bases>>>,
 }
@@ -137,6 +142,11 @@ impl Training {
     /// With these factors for variants that ask for them.
     pub(crate) fn allocated(self, factors: Option<Vec<[f32; 2]>>) -> Self {
         Self { factors, ..self }
+    }
+
+    /// With a profile for variants that ask for it.
+    pub(crate) fn with_profile(self, profile: Option<Arc<Profile>>) -> Self {
+        Self { profile, ..self }
     }
 
     /// By layer and plane.
@@ -322,7 +332,12 @@ impl Spec {
             }),
             Self::Kvasir(variant) => {
                 let factors = training.factors(*variant, geometry)?;
-                Box::new(Kvasir::new(*variant, geometry).times(&factors))
+                let mut profile = None;
+                if variant.profile {
+                    profile = Some(training.profile.clone().context("pass --profile")?);
+                }
+                let coder = Kvasir::new(*variant, geometry).times(&factors);
+                Box::new(coder.with_profile(profile))
             }
             Self::Int8 => Box::new(simple::Fixed(FixedRate::Int8)),
             Self::Int4Hadamard => Box::new(simple::Fixed(FixedRate::Int4Hadamard)),
@@ -477,6 +492,8 @@ mod tests {
             "zstd-planes",
             "zstd-planes:f16",
             "kvasir:s2-L0-kltall",
+            "kvasir:profile-L0",
+            "kvasir:profile-s2k0.5-L1-alloc",
             "kvasir:L1-klthead",
             "kvasir:s1-L0-alloc",
             "kvasir:s1k2-L0-kltall-alloc",

@@ -45,7 +45,7 @@ pub(crate) mod method;
 pub(crate) mod reader;
 
 mod score;
-mod sensitivity;
+pub(crate) mod sensitivity;
 
 use coded::Coded;
 use interval::Estimate;
@@ -53,6 +53,8 @@ use method::{Caches, Charge, Method, Way};
 use reader::Reader;
 use score::{Answer, Asked, Distance};
 
+/// The profile in a model's directory.
+const PROFILE: &str = "kvasir-profile.bin";
 /// Chunks of a cell that has no count in its name.
 const BASE_CHUNKS: usize = 8;
 /// Questions asked over one context at most: more say little new about its KV.
@@ -101,6 +103,13 @@ pub(crate) struct Options {
     /// What `--sensitivity` printed: steps of variants that end in `-alloc` follow it.
     #[arg(long, value_name = "FILE")]
     pub(crate) allocation: Option<PathBuf>,
+    /// The profile of variants that have one, as `kvasir-bench profile` writes it. Default:
+    /// the model's.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) profile: Option<PathBuf>,
+    /// Asks about contexts of the training split: for what is calibrated from the answers.
+    #[arg(long)]
+    pub(crate) on_training: bool,
     /// Writes a plot of bits and KL.
     #[arg(long, value_name = "FILE.svg")]
     pub(crate) plot: Option<PathBuf>,
@@ -113,6 +122,23 @@ impl Options {
     /// Questions a cell.
     fn wanted(&self, quick: bool) -> usize {
         self.questions.unwrap_or(if quick { 24 } else { 1000 })
+    }
+
+    /// The split that contexts are of.
+    fn split(&self) -> Split {
+        if self.on_training {
+            Split::Train
+        } else {
+            Split::Test
+        }
+    }
+
+    /// The profile, if there is one.
+    fn profile(&self, geometry: &Geometry) -> anyhow::Result<Option<Arc<kvasir_codec::Profile>>> {
+        let path = self.profile.clone();
+        let path = path.or_else(|| Some(self.model.join(PROFILE)).filter(|path| path.exists()));
+        let profile = path.map(|path| methods::calibration::read(&path, geometry));
+        profile.transpose()
     }
 
     /// The settings of the report.
@@ -132,7 +158,10 @@ impl Options {
         let geometry = Arc::new(Geometry::new(reader.config()));
         let factors = self.allocation.as_deref().map(sensitivity::read);
         let factors = factors.transpose()?;
-        let mut training = Training::default().allocated(factors.clone());
+        let profile = self.profile(&geometry)?;
+        let mut training = Training::default()
+            .allocated(factors.clone())
+            .with_profile(profile.clone());
         let mut is_trained = false;
         let mut ways = Vec::new();
         let names = self.methods.iter().flat_map(|name| match name.as_str() {
@@ -154,7 +183,9 @@ impl Options {
                     let spec: Spec = name.parse()?;
                     if spec.is_calibrated() && !is_trained {
                         let chunks = coded::training(reader, vocabulary, &geometry, self.size)?;
-                        training = chunks.allocated(factors.clone());
+                        training = chunks
+                            .allocated(factors.clone())
+                            .with_profile(profile.clone());
                         is_trained = true;
                     }
                     let coded = Coded::new(spec, &geometry, &training)?;
@@ -358,13 +389,13 @@ fn ask(
         if asked >= wanted {
             break;
         }
-        let context = corpus::evaluation(
+        let context = corpus::with_questions(
             vocabulary,
             cell.task,
             cell.chunks,
             options.size,
-            options.seed,
-            index,
+            corpus::mix(options.seed, index),
+            options.split(),
         )?;
         let questions: Vec<Asked> = context
             .questions

@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
-use kvasir_codec::{LADDER, LayerCodec};
+use anyhow::Context as _;
+use kvasir_codec::{LADDER, LayerCodec, Profile, Rotation};
+use kvasir_types::{KvLayout, LayerIdx};
 
 use super::{Chunk, Coder, Geometry, PROTECTED, Parts, STEP};
 
@@ -16,6 +18,8 @@ pub(crate) struct Variant {
     pub(crate) level: usize,
     /// What comes before it; see [`super::klt`].
     pub(crate) transform: Option<Transform>,
+    /// Whether it has a profile, in whose units its steps then are.
+    pub(crate) profile: bool,
     /// Whether steps follow what each layer's planes are worth.
     pub(crate) allocated: bool,
 }
@@ -43,21 +47,23 @@ impl Transform {
 }
 
 impl Variant {
-    const DEFAULT: Self = Self {
+    pub(super) const DEFAULT: Self = Self {
         step: STEP,
         keys: 1.0,
         level: 1,
         transform: None,
+        profile: false,
         allocated: false,
     };
 
-    /// `[sSTEP[kFACTOR]-]LLEVEL[-TRANSFORM][-alloc]`, or nothing.
+    /// `[profile-][sSTEP[kFACTOR]-]LLEVEL[-TRANSFORM][-alloc]`, or nothing.
     pub(super) fn parse(text: &str) -> Option<Self> {
         let mut variant = Self::DEFAULT;
         if text.is_empty() {
             return Some(variant);
         }
         let mut parts = text.split('-').peekable();
+        variant.profile = parts.next_if_eq(&PROFILE).is_some();
         if let Some(steps) = parts.peek().and_then(|part| part.strip_prefix('s')) {
             let (step, keys) = steps.split_once('k').unwrap_or((steps, "1"));
             variant.step = step.parse().ok()?;
@@ -93,11 +99,13 @@ impl Variant {
             .find(|(transform, _)| Some(*transform) == self.transform);
         let transform = named.map_or(String::new(), |(_, name)| format!("-{name}"));
         let allocated = if self.allocated { "-alloc" } else { "" };
-        format!("kvasir:{step}L{level}{transform}{allocated}")
+        let profile = if self.profile { "profile-" } else { "" };
+        format!("kvasir:{profile}{step}L{level}{transform}{allocated}")
     }
 }
 
 const ALLOCATED: &str = "alloc";
+const PROFILE: &str = "profile";
 
 /// `kvasir_codec::LayerCodec`, layer by layer.
 #[derive(Debug)]
@@ -106,6 +114,7 @@ pub(crate) struct Kvasir {
     /// Of level 0, in deviations: by layer, of keys and values.
     steps: Vec<[f32; 2]>,
     geometry: Arc<Geometry>,
+    profile: Option<Arc<Profile>>,
 }
 
 impl Kvasir {
@@ -115,6 +124,44 @@ impl Kvasir {
             level: variant.level,
             steps: vec![steps; geometry.layers],
             geometry: Arc::clone(geometry),
+            profile: None,
+        }
+    }
+
+    /// With a profile, if any.
+    pub(crate) fn with_profile(self, profile: Option<Arc<Profile>>) -> Self {
+        Self { profile, ..self }
+    }
+
+    fn codec<'a>(
+        &'a self,
+        layout: KvLayout,
+        rotation: &'a Rotation,
+        layer: u16,
+    ) -> anyhow::Result<LayerCodec<'a>> {
+        let codec = LayerCodec::new(layout, Some(rotation))?;
+        Ok(match &self.profile {
+            None => codec,
+            Some(profile) => {
+                let profile = profile.layer(LayerIdx(layer)).context("a layer too many")?;
+                codec.with_profile(profile)?
+            }
+        })
+    }
+
+    /// What the steps of a layer are a multiple of.
+    fn units(&self, codec: &LayerCodec<'_>, layer: u16, raw: &[u8]) -> [f32; 2] {
+        let profile = self.profile.as_ref();
+        match profile.and_then(|profile| profile.layer(LayerIdx(layer))) {
+            None => codec.deviations(raw),
+            Some(profile) => {
+                let mut units = [1.0; 2];
+                units
+                    .iter_mut()
+                    .zip(profile.units())
+                    .for_each(|(to, unit)| *to = unit);
+                units
+            }
         }
     }
 
@@ -132,10 +179,10 @@ impl Kvasir {
 impl Coder for Kvasir {
     fn encode(&self, chunk: &Chunk) -> anyhow::Result<Parts> {
         let rotation = self.geometry.rotation(chunk.start, chunk.layout.tokens());
-        let codec = LayerCodec::new(chunk.layout, Some(&rotation))?;
         let mut parts = Vec::new();
-        for (raw, steps) in chunk.layers.iter().zip(&self.steps) {
-            let [keys, values] = codec.deviations(raw);
+        for (layer, (raw, steps)) in (0..).zip(chunk.layers.iter().zip(&self.steps)) {
+            let codec = self.codec(chunk.layout, &rotation, layer)?;
+            let [keys, values] = self.units(&codec, layer, raw);
             let step = |deviation: f32, step: f32| (deviation * step).max(f32::MIN_POSITIVE);
             let encoded = codec.encode(raw, [step(keys, steps[0]), step(values, steps[1])]);
             parts.extend(encoded.parts.into_iter().take(self.level + 1));
@@ -145,8 +192,10 @@ impl Coder for Kvasir {
 
     fn decode(&self, parts: &[Vec<u8>], chunk: &mut Chunk) -> anyhow::Result<()> {
         let rotation = self.geometry.rotation(chunk.start, chunk.layout.tokens());
-        let codec = LayerCodec::new(chunk.layout, Some(&rotation))?;
-        for (raw, parts) in chunk.layers.iter_mut().zip(parts.chunks(self.level + 1)) {
+        let layout = chunk.layout;
+        let layers = chunk.layers.iter_mut().zip(parts.chunks(self.level + 1));
+        for (layer, (raw, parts)) in (0..).zip(layers) {
+            let codec = self.codec(layout, &rotation, layer)?;
             let parts: Vec<&[u8]> = parts.iter().map(Vec::as_slice).collect();
             codec.decode(&parts, raw)?;
         }

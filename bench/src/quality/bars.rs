@@ -29,7 +29,7 @@ pub(crate) fn series(name: &str) -> String {
     let (method, variant) = name.split_once(':').unwrap_or((name, ""));
     let parts = variant.split('-');
     let profile: Vec<&str> = parts
-        .filter(|part| part.starts_with("klt") || *part == "alloc")
+        .filter(|part| part.starts_with("klt") || ["alloc", "profile"].contains(part))
         .collect();
     [&[method], &profile[..]].concat().join("-")
 }
@@ -159,6 +159,7 @@ mod tests {
     fn a_series_is_a_method_and_its_transform() {
         assert_eq!(series("kvasir:s2-L1-kltall"), "kvasir-kltall");
         assert_eq!(series("kvasir:s2-L0-kltall-alloc"), "kvasir-kltall-alloc");
+        assert_eq!(series("kvasir:profile-s2-L0"), "kvasir-profile");
         assert_eq!(series("kvasir:s2k0.5-L1"), "kvasir");
         assert_eq!(series("cachegen-circulated:L1"), "cachegen-circulated");
         assert_eq!(series("int4-hadamard"), "int4-hadamard");

@@ -21,6 +21,10 @@ pub(crate) const STORED_TOKENS: usize = 256;
 const TRAINING_CONTEXTS: u64 = 64;
 /// Chunks of the corpus in each.
 const TRAINING_CHUNKS: usize = 8;
+/// Tokens of each of these, where nothing else is asked for.
+pub(crate) const TRAINING_CHUNK_TOKENS: usize = 64;
+/// Tokens of a context, and room for more.
+pub(crate) const TRAINING_TOKENS: usize = 2 * TRAINING_CHUNKS * TRAINING_CHUNK_TOKENS;
 
 /// A method of coding, ready to use.
 pub(crate) struct Coded {

@@ -23,6 +23,8 @@ use super::coded::Coded;
 use super::method::{Charge, Way};
 use super::reader::Reader;
 use super::{Cell, Options, Outcome, gates, interval, score};
+use kvasir_codec::Profile;
+
 use crate::corpus::Vocabulary;
 use crate::methods::{Geometry, Kvasir, Spec, Variant};
 use crate::report::{Report, Row};
@@ -35,8 +37,16 @@ const MOST: f32 = 4.0;
 const SCALES: [f32; 5] = [0.5, 0.7, 1.0, 1.4, 2.0];
 
 /// A coder with steps of its own.
-fn way(name: String, variant: Variant, geometry: &Arc<Geometry>, factors: &[[f32; 2]]) -> Way {
-    let coder = Kvasir::new(variant, geometry).times(factors);
+fn way(
+    name: String,
+    variant: Variant,
+    geometry: &Arc<Geometry>,
+    factors: &[[f32; 2]],
+    profile: Option<&Arc<Profile>>,
+) -> Way {
+    let coder = Kvasir::new(variant, geometry)
+        .times(factors)
+        .with_profile(profile.cloned());
     let spec = Spec::Kvasir(variant);
     Way::Coded(Arc::new(Coded::of(name, spec, Box::new(coder), geometry)))
 }
@@ -77,7 +87,7 @@ fn asked(
 }
 
 /// The factors of a report of this kind, by layer and plane.
-pub(super) fn read(path: &Path) -> anyhow::Result<Vec<[f32; 2]>> {
+pub(crate) fn read(path: &Path) -> anyhow::Result<Vec<[f32; 2]>> {
     let text =
         std::fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
     let line = text.lines().rfind(|line| !line.trim().is_empty());
@@ -112,14 +122,19 @@ pub(super) fn run(
     report: &mut Report,
 ) -> anyhow::Result<()> {
     let geometry = Arc::new(Geometry::new(reader.config()));
+    let mut profile = None;
+    if variant.profile {
+        profile = Some(options.profile(&geometry)?.context("pass --profile")?);
+    }
+    let profile = profile.as_ref();
     let equal = vec![[1.0; 2]; geometry.layers];
-    let mut ways = vec![way("base".to_owned(), variant, &geometry, &equal)];
+    let mut ways = vec![way("base".to_owned(), variant, &geometry, &equal, profile)];
     for layer in 0..geometry.layers {
         for (plane, name) in ["k", "v"].into_iter().enumerate() {
             let mut factors = equal.clone();
             factors[layer][plane] = COARSER;
             let name = format!("{layer}/{name}");
-            ways.push(way(name, variant, &geometry, &factors));
+            ways.push(way(name, variant, &geometry, &factors, profile));
         }
     }
     let (outcome, bits) = asked(reader, vocabulary, cells, &ways, options, wanted)?;
@@ -167,7 +182,7 @@ pub(super) fn run(
         for (name, factors) in [("equal", &equal), ("allocated", &factors)] {
             let scaled: Vec<[f32; 2]> = factors.iter().map(|f| f.map(|f| f * scale)).collect();
             let name = format!("{name}:x{scale}");
-            ways.push(way(name, variant, &geometry, &scaled));
+            ways.push(way(name, variant, &geometry, &scaled, profile));
         }
     }
     let others = Options {
