@@ -88,7 +88,13 @@ fn profile(unit: f32) -> Arc<Profile> {
     let plane = |plane: usize| {
         let channels = usize::from(heads[plane] * shape.dims[plane]);
         let ones = vec![1.0; channels];
-        let same = |at: usize| if at % (channels + 1) == 0 { 1.0 } else { 0.0 };
+        let same = |at: usize| {
+            if at.is_multiple_of(channels + 1) {
+                1.0
+            } else {
+                0.0
+            }
+        };
         let vectors: Vec<f32> = (0..channels * channels).map(same).collect();
         let basis = ProfileBasis::new(vec![0.0; channels], ones.clone(), ones, &vectors);
         let bases = vec![basis; usize::from(shape.kv_heads / heads[plane])];

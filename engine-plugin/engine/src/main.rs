@@ -65,9 +65,9 @@ struct ServeArgs {
     /// ever fewer bytes, and hold all coarser ones.
     #[arg(long, default_value_t = Level::RAW)]
     cache_level: Level,
-    /// The profile that levels l0 to l2 are coded with: they take fewer bytes, and only engines
-    /// that have the same one can use them. Default: kvasir-profile.bin beside the model, if it
-    /// is there.
+    /// A profile of the model, made by `kvasir-bench profile`, that levels l0 to l2 are coded
+    /// with: they take fewer bytes and more time, and only engines that have the same profile
+    /// can use them. Default: none.
     #[arg(long, value_name = "FILE")]
     profile: Option<PathBuf>,
     /// The finest of the levels l0 to l2 that is fetched. Default: as stored.
@@ -113,8 +113,6 @@ impl From<KvDtypeArg> for KvDtype {
 }
 
 const DEFAULT_KV_MEMORY: ByteSize = ByteSize::gib(1);
-/// In a model's directory.
-const PROFILE: &str = "kvasir-profile.bin";
 const DEFAULT_SEQUENCES: u64 = 8;
 
 #[tokio::main]
@@ -128,17 +126,12 @@ async fn main() -> anyhow::Result<()> {
     serve(args).await
 }
 
-/// The one that is asked for, or the model's.
 fn profile(args: &ServeArgs) -> anyhow::Result<Option<Arc<Profile>>> {
-    let beside = || {
-        let path = args.model.join(PROFILE);
-        (args.cache_level.is_nested() && path.exists()).then_some(path)
-    };
-    let Some(path) = args.profile.clone().or_else(beside) else {
+    let Some(path) = &args.profile else {
         return Ok(None);
     };
     let reading = || format!("reading the profile {}", path.display());
-    let bytes = std::fs::read(&path).with_context(reading)?;
+    let bytes = std::fs::read(path).with_context(reading)?;
     let profile = Profile::parse(&bytes).with_context(reading)?;
     Ok(Some(Arc::new(profile)))
 }
