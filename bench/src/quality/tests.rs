@@ -17,6 +17,8 @@ fn shipped() -> Options {
         steps: Vec::new(),
         sensitivity: None,
         allocation: None,
+        profile: None,
+        on_training: false,
         plot: None,
         seed: 3,
     }
