@@ -16,7 +16,7 @@
 //!   `kvasir:profile-L1`: what ships, with a profile of the model, see [`calibration`]; steps
 //!   are in its units.
 //! - `int8`, `int4-hadamard`: fixed rate, for pages; `kvasir_codec::FixedCodec`.
-//! - `zstd-planes`: exact, of bf16 (`zstd-planes:f16`: of f16).
+//! - `zstd-planes`: byte planes under zstd, exact, of bf16 (`zstd-planes:f16`: of f16).
 //! - `cachegen`: as its paper has it; `cachegen:x2` with steps twice as large.
 //!   `cachegen-circulated`: as its code circulates; `:L1` its coarse level, `:L3` its fine one.
 //! - `kivi4`, `kivi2`: see [`kivi`]; `:r128` keeps the last 128 tokens of every chunk.
@@ -341,7 +341,7 @@ impl Spec {
             }
             Self::Int8 => Box::new(simple::Fixed(FixedRate::Int8)),
             Self::Int4Hadamard => Box::new(simple::Fixed(FixedRate::Int4Hadamard)),
-            Self::ZstdPlanes(_) => Box::new(simple::Lossless),
+            Self::ZstdPlanes(_) => Box::new(simple::ZstdPlanes),
             Self::CacheGen(coarser) => Box::new(cachegen::Published(*coarser)),
             Self::Circulated(level) => Box::new(cachegen::Circulated(*level)),
             &Self::Kivi(bits, residual) => Box::new(kivi::Kivi { bits, residual }),
