@@ -481,7 +481,10 @@ impl Fetch {
         if !self.receive(stream, &mut received).await? {
             return Ok(End::Abandoned);
         }
-        shared.coder.note_received(received.bytes, stored);
+        // What was lost on the way says nothing of how much coarser levels take.
+        if fitting == load && !received.lost {
+            shared.coder.note_received(received.bytes, stored);
+        }
         if let Some(first) = received.first {
             let observation = FetchObservation {
                 latency: first - begun,
@@ -541,6 +544,7 @@ impl Fetch {
                             decodes.push_back(Either::Left(decode(decoding, chunk, layer, parts)));
                         }
                         Some(GetEvent::Lost { chunk, reason }) => {
+                            received.lost = true;
                             warn!(chunk, ?reason, "a cached chunk was lost; computing it instead");
                             let lost = std::future::ready(Arrival::Lost { chunk });
                             decodes.push_back(Either::Right(lost));
@@ -563,6 +567,7 @@ impl Fetch {
 #[derive(Debug, Default)]
 struct Received {
     bytes: u64,
+    lost: bool,
     first: Option<Instant>,
     after_first: u64,
     /// Time in which the engine was busy.
