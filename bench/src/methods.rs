@@ -42,6 +42,7 @@ mod frame;
 mod kivi;
 mod klt;
 mod kvtc;
+mod metric;
 mod ours;
 mod simple;
 mod table;

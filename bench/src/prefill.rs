@@ -61,7 +61,7 @@ fn ours(dir: &Path, threads: usize, repeats: usize) -> anyhow::Result<f64> {
                 blocks: &blocks,
                 logits: LogitsWanted::Last,
             }],
-            &mut |_, _| std::ops::ControlFlow::Continue(()),
+            &mut |_| std::ops::ControlFlow::Continue(()),
         )?;
         // The first two warm caches and buffers, as torch's script does.
         if repeat >= 2 {

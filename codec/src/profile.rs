@@ -1,22 +1,29 @@
 //! What is known of a model's keys and values beforehand: a basis, and what to expect in it.
 //!
 //! Channels of a head, and heads of a layer, say much the same. A profile has, for every
-//! layer, plane and group of heads that share cells, the orthonormal basis in which they do
-//! not (a Karhunen–Loève transform, calibrated on text of the model's kind), the mean of every
-//! channel, and how far each coefficient lies from it. So a chunk need not say these, and its
-//! coefficients take fewer bits than its channels would. It also says what errors in each
-//! layer's keys and values are worth: the unit that steps are a multiple of.
+//! layer, plane and group of heads that share cells, the basis in which they do not, the mean
+//! of every channel, and how far each coefficient lies from it. So a chunk need not say these,
+//! and its coefficients take fewer bits than its channels would. It also says what errors in
+//! each layer's keys and values are worth: the unit that steps are a multiple of.
+//!
+//! Errors in some directions do more harm than in others: queries hardly look along some of
+//! those of keys, and what the output projection does not pass on of values is lost anyway.
+//! All coefficients have one step, so a basis is to be one in which errors do the same harm
+//! along each: the eigenvectors of the covariance, not of channels, but of channels times a
+//! root of that metric. Only where the metric is the identity is it orthonormal, a
+//! Karhunen–Loève transform. So there are two matrices, one for each way; a calibration
+//! chooses them, the format does not care.
 //!
 //! ```text
 //! profile := magic "KVPROFIL" ‖ version (u16) ‖ layers (u16) ‖ heads (u16) ‖
 //!            channels of a key (u16) ‖ of a value (u16) ‖ pairing (u8) ‖ 0 (u8) ‖
 //!            layer × plane × { unit (f32) ‖ group × basis } ‖ CRC-64/NVME of all before (u64)
-//! basis   := means (f32 …) ‖ weights (f32 …) ‖ deviations (f32 …) ‖ vectors (f16 …)
+//! basis   := means (f32 …) ‖ deviations (f32 …) ‖ analysis (f16 …) ‖ synthesis (f16 …)
 //! ```
 //!
-//! A coefficient is the product of one vector with the channels less their means, each times
-//! its weight; vectors follow each other, one a coefficient. Keys are those before RoPE; the
-//! pairing is 0 where there is none, 1 for halves, 2 for neighbours. All integers are
+//! A coefficient is the product of its row of the analysis with the channels less their
+//! means; channels are their means and the sum of rows of the synthesis, each times its
+//! coefficient. Rows follow each other. Keys are those before RoPE; the pairing is 0 where there is none, 1 for halves, 2 for neighbours. All integers are
 //! little-endian. A plane without channels has no unit.
 //!
 //! Its name is the BLAKE3 digest of its bytes, which the prelude of every chunk has that was
@@ -71,13 +78,12 @@ pub struct ProfilePlane {
 pub struct ProfileBasis {
     /// Of each channel.
     pub means: Vec<f32>,
-    /// What each channel is multiplied by before it is projected: more where errors matter
-    /// more.
-    pub weights: Vec<f32>,
     /// Of each coefficient.
     pub deviations: Vec<f32>,
-    /// An orthonormal vector for each coefficient, one after the other.
-    pub vectors: Vec<f16>,
+    /// What takes channels to coefficients: a row of channels for each coefficient.
+    pub analysis: Vec<f16>,
+    /// What takes them back: a row of channels for each coefficient.
+    pub synthesis: Vec<f16>,
     /// What takes rows of channels to coefficients, and back.
     matrices: [Vec<f32>; 2],
     /// Means, padded.
@@ -115,7 +121,7 @@ pub enum ProfileError {
     /// No model is like this, or planes and bases are not those of the shape.
     #[error("a profile of no model")]
     Shape,
-    /// A unit, a weight or a deviation is not positive, or a number is none.
+    /// A unit or a deviation is not positive, or a number is none.
     #[error("a profile holds what is no number, or not positive")]
     Number,
 }
@@ -159,7 +165,7 @@ impl ProfileShape {
     /// Bytes of a profile.
     fn bytes(&self) -> u64 {
         let plane = |(bases, channels): (usize, usize)| {
-            let basis = 3 * 4 * channels + 2 * channels * channels;
+            let basis = 2 * 4 * channels + 2 * 2 * channels * channels;
             (4 + bases * basis) as u64
         };
         let planes = self.planes().map(plane).sum::<u64>();
@@ -168,21 +174,26 @@ impl ProfileShape {
 }
 
 impl ProfileBasis {
-    /// Of these numbers, vectors rounded to 16 bits.
-    pub fn new(means: Vec<f32>, weights: Vec<f32>, deviations: Vec<f32>, vectors: &[f32]) -> Self {
-        let vectors: Vec<f16> = vectors.iter().map(|&value| f16::from_f32(value)).collect();
+    /// Of these numbers, with matrices rounded to 16 bits.
+    pub fn new(means: Vec<f32>, deviations: Vec<f32>, analysis: &[f32], synthesis: &[f32]) -> Self {
+        let rounded = |matrix: &[f32]| -> Vec<f16> {
+            let numbers = matrix.iter().map(|&number| f16::from_f32(number));
+            numbers.collect()
+        };
+        let (analysis, synthesis) = (rounded(analysis), rounded(synthesis));
         let channels = means.len();
         let width = channels.next_multiple_of(LANES);
         let mut matrices = [vec![0.0; width * width], vec![0.0; width * width]];
-        let of_vectors = vectors.chunks_exact(channels.max(1));
-        for (coefficient, vector) in of_vectors.take(channels).enumerate() {
-            for (channel, (value, weight)) in vector.iter().zip(&weights).enumerate() {
+        let rows = analysis.chunks_exact(channels.max(1));
+        let rows = rows.zip(synthesis.chunks_exact(channels.max(1)));
+        for (coefficient, (analysis, synthesis)) in rows.take(channels).enumerate() {
+            for (channel, (to, from)) in analysis.iter().zip(synthesis).enumerate() {
                 let [forward, inverse] = &mut matrices;
                 if let Some(place) = forward.get_mut(channel * width + coefficient) {
-                    *place = value.to_f32() * weight;
+                    *place = to.to_f32();
                 }
                 if let Some(place) = inverse.get_mut(coefficient * width + channel) {
-                    *place = value.to_f32() / weight;
+                    *place = from.to_f32();
                 }
             }
         }
@@ -190,32 +201,37 @@ impl ProfileBasis {
         padded.resize(width, 0.0);
         Self {
             means,
-            weights,
             deviations,
-            vectors,
+            analysis,
+            synthesis,
             matrices,
             padded,
         }
     }
 
     fn is_whole(&self, channels: usize) -> bool {
-        let lists = [&self.means, &self.weights, &self.deviations];
-        lists.iter().all(|list| list.len() == channels) && self.vectors.len() == channels * channels
+        let lists = [&self.means, &self.deviations];
+        let matrices = [&self.analysis, &self.synthesis];
+        let square = channels * channels;
+        lists.iter().all(|list| list.len() == channels)
+            && matrices.iter().all(|matrix| matrix.len() == square)
     }
 
     fn is_sane(&self) -> bool {
         let positive = |number: &f32| number.is_normal() && *number > 0.0;
         self.means.iter().all(|mean| mean.is_finite())
-            && self.weights.iter().all(positive)
             && self.deviations.iter().all(positive)
-            && self.vectors.iter().all(|number| number.is_finite())
+            && self.analysis.iter().all(|number| number.is_finite())
+            && self.synthesis.iter().all(|number| number.is_finite())
     }
 
     fn write(&self, out: &mut Vec<u8>) {
-        for list in [&self.means, &self.weights, &self.deviations] {
+        for list in [&self.means, &self.deviations] {
             out.extend(list.iter().flat_map(|number| number.to_le_bytes()));
         }
-        out.extend(self.vectors.iter().flat_map(|number| number.to_le_bytes()));
+        for matrix in [&self.analysis, &self.synthesis] {
+            out.extend(matrix.iter().flat_map(|number| number.to_le_bytes()));
+        }
     }
 
     /// Coefficients of rows of padded channels.
@@ -364,9 +380,10 @@ impl Profile {
         let planes = shape.planes().map(|(bases, channels)| {
             let [unit] = reader.floats(1).try_into().unwrap_or([0.0]);
             let bases = (0..bases).map(|_| {
-                let [means, weights, deviations] = [(); 3].map(|()| reader.floats(channels));
-                let vectors = reader.halves(channels * channels);
-                ProfileBasis::new(means, weights, deviations, &vectors)
+                let [means, deviations] = [(); 2].map(|()| reader.floats(channels));
+                let matrices = [(); 2].map(|()| reader.halves(channels * channels));
+                let [analysis, synthesis] = &matrices;
+                ProfileBasis::new(means, deviations, analysis, synthesis)
             });
             ProfilePlane {
                 unit,

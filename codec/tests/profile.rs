@@ -31,6 +31,15 @@ fn vector(coefficient: usize) -> [f32; CHANNELS] {
     })
 }
 
+/// How far a coefficient of 1 goes.
+fn scale_of(coefficient: usize) -> f32 {
+    if coefficient.is_multiple_of(2) {
+        1.0
+    } else {
+        0.5
+    }
+}
+
 /// Of coefficient `n` that deviates by `scale` over n + 1.
 fn profile(layout: &KvLayout, pairing: Option<Pairing>, scale: f32) -> Arc<Profile> {
     let shape = ProfileShape::of(layout, pairing);
@@ -38,13 +47,12 @@ fn profile(layout: &KvLayout, pairing: Option<Pairing>, scale: f32) -> Arc<Profi
         let number = |at: usize| f32::from(u8::try_from(at).unwrap());
         let means = (0..CHANNELS).map(|at| number(at) / 4.0 - 3.0).collect();
         let deviations = (0..CHANNELS).map(|at| scale / (number(at) + 1.0));
-        let vectors = (0..CHANNELS).flat_map(vector);
-        let basis = ProfileBasis::new(
-            means,
-            vec![1.0; CHANNELS],
-            deviations.collect(),
-            &vectors.collect::<Vec<f32>>(),
-        );
+        let times = |factor: fn(usize) -> f32| -> Vec<f32> {
+            let rows = (0..CHANNELS).flat_map(|at| vector(at).map(|part| part * factor(at)));
+            rows.collect()
+        };
+        let (analysis, synthesis) = (times(|at| 1.0 / scale_of(at)), times(scale_of));
+        let basis = ProfileBasis::new(means, deviations.collect(), &analysis, &synthesis);
         ProfilePlane {
             unit,
             bases: vec![basis],
@@ -69,7 +77,7 @@ fn layers(layout: &KvLayout, profile: &Profile) -> Vec<Bytes> {
                     let noise: f32 = (0..3).map(|_| random.random_range(-1.0..1.0f32)).sum();
                     let vector = vector(at);
                     for (value, part) in row.iter_mut().zip(vector) {
-                        *value += noise * deviation * part;
+                        *value += noise * deviation * part * scale_of(at);
                     }
                 }
                 for (head, values) in row.chunks(DIM.into()).enumerate() {
@@ -272,7 +280,7 @@ fn profiles_are_read_as_they_were_written_and_damage_is_found() {
     let layout = layout(64);
     let profile = profile(&layout, PAIRING, 4.0);
     let bytes = profile.as_bytes();
-    assert_eq!(bytes.len(), 20 + 6 * (4 + 3 * 4 * 32 + 2 * 32 * 32) + 8);
+    assert_eq!(bytes.len(), 20 + 6 * (4 + 2 * 4 * 32 + 2 * 2 * 32 * 32) + 8);
     let again = Profile::parse(bytes).unwrap();
     assert_eq!((&again, again.planes()), (&*profile, profile.planes()));
     assert_eq!(again.shape(), profile.shape());
@@ -317,17 +325,19 @@ fn what_is_no_number_is_no_profile() {
         ProfileError::Number
     );
     assert_eq!(
-        changed(|it| it.bases[0].weights[2] = 0.0),
-        ProfileError::Number
-    );
-    assert_eq!(
         changed(|it| it.bases[0].deviations[2] = -1.0),
         ProfileError::Number
     );
     assert_eq!(
-        changed(|it| it.bases[0].vectors[7] = f16::INFINITY),
+        changed(|it| it.bases[0].analysis[7] = f16::INFINITY),
         ProfileError::Number
     );
+    assert_eq!(
+        changed(|it| it.bases[0].synthesis[7] = f16::NAN),
+        ProfileError::Number
+    );
+    let error = changed(|it| it.bases[0].synthesis.truncate(7));
+    assert_eq!(error, ProfileError::Shape);
     assert_eq!(changed(|it| it.bases.clear()), ProfileError::Shape);
     assert_eq!(changed(|it| it.bases[0].means.clear()), ProfileError::Shape);
 }

@@ -96,7 +96,7 @@ fn profile(unit: f32) -> Arc<Profile> {
             }
         };
         let vectors: Vec<f32> = (0..channels * channels).map(same).collect();
-        let basis = ProfileBasis::new(vec![0.0; channels], ones.clone(), ones, &vectors);
+        let basis = ProfileBasis::new(vec![0.0; channels], ones, &vectors, &vectors);
         let bases = vec![basis; usize::from(shape.kv_heads / heads[plane])];
         ProfilePlane { unit, bases }
     };

@@ -172,7 +172,7 @@ impl Pages {
             logits: LogitsWanted::Last,
         };
         let logits = model
-            .forward(&mut self.pool, scratch, &[step], &mut |_, _| {
+            .forward(&mut self.pool, scratch, &[step], &mut |_| {
                 ControlFlow::Continue(())
             })
             .unwrap();

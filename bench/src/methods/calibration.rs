@@ -1,9 +1,13 @@
 //! The profile of a model: bases, means, and units of steps, from KV of the training split.
 //!
-//! Every plane of every layer gets the Karhunen–Loève basis over the channels of all heads
-//! that share cells, keys before RoPE. The unit of a plane is its deviation, times what
+//! Every plane of every layer gets a basis over the channels of all heads that share cells, keys
+//! before RoPE: the eigenvectors of the covariance of channels, each weighted by what errors in
+//! them do to the layer's output ([`metric`]). `--weighting none` leaves that out: the
+//! Karhunen–Loève basis, whose errors are those of channels. Along with it, the unit of a plane is
+//! where errors do as much harm as in any other, or its deviation; times what
 //! `kvasir-bench quality --sensitivity … --on-training` found it to be worth, if that is given.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
@@ -14,6 +18,7 @@ use kvasir_types::DType;
 use nalgebra::DMatrix;
 
 use super::frame::{self, Basis};
+use super::metric::Metric;
 use super::{Chunk, Coder as _, Geometry, Kvasir, PROTECTED, Variant};
 use crate::corpus::Vocabulary;
 use crate::quality::reader::Reader;
@@ -29,10 +34,22 @@ pub(crate) struct Options {
     /// Where the profile goes.
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
+    /// What errors are weighted by before a basis is chosen.
+    #[arg(long, value_enum, default_value_t = Weighting::Attention)]
+    weighting: Weighting,
     /// What `quality --sensitivity` printed, of a profile without it. May be given repeatedly,
     /// each measured with the profile of those before.
     #[arg(long, value_name = "FILE")]
     allocation: Vec<PathBuf>,
+}
+
+/// What errors are weighted by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Weighting {
+    /// Nothing.
+    None,
+    /// What queries look at, and what the output projection passes on.
+    Attention,
 }
 
 /// Calibrates a profile and writes it.
@@ -40,12 +57,8 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<Report> {
     let vocabulary = Vocabulary::load()?;
     let mut reader = Reader::load(&options.model, 4 * coded::TRAINING_TOKENS)?;
     let geometry = Geometry::new(reader.config());
-    let training = coded::training(
-        &mut reader,
-        &vocabulary,
-        &geometry,
-        coded::TRAINING_CHUNK_TOKENS,
-    )?;
+    let (chunks, metric) = observed(&mut reader, &vocabulary, &geometry)?;
+    let metric = Some(metric).filter(|_| options.weighting == Weighting::Attention);
     let mut factors = vec![[1.0; 2]; geometry.layers];
     for path in &options.allocation {
         let more = sensitivity::read(path)?;
@@ -58,7 +71,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<Report> {
             *factor *= more;
         }
     }
-    let profile = calibrated(&training.chunks, &factors, &geometry)?;
+    let profile = calibrated(&chunks, metric.as_ref(), &factors, &geometry)?;
     std::fs::write(&options.out, profile.as_bytes())
         .with_context(|| format!("writing {}", options.out.display()))?;
     let mut report = Report::new("profile");
@@ -71,8 +84,31 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<Report> {
         let name = format!("profile/{}/{}/unit", at / 2, ["k", "v"][at % 2]);
         report.push(Row::new(name, f64::from(plane.unit), "times"));
     }
-    speed(&training.chunks, profile, &geometry, &mut report)?;
+    speed(&chunks, profile, &geometry, &mut report)?;
     Ok(report)
+}
+
+/// The KV of the training contexts, and what errors in it do.
+fn observed(
+    reader: &mut Reader,
+    vocabulary: &Vocabulary,
+    geometry: &Geometry,
+) -> anyhow::Result<(Vec<Chunk>, Metric)> {
+    let projections = reader.projections();
+    let mut metric = Metric::new(reader.config());
+    let bar = crate::progress(coded::TRAINING_CONTEXTS, "calibration");
+    let contexts = (0..coded::TRAINING_CONTEXTS).map(|index| {
+        let tokens = coded::training_context(vocabulary, coded::TRAINING_CHUNK_TOKENS, index)?;
+        let (pages, queries) = reader.observe(&tokens)?;
+        let kv = reader.take(&pages, 0..tokens.len())?;
+        reader.release(pages)?;
+        metric.add(reader.config(), &projections, &kv, &queries);
+        bar.inc(1);
+        Chunk::of(&kv, geometry, 0, DType::F32)
+    });
+    let chunks = contexts.collect::<anyhow::Result<_>>()?;
+    bar.finish_and_clear();
+    Ok((chunks, metric))
 }
 
 /// Raw bytes coded a second, of f16 on one core, by level.
@@ -141,6 +177,7 @@ fn shape(geometry: &Geometry) -> anyhow::Result<ProfileShape> {
 
 fn calibrated(
     training: &[Chunk],
+    metric: Option<&Metric>,
     factors: &[[f32; 2]],
     geometry: &Geometry,
 ) -> anyhow::Result<Profile> {
@@ -156,45 +193,83 @@ fn calibrated(
     }
     let mut planes = Vec::new();
     for (layer, factors) in factors.iter().enumerate() {
-        for ((samples, factor), heads) in samples.iter().zip(factors).zip(per_basis) {
-            let channels = heads * geometry.head_dim;
-            let first = layer * per_layer;
-            let groups = (first..first + per_layer).step_by(channels);
-            let bases = groups.map(|group| basis(samples, group..group + channels));
+        for (plane, heads) in per_basis.into_iter().enumerate() {
+            let (channels, first) = (heads * geometry.head_dim, layer * per_layer);
+            let of_layer = metric.map(|metric| &metric.layers[layer][plane]);
+            let groups = (0..per_layer).step_by(channels);
+            let bases = groups.map(|group| {
+                let place = (group, group);
+                let metric = of_layer.map(|it| it.view(place, (channels, channels)).into_owned());
+                let rows = first + group..first + group + channels;
+                basis(&samples[plane], rows, metric)
+            });
             let bases: Vec<ProfileBasis> = bases.collect::<anyhow::Result<_>>()?;
             let squares = bases.iter().flat_map(|basis| &basis.deviations);
             let sum: f32 = squares.map(|deviation| deviation * deviation).sum();
             #[expect(clippy::cast_precision_loss, reason = "channels of a layer")]
-            let unit = (sum / per_layer as f32).sqrt() * factor;
+            let unit = (sum / per_layer as f32).sqrt() * factors[plane];
             planes.push(ProfilePlane { unit, bases });
         }
     }
     Ok(Profile::new(shape, planes)?)
 }
 
-fn basis(samples: &[DMatrix<f32>], rows: std::ops::Range<usize>) -> anyhow::Result<ProfileBasis> {
+/// A basis for some rows of all samples, in which errors do the same harm along each
+/// coefficient, as much as in an average channel.
+fn basis(
+    samples: &[DMatrix<f32>],
+    rows: Range<usize>,
+    metric: Option<DMatrix<f32>>,
+) -> anyhow::Result<ProfileBasis> {
     let channels = rows.len();
-    let basis = Basis::of(samples, rows.clone())?;
+    #[expect(clippy::cast_precision_loss, reason = "channels of a basis")]
+    let count = channels as f32;
+    let metric = metric.map(|metric| {
+        let mean = metric.trace() / count;
+        metric / mean + DMatrix::from_diagonal_element(channels, channels, LEAST_HARM)
+    });
+    // Errors do harm as the square of the root's product with them says.
+    let root = match metric {
+        None => DMatrix::identity(channels, channels),
+        Some(metric) => {
+            let root = nalgebra::Cholesky::new(metric).context("a metric is positive")?;
+            root.l().transpose()
+        }
+    };
+    let inverse = root.clone().try_inverse().context("a root is invertible")?;
+    let weighted: Vec<DMatrix<f32>> = samples
+        .iter()
+        .map(|sample| &root * sample.rows_range(rows.clone()))
+        .collect();
+    let basis = Basis::of(&weighted, 0..channels)?;
     let mut squares = vec![0.0; channels];
-    let mut count = 0.0;
-    for sample in samples {
-        let coefficients = basis.project(sample.rows_range(rows.clone()).into_owned(), channels);
-        for (sum, row) in squares.iter_mut().zip(coefficients.row_iter()) {
+    let mut tokens = 0.0;
+    for sample in weighted {
+        #[expect(clippy::cast_precision_loss, reason = "tokens of a context")]
+        let of_sample = sample.ncols() as f32;
+        tokens += of_sample;
+        for (sum, row) in squares
+            .iter_mut()
+            .zip(basis.project(sample, channels).row_iter())
+        {
             *sum += row.norm_squared();
         }
-        #[expect(clippy::cast_precision_loss, reason = "tokens of a context")]
-        let tokens = sample.ncols() as f32;
-        count += tokens;
     }
-    let deviation = |sum: &f32| (sum / count).sqrt().max(SMALLEST);
+    let deviation = |sum: &f32| (sum / tokens).sqrt().max(SMALLEST);
+    // A row of the profile's matrices is a column here.
+    let analysis = root.tr_mul(&basis.vectors);
+    let synthesis = &inverse * &basis.vectors;
     Ok(ProfileBasis::new(
-        basis.mean.as_slice().to_vec(),
-        vec![1.0; channels],
+        (inverse * &basis.mean).as_slice().to_vec(),
         squares.iter().map(deviation).collect(),
-        basis.vectors.as_slice(),
+        analysis.as_slice(),
+        synthesis.as_slice(),
     ))
 }
 
+/// What errors in any direction do at least, as a share of the mean over directions: the
+/// contexts of a calibration are not all there are.
+const LEAST_HARM: f32 = 0.05;
 /// Chunks whose coding is timed, and how often; the best counts.
 const TIMED: usize = 16;
 const ROUNDS: usize = 5;

@@ -18,7 +18,7 @@ use crate::methods::{Chunk, Coder, Geometry, Spec, Training};
 /// Tokens of a chunk.
 pub(crate) const STORED_TOKENS: usize = 256;
 /// Contexts that methods with a profile are calibrated on.
-const TRAINING_CONTEXTS: u64 = 64;
+pub(crate) const TRAINING_CONTEXTS: u64 = 64;
 /// Chunks of the corpus in each.
 const TRAINING_CHUNKS: usize = 8;
 /// Tokens of each of these, where nothing else is asked for.
@@ -128,17 +128,7 @@ pub(crate) fn training(
 ) -> anyhow::Result<Training> {
     let bar = crate::progress(TRAINING_CONTEXTS, "calibration");
     let contexts = (0..TRAINING_CONTEXTS).map(|index| {
-        let context = corpus::sample(
-            vocabulary,
-            &Profile::default(),
-            TRAINING_CHUNKS,
-            chunk_tokens,
-            corpus::mix(TRAINING_SEED, index),
-            Split::Train,
-        )?;
-        let tokens: Vec<u32> = std::iter::once(vocabulary.bos)
-            .chain(context.chunks.concat())
-            .collect();
+        let tokens = training_context(vocabulary, chunk_tokens, index)?;
         let pages = reader.prefill(&tokens)?;
         let kv = reader.take(&pages, 0..tokens.len())?;
         reader.release(pages)?;
@@ -148,6 +138,26 @@ pub(crate) fn training(
     let contexts: anyhow::Result<Vec<Chunk>> = contexts.collect();
     bar.finish_and_clear();
     Ok(Training::new(contexts?))
+}
+
+/// The tokens of one of the [`TRAINING_CONTEXTS`].
+pub(crate) fn training_context(
+    vocabulary: &Vocabulary,
+    chunk_tokens: usize,
+    index: u64,
+) -> anyhow::Result<Vec<u32>> {
+    let context = corpus::sample(
+        vocabulary,
+        &Profile::default(),
+        TRAINING_CHUNKS,
+        chunk_tokens,
+        corpus::mix(TRAINING_SEED, index),
+        Split::Train,
+    )?;
+    let tokens: Vec<u32> = std::iter::once(vocabulary.bos)
+        .chain(context.chunks.concat())
+        .collect();
+    Ok(tokens)
 }
 
 const TRAINING_SEED: u64 = 0x7261_696e;

@@ -7,9 +7,10 @@ use anyhow::Context as _;
 use kvasir_engine::kernels::{Isa, rotate};
 use kvasir_engine::rope::Frequencies;
 use kvasir_engine::{
-    BLOCK_TOKENS, BlockId, KvDtype, KvPool, LogitsWanted, Model, ModelConfig, Scratch, Step,
-    Threads,
+    BLOCK_TOKENS, BeforeLayer, BlockId, KvDtype, KvPool, LogitsWanted, Model, ModelConfig, Scratch,
+    Step, Threads,
 };
+use nalgebra::DMatrix;
 
 /// Tokens of one step while filling pages.
 const STEP_TOKENS: usize = 512;
@@ -44,6 +45,13 @@ impl Pages {
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Kv {
     pub(crate) tokens: usize,
+    pub(crate) layers: Vec<Vec<f32>>,
+}
+
+/// What a model looked for while it read consecutive tokens.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Queries {
+    /// By layer, after RoPE: `[token, head, head_dim]`.
     pub(crate) layers: Vec<Vec<f32>>,
 }
 
@@ -107,6 +115,35 @@ impl Reader {
         Ok(pages)
     }
 
+    /// Runs the tokens from position 0; keeps their pages, and their queries.
+    pub(crate) fn observe(&mut self, tokens: &[u32]) -> anyhow::Result<(Pages, Queries)> {
+        let config = self.config();
+        let width = config.heads * config.head_dim;
+        let mut layers = vec![Vec::new(); config.layers];
+        let mut pages = self.empty(tokens.len())?;
+        self.extend_with(&mut pages, tokens, &mut |before| {
+            let rows = before.queries.chunks_exact(before.query_stride);
+            layers[before.layer].extend(rows.flat_map(|row| &row[..width]));
+            ControlFlow::Continue(())
+        })?;
+        Ok((pages, Queries { layers }))
+    }
+
+    /// By layer and query head: what takes what it attended to into the residual stream,
+    /// `[hidden, head_dim]`.
+    pub(crate) fn projections(&self) -> Vec<Vec<DMatrix<f32>>> {
+        let config = self.config();
+        let layers = (0..config.layers).map(|layer| {
+            let rows = self.model.output_projection(layer);
+            let width = config.heads * config.head_dim;
+            let all = DMatrix::from_row_slice(config.hidden, width, &rows);
+            let head = |head| all.columns(head * config.head_dim, config.head_dim);
+            let heads = (0..config.heads).map(|it| head(it).into_owned());
+            heads.collect()
+        });
+        layers.collect()
+    }
+
     /// No tokens yet, and room for `tokens`.
     pub(crate) fn empty(&mut self, tokens: usize) -> anyhow::Result<Pages> {
         let blocks = (0..tokens.div_ceil(BLOCK_TOKENS))
@@ -118,6 +155,15 @@ impl Reader {
 
     /// Runs the tokens at the next positions; what the pages held there is lost.
     pub(crate) fn extend(&mut self, pages: &mut Pages, tokens: &[u32]) -> anyhow::Result<()> {
+        self.extend_with(pages, tokens, &mut |_| ControlFlow::Continue(()))
+    }
+
+    fn extend_with(
+        &mut self,
+        pages: &mut Pages,
+        tokens: &[u32],
+        before_layer: &mut (dyn FnMut(BeforeLayer<'_>) -> ControlFlow<()> + Send),
+    ) -> anyhow::Result<()> {
         for part in tokens.chunks(STEP_TOKENS) {
             let step = Step {
                 tokens: part,
@@ -126,9 +172,7 @@ impl Reader {
                 logits: LogitsWanted::None,
             };
             self.model
-                .forward(&mut self.pool, &mut self.scratch, &[step], &mut |_, _| {
-                    ControlFlow::Continue(())
-                })?;
+                .forward(&mut self.pool, &mut self.scratch, &[step], before_layer)?;
             pages.tokens += part.len();
         }
         Ok(())
@@ -155,11 +199,11 @@ impl Reader {
                 logits: LogitsWanted::All,
             })
             .collect();
-        let logits =
-            self.model
-                .forward(&mut self.pool, &mut self.scratch, &steps, &mut |_, _| {
-                    ControlFlow::Continue(())
-                })?;
+        let logits = self
+            .model
+            .forward(&mut self.pool, &mut self.scratch, &steps, &mut |_| {
+                ControlFlow::Continue(())
+            })?;
         let rows = (0..tails.len())
             .map(|step| logits.rows(step).map(<[f32]>::to_vec).collect())
             .collect();
@@ -189,7 +233,7 @@ impl Reader {
             };
             let logits =
                 self.model
-                    .forward(&mut self.pool, &mut self.scratch, &[step], &mut |_, _| {
+                    .forward(&mut self.pool, &mut self.scratch, &[step], &mut |_| {
                         ControlFlow::Continue(())
                     })?;
             fork.tokens += tokens.len();

@@ -44,4 +44,4 @@ pub use checkpoint::CheckpointError;
 pub use config::{Architecture, ConfigError, ModelConfig};
 pub use kernels::Threads;
 pub use kv::{BLOCK_TOKENS, BlockId, KvDtype, KvError, KvPool};
-pub use model::{ForwardError, LoadError, Logits, LogitsWanted, Model, Scratch, Step};
+pub use model::{BeforeLayer, ForwardError, LoadError, Logits, LogitsWanted, Model, Scratch, Step};

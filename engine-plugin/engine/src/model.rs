@@ -20,7 +20,7 @@ mod forward;
 mod tests;
 mod weights;
 
-pub use forward::{ForwardError, Logits, LogitsWanted, Scratch, Step};
+pub use forward::{BeforeLayer, ForwardError, Logits, LogitsWanted, Scratch, Step};
 
 /// Weights and config of one model.
 pub struct Model {
@@ -71,10 +71,26 @@ impl Model {
         self.weights_digest
     }
 
+    /// The rows of a layer's output projection, `[hidden][heads · head_dim]`: what attention
+    /// adds to the residual stream is their products with what the heads attended to.
+    ///
+    /// # Panics
+    ///
+    /// When the model has no such layer.
+    pub fn output_projection(&self, layer: usize) -> Vec<f32> {
+        let matrix = &self.weights.layers[layer].output.matrix;
+        let width = self.config.heads * self.config.head_dim;
+        let mut rows = vec![0.0; self.config.hidden * width];
+        for (output, row) in rows.chunks_exact_mut(width).enumerate() {
+            matrix.copy_row(output, row);
+        }
+        rows
+    }
+
     /// Runs all `steps` as one batch and writes their K and V into the pages.
     ///
     /// For each layer, K and V of the new tokens are written first, then
-    /// `before_layer(layer, pool)` is called, then attention reads the pages: so
+    /// `before_layer` is called, then attention reads the pages: so
     /// a caller may land fetched K and V of that layer, of positions before the
     /// steps, from there. It runs on a thread of the scratch's pool, and other
     /// threads wait for it. If it breaks, the batch ends there without a result.
@@ -91,7 +107,7 @@ impl Model {
         pool: &mut KvPool,
         scratch: &mut Scratch,
         steps: &[Step<'_>],
-        before_layer: &mut (dyn FnMut(usize, &mut KvPool) -> ControlFlow<()> + Send),
+        before_layer: &mut (dyn FnMut(BeforeLayer<'_>) -> ControlFlow<()> + Send),
     ) -> Result<Logits, ForwardError> {
         forward::run(self, pool, scratch, steps, before_layer)
     }

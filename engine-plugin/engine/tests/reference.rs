@@ -158,7 +158,7 @@ impl<'a> Engine<'a> {
             .collect();
         let found = self
             .model
-            .forward(&mut self.pool, &mut self.scratch, &steps, &mut |_, _| {
+            .forward(&mut self.pool, &mut self.scratch, &steps, &mut |_| {
                 ControlFlow::Continue(())
             })
             .unwrap();
@@ -327,13 +327,14 @@ fn landed_prefixes_change_no_bit() {
                     &mut engine.pool,
                     &mut engine.scratch,
                     &[step],
-                    &mut |layer, pool| {
+                    &mut |before| {
                         let from = &source.tables[0];
                         source
                             .pool
-                            .read_layer(from, 0, prefix, layer, &mut payload)
+                            .read_layer(from, 0, prefix, before.layer, &mut payload)
                             .unwrap();
-                        pool.write_layer(&table, 0, prefix, layer, &payload)
+                        let pool = before.pool;
+                        pool.write_layer(&table, 0, prefix, before.layer, &payload)
                             .unwrap();
                         ControlFlow::Continue(())
                     },

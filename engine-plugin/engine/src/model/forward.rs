@@ -27,6 +27,20 @@ pub struct Step<'a> {
     pub logits: LogitsWanted,
 }
 
+/// What a layer is about to attend with.
+#[derive(Debug)]
+pub struct BeforeLayer<'a> {
+    /// Its index.
+    pub layer: usize,
+    /// Pages, which hold K and V of the batch's tokens.
+    pub pool: &'a mut KvPool,
+    /// Rows of queries after RoPE, one a token of the batch: `[row][query_stride]`, of which
+    /// the first `heads · head_dim` elements are the query heads.
+    pub queries: &'a [f32],
+    /// Elements from one row of `queries` to the next.
+    pub query_stride: usize,
+}
+
 /// Which rows of logits a step returns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LogitsWanted {
@@ -140,7 +154,7 @@ pub(super) fn run(
     pool: &mut KvPool,
     scratch: &mut Scratch,
     steps: &[Step<'_>],
-    before_layer: &mut (dyn FnMut(usize, &mut KvPool) -> ControlFlow<()> + Send),
+    before_layer: &mut (dyn FnMut(BeforeLayer<'_>) -> ControlFlow<()> + Send),
 ) -> Result<Logits, ForwardError> {
     check(model, pool, steps)?;
     let rows = steps.iter().map(|step| step.tokens.len()).sum();
@@ -205,7 +219,7 @@ impl Batch<'_> {
         &self,
         pool: &mut KvPool,
         scratch: &mut Scratch,
-        before_layer: &mut (dyn FnMut(usize, &mut KvPool) -> ControlFlow<()> + Send),
+        before_layer: &mut (dyn FnMut(BeforeLayer<'_>) -> ControlFlow<()> + Send),
     ) -> Option<Logits> {
         let config = &self.model.config;
         self.embed(scratch);
@@ -213,7 +227,14 @@ impl Batch<'_> {
         for (index, layer) in self.model.weights.layers.iter().enumerate() {
             self.project_qkv(layer, scratch);
             self.write_pages(pool, scratch, index);
-            if before_layer(index, pool).is_break() {
+            let width = config.qkv_width();
+            let before = BeforeLayer {
+                layer: index,
+                pool,
+                queries: &scratch.qkv[..self.rows * width],
+                query_stride: width,
+            };
+            if before_layer(before).is_break() {
                 return None;
             }
             let last = index + 1 == config.layers;

@@ -107,7 +107,7 @@ fn run(model: &Model, threads: usize, batches: &[Vec<(usize, usize, &[u32])>]) -
                 })
                 .collect();
             model
-                .forward(&mut pool, &mut scratch, &steps, &mut |_, _| {
+                .forward(&mut pool, &mut scratch, &steps, &mut |_| {
                     ControlFlow::Continue(())
                 })
                 .unwrap()
@@ -281,7 +281,7 @@ fn steps_that_do_not_fit_are_refused() {
             logits: LogitsWanted::Last,
         };
         model
-            .forward(&mut pool, &mut scratch, &[step], &mut |_, _| {
+            .forward(&mut pool, &mut scratch, &[step], &mut |_| {
                 ControlFlow::Continue(())
             })
             .unwrap_err()
@@ -326,7 +326,7 @@ fn steps_that_do_not_fit_are_refused() {
         logits: LogitsWanted::None,
     };
     let error = model
-        .forward(&mut pool, &mut scratch, &[step], &mut |_, _| {
+        .forward(&mut pool, &mut scratch, &[step], &mut |_| {
             ControlFlow::Continue(())
         })
         .unwrap_err();
@@ -349,8 +349,8 @@ fn steps_without_logits_fill_pages_and_every_layer_is_announced() {
             logits,
         };
         model
-            .forward(pool, &mut scratch, &[step], &mut |layer, _| {
-                announced.push(layer);
+            .forward(pool, &mut scratch, &[step], &mut |before| {
+                announced.push(before.layer);
                 ControlFlow::Continue(())
             })
             .unwrap()

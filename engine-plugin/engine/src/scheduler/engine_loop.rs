@@ -16,7 +16,7 @@ use crate::cache::PoolBackend;
 use crate::kernels::Threads;
 use crate::kv::{BLOCK_TOKENS, BlockId, KvPool};
 use crate::metrics::{FREE_BLOCKS, RUNNING, WAITING};
-use crate::model::{ForwardError, Logits, LogitsWanted, Model, Scratch, Step};
+use crate::model::{BeforeLayer, ForwardError, Logits, LogitsWanted, Model, Scratch, Step};
 use crate::request::RequestError;
 
 use super::sequence::{Phase, Progress, Sequence};
@@ -107,7 +107,7 @@ impl EngineLoop {
                 let start = Instant::now();
                 let outcome =
                     self.model
-                        .forward(&mut self.pool, &mut self.scratch, &[step], &mut |_, _| {
+                        .forward(&mut self.pool, &mut self.scratch, &[step], &mut |_| {
                             ControlFlow::Continue(())
                         });
                 if let Err(error) = outcome {
@@ -219,7 +219,7 @@ impl EngineLoop {
             return self.run_behind_fetch();
         }
         let started = Instant::now();
-        let outcome = self.forward(&plan, &mut |_, _| ControlFlow::Continue(()));
+        let outcome = self.forward(&plan, &mut |_| ControlFlow::Continue(()));
         match outcome {
             Ok(logits) => {
                 if let ([step], Some(plugin)) = (plan.as_slice(), &self.plugin)
@@ -281,7 +281,7 @@ impl EngineLoop {
     fn forward(
         &mut self,
         plan: &[Planned],
-        before_layer: &mut (dyn FnMut(usize, &mut KvPool) -> ControlFlow<()> + Send),
+        before_layer: &mut (dyn FnMut(BeforeLayer<'_>) -> ControlFlow<()> + Send),
     ) -> Result<Logits, ForwardError> {
         let steps: Vec<Step<'_>> = plan
             .iter()
@@ -366,9 +366,9 @@ impl EngineLoop {
         };
         let blocks = sequence.blocks.clone();
         let (events, waiting) = (sequence.events(), Arc::clone(&self.waiting_count));
-        let outcome = self.forward(&plan, &mut |layer, pool| {
-            let layer = LayerIdx(u16::try_from(layer).unwrap_or(u16::MAX));
-            let mut backend = PoolBackend::new(pool, layout);
+        let outcome = self.forward(&plan, &mut |before| {
+            let layer = LayerIdx(u16::try_from(before.layer).unwrap_or(u16::MAX));
+            let mut backend = PoolBackend::new(before.pool, layout);
             loop {
                 match prefetch.wait_layer(chunks, layer, LOOK_INTERVAL, &mut backend, &blocks) {
                     LayerWait::Landed => return ControlFlow::Continue(()),
