@@ -21,7 +21,7 @@
 //! Of the other methods see [`peers`]; of those that do not ship, and are named in
 //! [`crate::methods`] as comparisons, speeds say nothing about what is possible.
 //!
-//! The KV is that of the model on contexts of the corpus, f16, in chunks of as many tokens
+//! The KV is that of the model on contexts of the corpus, or on a `--text`, f16, in chunks of as many tokens
 //! as asked for. Speeds are of copies of it in turn.
 
 mod peers;
@@ -38,16 +38,21 @@ use kvasir_engine::rope::Frequencies;
 use kvasir_types::{DType, KvLayout, Planes};
 use rustix::time::{ClockId, clock_gettime};
 
-use crate::corpus::{self, Profile, Split, Vocabulary};
+use crate::contexts::Contexts;
+use crate::corpus::Split;
 use crate::quality::reader::Reader;
 use crate::report::{Report, Row, median};
 
 /// What to measure on.
 #[derive(Clone, Debug, clap::Args)]
 pub(crate) struct Options {
-    /// A model trained on the corpus, in the Hugging Face layout.
+    /// A model in the Hugging Face layout; without `--text`, one trained on the corpus.
     #[arg(long, default_value = "models/reader-9m")]
     model: PathBuf,
+    /// What the model reads instead of contexts of the corpus: a text, half of which is for
+    /// calibration.
+    #[arg(long, value_name = "FILE")]
+    text: Option<PathBuf>,
     /// Tokens a chunk, a multiple of 64.
     #[arg(long, default_value_t = 256)]
     tokens: u32,
@@ -103,7 +108,7 @@ impl Chunks {
             options.tokens > 0 && options.tokens.is_multiple_of(CORPUS_CHUNK),
             "chunks of 64 tokens"
         );
-        let vocabulary = Vocabulary::load()?;
+        let contexts = Contexts::new(&options.model, options.text.as_deref())?;
         let tokens = options.tokens as usize;
         let mut reader = Reader::load(&options.model, tokens + 1)?;
         let config = reader.config();
@@ -128,17 +133,7 @@ impl Chunks {
         );
         let (mut layers, mut bf16) = (Vec::new(), Vec::new());
         for index in 0..count {
-            let context = corpus::sample(
-                &vocabulary,
-                &Profile::default(),
-                tokens / CORPUS_CHUNK as usize,
-                CORPUS_CHUNK as usize,
-                corpus::mix(1, index),
-                Split::Test,
-            )?;
-            let all: Vec<u32> = std::iter::once(vocabulary.bos)
-                .chain(context.chunks.concat())
-                .collect();
+            let all = contexts.context(index, tokens, CORPUS_CHUNK as usize, Split::Test)?;
             let pages = reader.prefill(&all)?;
             // Without the first token, whose keys and values are like no other's.
             let kv = reader.take(&pages, 1..all.len())?;

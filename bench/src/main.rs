@@ -7,6 +7,7 @@
 
 mod checkpoint;
 mod codec;
+mod contexts;
 mod corpus;
 mod daemon;
 mod faults;

@@ -32,6 +32,7 @@ use std::sync::Arc;
 
 use anyhow::{Context as _, bail, ensure};
 
+use crate::contexts::Contexts;
 use crate::corpus::{self, Profile, Split, Task, Vocabulary};
 use crate::methods::{self, Geometry, Spec, Training};
 use crate::page::Scatter;
@@ -154,7 +155,7 @@ impl Options {
     }
 
     /// Methods beside full prefill, and whether any codes KV.
-    fn ways(&self, reader: &mut Reader, vocabulary: &Vocabulary) -> anyhow::Result<Vec<Way>> {
+    fn ways(&self, reader: &mut Reader) -> anyhow::Result<Vec<Way>> {
         let geometry = Arc::new(Geometry::new(reader.config()));
         let factors = self.allocation.as_deref().map(sensitivity::read);
         let factors = factors.transpose()?;
@@ -182,7 +183,8 @@ impl Options {
                 Err(_) => {
                     let spec: Spec = name.parse()?;
                     if spec.is_calibrated() && !is_trained {
-                        let chunks = coded::training(reader, vocabulary, &geometry, self.size)?;
+                        let chunks =
+                            coded::training(reader, &Contexts::corpus()?, &geometry, self.size)?;
                         training = chunks
                             .allocated(factors.clone())
                             .with_profile(profile.clone());
@@ -261,7 +263,7 @@ pub(crate) fn run(options: &Options, quick: bool) -> anyhow::Result<Report> {
     let mut report = Report::new("quality");
     let mut gates = gates::Gates::default();
     let mut charges: BTreeMap<String, Vec<Charge>> = BTreeMap::new();
-    let ways = options.ways(&mut reader, &vocabulary)?;
+    let ways = options.ways(&mut reader)?;
     let wanted = options.wanted(quick);
     options.record(&reader, wanted, quick, &mut report);
     match options.sensitivity {

@@ -8,7 +8,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::{CORPUS_CHUNK, Options, rate};
-use crate::corpus::{self, Profile, Split, Vocabulary};
+use crate::contexts::Contexts;
+use crate::corpus::Split;
 use crate::methods::{Chunk, Coder, Geometry, Parts, Spec, Training};
 use crate::page::Scatter;
 use crate::quality::coded;
@@ -46,12 +47,12 @@ pub(super) fn measure(
     window: Duration,
     report: &mut Report,
 ) -> anyhow::Result<Vec<(String, f64, f64)>> {
-    let vocabulary = Vocabulary::load()?;
+    let source = Contexts::new(&options.model, options.text.as_deref())?;
     let mut reader = Reader::load(&options.model, LONG.next_multiple_of(128) + 1)?;
     let geometry = Arc::new(Geometry::new(reader.config()));
     let mut training = Training::default();
     if !quick {
-        training = coded::training(&mut reader, &vocabulary, &geometry, CORPUS_CHUNK as usize)?;
+        training = coded::training(&mut reader, &source, &geometry, CORPUS_CHUNK as usize)?;
     }
     let count = if quick { 2 } else { options.chunks };
     let mut points = Vec::new();
@@ -67,7 +68,7 @@ pub(super) fn measure(
                 continue;
             }
             let chunks = (0..contexts)
-                .map(|index| chunk(&mut reader, &vocabulary, &geometry, &spec, tokens, index))
+                .map(|index| chunk(&mut reader, &source, &geometry, &spec, tokens, index))
                 .collect::<anyhow::Result<Vec<_>>>()?;
             let coder = spec.coder(&geometry, &training)?;
             let (method, variant) = name.split_once(':').unwrap_or((name, ""));
@@ -83,7 +84,7 @@ pub(super) fn measure(
 /// A chunk of a context, without the first token, whose KV is like no other's.
 fn chunk(
     reader: &mut Reader,
-    vocabulary: &Vocabulary,
+    contexts: &Contexts,
     geometry: &Geometry,
     spec: &Spec,
     tokens: usize,
@@ -91,17 +92,7 @@ fn chunk(
 ) -> anyhow::Result<Chunk> {
     // A context has 16 chunks at most.
     let size = (CORPUS_CHUNK as usize) << usize::from(tokens > SHORT);
-    let context = corpus::sample(
-        vocabulary,
-        &Profile::default(),
-        tokens.div_ceil(size),
-        size,
-        corpus::mix(1, index),
-        Split::Test,
-    )?;
-    let all: Vec<u32> = std::iter::once(vocabulary.bos)
-        .chain(context.chunks.concat())
-        .collect();
+    let all = contexts.context(index, tokens, size, Split::Test)?;
     let pages = reader.prefill(&all)?;
     let kv = reader.take(&pages, 1..tokens + 1)?;
     reader.release(pages)?;

@@ -20,7 +20,7 @@ use nalgebra::DMatrix;
 use super::frame::{self, Basis};
 use super::metric::Metric;
 use super::{Chunk, Coder as _, Geometry, Kvasir, PROTECTED, Variant};
-use crate::corpus::Vocabulary;
+use crate::contexts::Contexts;
 use crate::quality::reader::Reader;
 use crate::quality::{coded, sensitivity};
 use crate::report::{Report, Row};
@@ -28,9 +28,12 @@ use crate::report::{Report, Row};
 /// What to calibrate.
 #[derive(Clone, Debug, clap::Args)]
 pub(crate) struct Options {
-    /// A model trained on the corpus, in the Hugging Face layout.
+    /// A model in the Hugging Face layout; without `--text`, one trained on the corpus.
     #[arg(long, default_value = "models/reader-9m")]
     model: PathBuf,
+    /// What the model reads instead of contexts of the corpus: a text, of which half is used.
+    #[arg(long, value_name = "FILE")]
+    text: Option<PathBuf>,
     /// Where the profile goes.
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
@@ -54,10 +57,10 @@ enum Weighting {
 
 /// Calibrates a profile and writes it.
 pub(crate) fn run(options: &Options) -> anyhow::Result<Report> {
-    let vocabulary = Vocabulary::load()?;
+    let contexts = Contexts::new(&options.model, options.text.as_deref())?;
     let mut reader = Reader::load(&options.model, 4 * coded::TRAINING_TOKENS)?;
     let geometry = Geometry::new(reader.config());
-    let (chunks, metric) = observed(&mut reader, &vocabulary, &geometry)?;
+    let (chunks, metric) = observed(&mut reader, &contexts, &geometry)?;
     let metric = Some(metric).filter(|_| options.weighting == Weighting::Attention);
     let mut factors = vec![[1.0; 2]; geometry.layers];
     for path in &options.allocation {
@@ -91,14 +94,15 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<Report> {
 /// The KV of the training contexts, and what errors in it do.
 fn observed(
     reader: &mut Reader,
-    vocabulary: &Vocabulary,
+    source: &Contexts,
     geometry: &Geometry,
 ) -> anyhow::Result<(Vec<Chunk>, Metric)> {
     let projections = reader.projections();
     let mut metric = Metric::new(reader.config());
     let bar = crate::progress(coded::TRAINING_CONTEXTS, "calibration");
     let contexts = (0..coded::TRAINING_CONTEXTS).map(|index| {
-        let tokens = coded::training_context(vocabulary, coded::TRAINING_CHUNK_TOKENS, index)?;
+        let chunk = coded::TRAINING_CHUNK_TOKENS;
+        let tokens = coded::training_context(source, chunk, index)?;
         let (pages, queries) = reader.observe(&tokens)?;
         let kv = reader.take(&pages, 0..tokens.len())?;
         reader.release(pages)?;

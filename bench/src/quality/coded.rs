@@ -12,7 +12,8 @@ use kvasir_types::DType;
 
 use super::method::{Caches, Charge};
 use super::reader::{Pages, Reader};
-use crate::corpus::{self, Profile, Split, Vocabulary};
+use crate::contexts::Contexts;
+use crate::corpus::Split;
 use crate::methods::{Chunk, Coder, Geometry, Spec, Training};
 
 /// Tokens of a chunk.
@@ -122,13 +123,13 @@ impl Coded {
 /// KV of contexts that no question is asked about, to calibrate on.
 pub(crate) fn training(
     reader: &mut Reader,
-    vocabulary: &Vocabulary,
+    source: &Contexts,
     geometry: &Geometry,
     chunk_tokens: usize,
 ) -> anyhow::Result<Training> {
     let bar = crate::progress(TRAINING_CONTEXTS, "calibration");
     let contexts = (0..TRAINING_CONTEXTS).map(|index| {
-        let tokens = training_context(vocabulary, chunk_tokens, index)?;
+        let tokens = training_context(source, chunk_tokens, index)?;
         let pages = reader.prefill(&tokens)?;
         let kv = reader.take(&pages, 0..tokens.len())?;
         reader.release(pages)?;
@@ -142,22 +143,10 @@ pub(crate) fn training(
 
 /// The tokens of one of the [`TRAINING_CONTEXTS`].
 pub(crate) fn training_context(
-    vocabulary: &Vocabulary,
+    source: &Contexts,
     chunk_tokens: usize,
     index: u64,
 ) -> anyhow::Result<Vec<u32>> {
-    let context = corpus::sample(
-        vocabulary,
-        &Profile::default(),
-        TRAINING_CHUNKS,
-        chunk_tokens,
-        corpus::mix(TRAINING_SEED, index),
-        Split::Train,
-    )?;
-    let tokens: Vec<u32> = std::iter::once(vocabulary.bos)
-        .chain(context.chunks.concat())
-        .collect();
-    Ok(tokens)
+    let tokens = TRAINING_CHUNKS * chunk_tokens;
+    source.context(index, tokens, chunk_tokens, Split::Train)
 }
-
-const TRAINING_SEED: u64 = 0x7261_696e;
