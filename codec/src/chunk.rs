@@ -25,7 +25,8 @@ pub struct Encoding {
     pub level: Level,
     /// Steps of [`Level::L0`] by layer, of keys and of values, in deviations of the layer's
     /// values from the means of their channels. The last one also of all layers that
-    /// follow. With a profile, in its units instead.
+    /// follow. With a profile, in its units instead. None: those that are best for most
+    /// models; with a profile, its units.
     pub steps: Vec<[f32; 2]>,
     /// What is known of the model, for nested levels; others do without.
     pub profile: Option<Arc<Profile>>,
@@ -55,7 +56,7 @@ pub enum EncodeError {
     #[error(transparent)]
     CacheGen(#[from] CacheGenError),
     /// A step is zero, negative or no number.
-    #[error("steps must be positive numbers, and there must be one")]
+    #[error("steps must be positive numbers")]
     Steps,
     /// Layers that are not those of the layout.
     #[error(transparent)]
@@ -109,11 +110,11 @@ pub enum ChunkError {
 }
 
 impl Encoding {
-    /// At a level, with the steps that are best for most models.
+    /// At a level, with the steps that are best for most models, and no profile.
     pub fn at(level: Level) -> Self {
         Self {
             level,
-            steps: vec![DEFAULT_STEPS],
+            steps: Vec::new(),
             profile: None,
         }
     }
@@ -133,7 +134,7 @@ impl Encoding {
                     return Err(UnsupportedLayout::Profile.into());
                 }
                 let steps = |step: &[f32; 2]| step.iter().all(|it| it.is_normal() && *it > 0.0);
-                if self.steps.is_empty() || !self.steps.iter().all(steps) {
+                if !self.steps.iter().all(steps) {
                     return Err(EncodeError::Steps);
                 }
             }
@@ -209,7 +210,10 @@ impl Encoding {
         let tokens = layout.tokens();
         let rotation = prelude.rotation.as_ref().map(|of| of.angles(tokens));
         let mut steps = self.steps.iter().copied();
-        let mut last = DEFAULT_STEPS;
+        let mut last = match &self.profile {
+            None => DEFAULT_STEPS,
+            Some(_) => [1.0; 2],
+        };
         let encoded = (0..).map(LayerIdx).zip(layers).map(|(index, layer)| {
             let mut codec = LayerCodec::new(*layout, rotation.as_ref())?;
             codec = codec.with_exact_tokens(prelude.exact_tokens);

@@ -240,7 +240,7 @@ fn chunks_that_need_more_than_this_version_has_are_refused() {
     assert_eq!(error, ChunkError::Profile);
     let mut encoding = Encoding::at(Level::L0);
     let layout = layout(64);
-    for steps in [vec![], vec![[1.0, 0.0]], vec![[f32::NAN, 1.0]]] {
+    for steps in [vec![[1.0, 0.0]], vec![[f32::NAN, 1.0]]] {
         encoding.steps = steps;
         let key = ChunkKey::from_bytes([5; 32]);
         let refused = encoding.encode(key, &layout, &Prelude::default(), layers(&layout));

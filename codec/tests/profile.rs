@@ -115,9 +115,6 @@ fn encoded(
 ) -> Result<Object, EncodeError> {
     let mut encoding = Encoding::at(level);
     encoding.profile = profile.cloned();
-    if profile.is_some() {
-        encoding.steps = vec![[1.0; 2]];
-    }
     let key = ChunkKey::from_bytes([5; 32]);
     encoding.encode(key, layout, &prelude(), layers.to_vec())
 }

@@ -3,8 +3,8 @@
 //! Every plane of every layer gets a basis over the channels of all heads that share cells, keys
 //! before RoPE: the eigenvectors of the covariance of channels, each weighted by what errors in
 //! them do to the layer's output ([`metric`]). `--weighting none` leaves that out: the
-//! Karhunen–Loève basis, whose errors are those of channels. Along with it, the unit of a plane is
-//! where errors do as much harm as in any other, or its deviation; times what
+//! Karhunen–Loève basis, whose errors are those of channels. The unit of a plane
+//! is [`STEP`] times the deviation of its coefficients, times what
 //! `kvasir-bench quality --sensitivity … --on-training` found it to be worth, if that is given.
 
 use std::ops::Range;
@@ -19,7 +19,7 @@ use nalgebra::DMatrix;
 
 use super::frame::{self, Basis};
 use super::metric::Metric;
-use super::{Chunk, Coder as _, Geometry, Kvasir, PROTECTED, Variant};
+use super::{Chunk, Coder as _, Geometry, Kvasir, PROTECTED, STEP, Variant};
 use crate::contexts::Contexts;
 use crate::quality::reader::Reader;
 use crate::quality::{coded, sensitivity};
@@ -136,6 +136,7 @@ fn speed(
         for with in [None, Some(&profile)] {
             let variant = Variant {
                 profile: with.is_some(),
+                step: if with.is_some() { 1.0 } else { STEP },
                 level,
                 ..Variant::DEFAULT
             };
@@ -211,7 +212,7 @@ fn calibrated(
             let squares = bases.iter().flat_map(|basis| &basis.deviations);
             let sum: f32 = squares.map(|deviation| deviation * deviation).sum();
             #[expect(clippy::cast_precision_loss, reason = "channels of a layer")]
-            let unit = (sum / per_layer as f32).sqrt() * factors[plane];
+            let unit = STEP * (sum / per_layer as f32).sqrt() * factors[plane];
             planes.push(ProfilePlane { unit, bases });
         }
     }

@@ -11,7 +11,7 @@ use super::{Chunk, Coder, Geometry, PROTECTED, Parts, STEP};
 /// Steps and level.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Variant {
-    /// Of level 0, in deviations.
+    /// Of level 0, in deviations; in units of the profile, of which the usual one is 1.
     pub(crate) step: f32,
     /// What it is multiplied by for keys.
     pub(crate) keys: f32,
@@ -64,6 +64,9 @@ impl Variant {
         }
         let mut parts = text.split('-').peekable();
         variant.profile = parts.next_if_eq(&PROFILE).is_some();
+        if variant.profile {
+            variant.step = 1.0;
+        }
         if let Some(steps) = parts.peek().and_then(|part| part.strip_prefix('s')) {
             let (step, keys) = steps.split_once('k').unwrap_or((steps, "1"));
             variant.step = step.parse().ok()?;
@@ -89,7 +92,8 @@ impl Variant {
         if self == Self::DEFAULT {
             return "kvasir".to_owned();
         }
-        let step = match (same(step, STEP), same(keys, 1.0)) {
+        let usual = if self.profile { 1.0 } else { STEP };
+        let step = match (same(step, usual), same(keys, 1.0)) {
             (true, true) => String::new(),
             (false, true) => format!("s{step}-"),
             (_, false) => format!("s{step}k{keys}-"),
