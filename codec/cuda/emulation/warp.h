@@ -1,0 +1,142 @@
+// What decode.cu takes of CUDA, on a CPU: a warp is 32 coroutines, each with a stack of its own,
+// that run one after the other from one collective operation to the next.
+#pragma once
+
+#include <setjmp.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#define __global__
+#define __device__
+#define __forceinline__ inline
+
+struct Dimensions {
+    unsigned int x;
+};
+
+static Dimensions blockIdx, gridDim, threadIdx;
+static Dimensions blockDim = {32};
+
+namespace warp {
+
+const unsigned int LANES_OF_WARP = 32;
+const size_t STACK_BYTES = 256 << 10;
+
+enum Operation { NONE, BALLOT, SHUFFLE, BARRIER, END };
+
+// What a lane waits for, where, and with what.
+struct Lane {
+    jmp_buf resume;
+    Operation operation;
+    unsigned int value;
+    unsigned int source;
+    unsigned int result;
+};
+
+static Lane lanes[LANES_OF_WARP];
+static char* stacks[LANES_OF_WARP];
+static jmp_buf scheduler;
+static ucontext_t scheduler_context;
+static void (*body)();
+
+static void run_lane() {
+    body();
+    lanes[threadIdx.x].operation = END;
+    _longjmp(scheduler, 1);
+}
+
+// Waits until all lanes came to the same operation.
+static unsigned int meet(Operation operation, unsigned int value, unsigned int source) {
+    Lane& lane = lanes[threadIdx.x];
+    lane.operation = operation;
+    lane.value = value;
+    lane.source = source;
+    if (_setjmp(lane.resume) == 0) {
+        _longjmp(scheduler, 1);
+    }
+    return lanes[threadIdx.x].result;
+}
+
+static void start(unsigned int at) {
+    if (!stacks[at]) {
+        stacks[at] = (char*)mmap(0, STACK_BYTES, PROT_READ | PROT_WRITE,
+                                 MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (stacks[at] == MAP_FAILED) abort();
+    }
+    ucontext_t context;
+    getcontext(&context);
+    context.uc_stack.ss_sp = stacks[at];
+    context.uc_stack.ss_size = STACK_BYTES;
+    context.uc_link = 0;
+    makecontext(&context, run_lane, 0);
+    swapcontext(&scheduler_context, &context);
+}
+
+// Runs a kernel with one warp a block.
+static void launch(void (*kernel)(), unsigned int blocks) {
+    body = kernel;
+    gridDim.x = blocks;
+    for (unsigned int block = 0; block < blocks; block++) {
+        blockIdx.x = block;
+        static bool started;
+        started = false;
+        for (;;) {
+            static unsigned int at;
+            for (at = 0; at < LANES_OF_WARP; at++) {
+                threadIdx.x = at;
+                if (_setjmp(scheduler) == 0) {
+                    if (started) {
+                        _longjmp(lanes[at].resume, 1);
+                    } else {
+                        start(at);
+                    }
+                }
+            }
+            started = true;
+            Operation operation = lanes[0].operation;
+            unsigned int votes = 0;
+            for (unsigned int at = 0; at < LANES_OF_WARP; at++) {
+                if (lanes[at].operation != operation) {
+                    fprintf(stderr, "lanes 0 and %u wait for different operations\n", at);
+                    abort();
+                }
+                votes |= (unsigned int)(lanes[at].value != 0) << at;
+            }
+            if (operation == END) break;
+            for (unsigned int at = 0; at < LANES_OF_WARP; at++) {
+                lanes[at].result =
+                    operation == BALLOT ? votes : lanes[lanes[at].source % LANES_OF_WARP].value;
+            }
+        }
+    }
+}
+
+}  // namespace warp
+
+static inline unsigned int __ballot_sync(unsigned int, bool vote) {
+    return warp::meet(warp::BALLOT, vote, 0);
+}
+static inline unsigned int __shfl_sync(unsigned int, unsigned int value, unsigned int source) {
+    return warp::meet(warp::SHUFFLE, value, source);
+}
+static inline void __syncwarp() { warp::meet(warp::BARRIER, 0, 0); }
+static inline int __popc(unsigned int bits) { return __builtin_popcount(bits); }
+template <typename T> static inline T __ldg(const T* at) { return *at; }
+static inline float __uint_as_float(unsigned int bits) {
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+static inline unsigned int __float_as_uint(float value) {
+    unsigned int bits;
+    memcpy(&bits, &value, 4);
+    return bits;
+}
+// Compiled without contraction, so that each rounds.
+static inline float __fmul_rn(float a, float b) { return a * b; }
+static inline float __fadd_rn(float a, float b) { return a + b; }
+static inline float __fsub_rn(float a, float b) { return a - b; }
