@@ -2,13 +2,11 @@
 // that run one after the other from one collective operation to the next.
 #pragma once
 
-#include <setjmp.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <ucontext.h>
 
 #define __global__
 #define __device__
@@ -30,7 +28,7 @@ enum Operation { NONE, BALLOT, SHUFFLE, BARRIER, END };
 
 // What a lane waits for, where, and with what.
 struct Lane {
-    jmp_buf resume;
+    void* resume[5];
     Operation operation;
     unsigned int value;
     unsigned int source;
@@ -39,14 +37,24 @@ struct Lane {
 
 static Lane lanes[LANES_OF_WARP];
 static char* stacks[LANES_OF_WARP];
-static jmp_buf scheduler;
-static ucontext_t scheduler_context;
+static void* scheduler[5];
 static void (*body)();
 
-static void run_lane() {
+// The compiler's own jumps, in functions of their own as it demands: those of the C library are
+// known to AddressSanitizer, which takes long over each.
+#define SWITCH __attribute__((noinline, no_sanitize("address")))
+
+SWITCH static void to_scheduler() { __builtin_longjmp(scheduler, 1); }
+SWITCH static void to_lane(unsigned int at) { __builtin_longjmp(lanes[at].resume, 1); }
+
+SWITCH static void run_lane() {
     body();
     lanes[threadIdx.x].operation = END;
-    _longjmp(scheduler, 1);
+    to_scheduler();
+}
+
+SWITCH static void wait(Lane& lane) {
+    if (__builtin_setjmp(lane.resume) == 0) to_scheduler();
 }
 
 // Waits until all lanes came to the same operation.
@@ -55,25 +63,33 @@ static unsigned int meet(Operation operation, unsigned int value, unsigned int s
     lane.operation = operation;
     lane.value = value;
     lane.source = source;
-    if (_setjmp(lane.resume) == 0) {
-        _longjmp(scheduler, 1);
-    }
-    return lanes[threadIdx.x].result;
+    wait(lane);
+    return lane.result;
 }
 
-static void start(unsigned int at) {
+SWITCH static void start(unsigned int at) {
     if (!stacks[at]) {
         stacks[at] = (char*)mmap(0, STACK_BYTES, PROT_READ | PROT_WRITE,
                                  MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         if (stacks[at] == MAP_FAILED) abort();
     }
-    ucontext_t context;
-    getcontext(&context);
-    context.uc_stack.ss_sp = stacks[at];
-    context.uc_stack.ss_size = STACK_BYTES;
-    context.uc_link = 0;
-    makecontext(&context, run_lane, 0);
-    swapcontext(&scheduler_context, &context);
+    char* top = stacks[at] + STACK_BYTES;
+#if defined(__x86_64__)
+    asm volatile("mov %0, %%rsp\n\tcall *%1" : : "r"(top), "r"(run_lane) : "memory");
+#elif defined(__aarch64__)
+    asm volatile("mov sp, %0\n\tblr %1" : : "r"(top), "r"(run_lane) : "memory");
+#else
+#error "no way onto another stack"
+#endif
+    __builtin_unreachable();
+}
+
+SWITCH static void run_until_it_waits(unsigned int at, bool started) {
+    threadIdx.x = at;
+    if (__builtin_setjmp(scheduler) == 0) {
+        if (started) to_lane(at);
+        start(at);
+    }
 }
 
 // Runs a kernel with one warp a block.
@@ -82,21 +98,8 @@ static void launch(void (*kernel)(), unsigned int blocks) {
     gridDim.x = blocks;
     for (unsigned int block = 0; block < blocks; block++) {
         blockIdx.x = block;
-        static bool started;
-        started = false;
-        for (;;) {
-            static unsigned int at;
-            for (at = 0; at < LANES_OF_WARP; at++) {
-                threadIdx.x = at;
-                if (_setjmp(scheduler) == 0) {
-                    if (started) {
-                        _longjmp(lanes[at].resume, 1);
-                    } else {
-                        start(at);
-                    }
-                }
-            }
-            started = true;
+        for (bool started = false;; started = true) {
+            for (unsigned int at = 0; at < LANES_OF_WARP; at++) run_until_it_waits(at, started);
             Operation operation = lanes[0].operation;
             unsigned int votes = 0;
             for (unsigned int at = 0; at < LANES_OF_WARP; at++) {

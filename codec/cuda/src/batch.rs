@@ -80,7 +80,7 @@ pub(crate) struct Batch<'a> {
 }
 
 /// `Cell` in decode.cu.
-struct CellRecord {
+pub(crate) struct CellRecord {
     group: u32,
     first_token: u32,
     tokens: u32,
@@ -284,6 +284,8 @@ impl<'a> Batch<'a> {
 }
 
 impl CellRecord {
+    pub(crate) const BYTES: usize = 4 * 11;
+
     fn write(&self, out: &mut Vec<u8>) {
         let [a, b, c] = self.words;
         let [d, e, f] = self.word_counts;

@@ -330,7 +330,7 @@ extern "C" __global__ void decode_cells(const Arguments arguments) {
     u32 warps = gridDim.x * warps_of_block;
     short* numbers = arguments.numbers + (u64)warp * arguments.numbers_per_warp;
     for (u32 at = warp; at < arguments.cell_count; at += warps) {
-        const Cell cell = arguments.cells[at];
+        const Cell& cell = arguments.cells[at];
         const Group group = arguments.groups[cell.group];
         u32 state = arguments.states[at * LANES + lane];
         bool ended = true;
