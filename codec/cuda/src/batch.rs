@@ -252,7 +252,7 @@ impl<'a> Batch<'a> {
 
     /// How many cells there are.
     pub(crate) fn cell_count(&self) -> u32 {
-        u32::try_from(self.layer_of_cell.len()).expect("counted when they were added")
+        u32::try_from(self.cells.len() / CellRecord::BYTES).expect("counted when they were added")
     }
 
     /// In the order of `Arguments` in decode.cu.
