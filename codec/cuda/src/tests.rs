@@ -332,6 +332,60 @@ fn many_layers_are_decoded_at_once(decoder: &mut impl Decode) {
     }
 }
 
+/// Bits of numbers around all that is special to 16 bits: halves between neighbours,
+/// subnormals, the largest, what is no number; and any.
+fn bits_to_round() -> Vec<u32> {
+    let mut random = StdRng::seed_from_u64(2);
+    let mut bits: Vec<u32> = Vec::new();
+    for upper in [
+        0x0000, 0x0080, 0x3300, 0x3380, 0x3800, 0x387f, 0x3880, 0x3f80, 0x477f, 0x4780, 0x7f7f,
+        0x7f80, 0x7fa5, 0x7fc0, 0x7fe7,
+    ] {
+        for lower in [
+            0, 1, 0xfff, 0x1000, 0x1001, 0x2fff, 0x3000, 0x5000, 0x7fff, 0x8000, 0x8001, 0xf000,
+            0xffff,
+        ] {
+            let positive: u32 = upper << 16 | lower;
+            bits.extend([positive, positive | 1 << 31]);
+        }
+    }
+    bits.extend((bits.len()..64 * 32).map(|_| random.random::<u32>()));
+    bits
+}
+
+fn values_are_rounded_as_on_the_cpu(decoder: &mut impl Decode) {
+    let bits = bits_to_round();
+    for dtype in [DType::F16, DType::Bf16, DType::F32] {
+        let layout = KvLayout::new(1, 1, Planes::Single { dim: 32 }, 64, dtype).unwrap();
+        let codec = LayerCodec::new(layout, None).unwrap();
+        let parts = codec.encode(&vec![0; layout.layer_bytes()], [1.0; 2]).parts;
+        let parts = parts.each_ref().map(Vec::as_slice);
+        let job = LayerJob {
+            codec: &codec,
+            parts: &parts,
+            placement: &Placement::raw(&layout, 0),
+            buffer: 0,
+        };
+        let mut buffers = [vec![0; layout.layer_bytes()]];
+        let mut batch = Batch::new(&[job], &[layout.layer_bytes() as u64]).unwrap();
+        // All are outliers, which are rounded and nothing else.
+        let count = u16::try_from(bits.len()).unwrap();
+        set_field(&mut batch, CellRecord::BYTES - 4, count.into());
+        batch.outlier_positions = (0..count).flat_map(u16::to_le_bytes).collect();
+        batch.outlier_values = bits.iter().copied().flat_map(u32::to_le_bytes).collect();
+        decoder.run(&batch, &mut buffers).unwrap();
+        let mut expected = Vec::new();
+        for &bits in &bits {
+            store(dtype, f32::from_bits(bits), &mut expected);
+        }
+        let size = dtype.bytes();
+        let pairs = buffers[0].chunks(size).zip(expected.chunks(size));
+        for (bits, (found, expected)) in bits.iter().zip(pairs) {
+            assert_eq!(found, expected, "{dtype} of {bits:#x}");
+        }
+    }
+}
+
 /// Streams that pass their checksums and are none.
 fn damage_is_an_error(decoder: &mut impl Decode) {
     let layout = KvLayout::new(1, 2, Planes::symmetric(64), 70, DType::F16).unwrap();
@@ -384,20 +438,19 @@ fn damage_is_an_error(decoder: &mut impl Decode) {
 fn move_words(batch: &mut Batch<'_>, cell: usize, level: usize, alter: impl FnOnce(&mut Vec<u8>)) {
     let record = CellRecord::BYTES * cell;
     let [place, count] = [3, 3 + LayerPlan::LEVELS].map(|field| record + 4 * (field + level));
-    let mut field = |at: usize, value: Option<usize>| {
-        let bytes: &mut [u8; 4] = batch.cells[at..].first_chunk_mut().unwrap();
-        let before = u32::from_le_bytes(*bytes);
-        if let Some(value) = value {
-            *bytes = u32::try_from(value).unwrap().to_le_bytes();
-        }
-        2 * before as usize
-    };
-    let from = field(place, Some(batch.words.len() / 2));
-    let len = field(count, None);
+    let end = u32::try_from(batch.words.len() / 2).unwrap();
+    let from = 2 * set_field(batch, place, end) as usize;
+    let len = 2 * set_field(batch, count, 0) as usize;
     let mut words = batch.words[from..from + len].to_vec();
     alter(&mut words);
-    field(count, Some(words.len() / 2));
+    set_field(batch, count, u32::try_from(words.len() / 2).unwrap());
     batch.words.extend(words);
+}
+
+/// Sets a field of the records of cells, by its byte; gives what it was.
+fn set_field(batch: &mut Batch<'_>, at: usize, value: u32) -> u32 {
+    let bytes: &mut [u8; 4] = batch.cells[at..].first_chunk_mut().unwrap();
+    u32::from_le_bytes(std::mem::replace(bytes, value.to_le_bytes()))
 }
 
 fn what_is_wrong_is_refused(decoder: &mut impl Decode) {
@@ -463,6 +516,7 @@ on_both!(
     raw_layers_are_the_cpus,
     pages_are_the_cpus,
     many_layers_are_decoded_at_once,
+    values_are_rounded_as_on_the_cpu,
     damage_is_an_error,
     what_is_wrong_is_refused
 );
