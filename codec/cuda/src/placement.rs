@@ -201,7 +201,10 @@ mod tests {
         let (end, bytes) = (u64::MAX, 1 << 40);
         let beyond = PlacementError::Bounds { end, bytes };
         assert_eq!(placement.check(&layout, bytes), Err(beyond));
-        placement.values.head_stride = 31;
+        placement.values.head_stride = 0;
+        placement.values.token_stride = 1 << 60;
+        assert_eq!(placement.check(&layout, bytes), Err(beyond));
+        placement.values.token_stride = 31;
         let odd = placement.check(&layout, bytes);
         assert_eq!(odd, Err(PlacementError::Alignment(2)));
         placement.page_tokens = 0;

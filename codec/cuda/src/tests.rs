@@ -312,9 +312,14 @@ fn many_layers_are_decoded_at_once(decoder: &mut impl Decode) {
         .iter()
         .map(|encoded| encoded.parts.each_ref().map(Vec::as_slice))
         .collect();
-    let placements: Vec<Placement> = cases
-        .iter()
-        .map(|case| Placement::raw(&case.layout, 0))
+    // Each in pages of another order.
+    let placements: Vec<Placement> = (0..)
+        .zip(&cases)
+        .map(|(at, case)| {
+            let count = case.layout.tokens().div_ceil(16);
+            let pages = (0..count).map(|page| (page + at) % count).collect();
+            Placement::pool(&case.layout, 16, count, pages)
+        })
         .collect();
     let jobs: Vec<LayerJob<'_>> = (0..cases.len())
         .map(|at| LayerJob {
@@ -324,11 +329,12 @@ fn many_layers_are_decoded_at_once(decoder: &mut impl Decode) {
             buffer: at,
         })
         .collect();
-    let of_case = |case: &Case| vec![0xaa; case.layout.layer_bytes()];
-    let mut buffers: Vec<Vec<u8>> = cases.iter().map(of_case).collect();
+    let pool = |place: &Placement| vec![0xaa; usize::try_from(2 * place.values.start).unwrap()];
+    let mut buffers: Vec<Vec<u8>> = placements.iter().map(pool).collect();
     decoder.decode(&jobs, &mut buffers).unwrap();
     for (at, (case, buffer)) in cases.iter().zip(&buffers).enumerate() {
-        assert_same(case, buffer, &encoded[at].decoded[at % 3]);
+        let found = gather(case, &placements[at], buffer);
+        assert_same(case, &found, &encoded[at].decoded[at % 3]);
     }
 }
 

@@ -232,7 +232,10 @@ fn a_plan_has_all_cells_and_what_is_stored_apart() {
         }
     }
     let position = 6 * 256 + 128 + 7;
-    assert_eq!(plan.groups[1].cells[1].outliers, [(position, f32::INFINITY)]);
+    assert_eq!(
+        plan.groups[1].cells[1].outliers,
+        [(position, f32::INFINITY)]
+    );
     assert!(plan.groups[0].cells[1].outliers.is_empty());
 }
 
