@@ -100,8 +100,9 @@ loom: rocksdb
 	  $(CARGO) test $(PROFILE) --locked --target-dir $(BUILDS)/loom \
 	  -p kvasir-store --lib models::
 
-# Every crate with unsafe code, and the store, whose buffers devices write into. Not
-# valgrind: under it no CPU has AVX-512, and the kernels for that would go untested. The
+# Every crate with unsafe code but kvasir-cuda, where it is calls of NVIDIA's libraries (its
+# kernel runs under the sanitizer in `make test`), and the store, whose buffers devices write
+# into. Not valgrind: under it no CPU has AVX-512, and the kernels for that would go untested. The
 # stable compiler has the sanitizer behind RUSTC_BOOTSTRAP; --target keeps it out of build
 # scripts. RocksDB and std run as they are, and leaks are not looked for: safe code may leak.
 asan: rocksdb

@@ -100,6 +100,10 @@ struct Arguments {
     u32 numbers_per_warp;
 };
 
+static_assert(sizeof(Cell) == 11 * 4, "CellRecord::BYTES");
+static_assert(sizeof(Group) == 25 * 4, "GroupRecord::BYTES");
+static_assert(sizeof(Arguments) == 17 * 8, "as the host has them");
+
 // The words of a level, of which 64 are in registers: a lane holds one of the first 32 and one
 // of the others.
 struct Words {

@@ -257,6 +257,7 @@ impl CudaDecoder {
         drop(guards);
         let after = self.record()?;
         let results = stream.clone_dtoh(&results)?;
+        stream.synchronize()?;
         batch.check(&results)?;
         Ok(CudaTimings {
             cells: batch.cell_count(),
@@ -287,6 +288,9 @@ struct Arguments {
     cell_count: u32,
     numbers_per_warp: u32,
 }
+
+// As decode.cu asserts of its own.
+const _: () = assert!(size_of::<Arguments>() == 17 * 8);
 
 // SAFETY: integers only, laid out as in C, where the kernel has pointers of 64 bits.
 unsafe impl DeviceRepr for Arguments {}

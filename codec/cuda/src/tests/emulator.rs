@@ -86,13 +86,14 @@ impl Drop for Emulator {
     }
 }
 
-/// Compiles the emulator beside this test.
+/// Compiles the emulator, once a process, beside this test.
 fn executable() -> &'static Path {
     static EXECUTABLE: OnceLock<PathBuf> = OnceLock::new();
     EXECUTABLE.get_or_init(|| {
-        let folder = std::env::current_exe().unwrap();
-        let name = format!("decode-cu-emulated-{}", std::process::id());
-        let out = folder.with_file_name(name);
+        let test = std::env::current_exe().unwrap();
+        let out = test.with_file_name("decode-cu-emulated");
+        // Tests of another process may be compiling it too.
+        let mine = out.with_extension(std::process::id().to_string());
         let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("emulation/main.cpp");
         let status = Command::new("c++")
             .args(["-std=c++17", "-O1", "-Wall", "-Werror"])
@@ -103,10 +104,11 @@ fn executable() -> &'static Path {
             .args(["-U_FORTIFY_SOURCE", "--param", "asan-stack=0"])
             .args(["-fsanitize=address,undefined", "-fno-sanitize-recover=all"])
             .arg("-o")
-            .args([&out, &source])
+            .args([&mine, &source])
             .status()
             .expect("a C++ compiler, as RocksDB needs one");
         assert!(status.success(), "the kernel does not compile as C++");
+        std::fs::rename(&mine, &out).unwrap();
         out
     })
 }
