@@ -16,7 +16,7 @@ MODEL   ?= models/reader-9m
 RUN     ?= target/reader
 VENV    ?= .venv
 
-.PHONY: help deps deps-neon deps-bench build demo test crash soak check check-deep test-neon rocksdb loom asan fuzz bench quality venv train
+.PHONY: help deps deps-neon deps-bench build demo test crash soak check check-deep test-neon test-cuda rocksdb loom asan fuzz bench quality venv train
 
 help:
 	@echo "make demo    build, then answer questions with a computed and a fetched prefill"
@@ -26,6 +26,7 @@ help:
 	@echo "make check   formatting, lints, documentation, dependency policy"
 	@echo "make check-deep  models of the store's concurrency; unsafe code under AddressSanitizer"
 	@echo "make test-neon   the codec's tests as an ARM CPU runs them, under qemu"
+	@echo "make test-cuda   the CUDA kernel, compiled for every GPU that NVRTC knows; no GPU needed"
 	@echo "make fuzz    hostile bytes for the codec, a minute a target (SECONDS=1200: twenty)"
 	@echo "make bench   run the benchmarks (ARGS='ttft --quick --json' picks one)"
 	@echo "make quality ask the shipped model, write docs/quality.md (an hour; ARGS=--quick: minutes)"
@@ -99,8 +100,9 @@ loom: rocksdb
 	  $(CARGO) test $(PROFILE) --locked --target-dir $(BUILDS)/loom \
 	  -p kvasir-store --lib models::
 
-# Every crate with unsafe code, and the store, whose buffers devices write into. Not
-# valgrind: under it no CPU has AVX-512, and the kernels for that would go untested. The
+# Every crate with unsafe code but kvasir-cuda, where it is calls of NVIDIA's libraries (its
+# kernel runs under the sanitizer in `make test`), and the store, whose buffers devices write
+# into. Not valgrind: under it no CPU has AVX-512, and the kernels for that would go untested. The
 # stable compiler has the sanitizer behind RUSTC_BOOTSTRAP; --target keeps it out of build
 # scripts. RocksDB and std run as they are, and leaks are not looked for: safe code may leak.
 asan: rocksdb
@@ -116,6 +118,18 @@ test-neon: deps-neon
 	CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc \
 	CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER='qemu-aarch64 -L /usr/aarch64-linux-gnu' \
 	  $(CARGO) test $(PROFILE) --locked --target $(NEON) -p kvasir-codec
+
+# A compiler of CUDA kernels from PyPI, of which no more than its library is used.
+NVRTC = $(abspath $(BUILDS))/nvrtc/12.9.86
+
+$(NVRTC):
+	python3 -m pip install -q --no-deps --target $@ nvidia-cuda-nvrtc-cu12==$(notdir $@)
+
+# Without it, the tests that compile the kernel pass and say that they did not. Those on a
+# device need one.
+test-cuda: deps $(NVRTC)
+	LD_LIBRARY_PATH=$(NVRTC)/nvidia/cuda_nvrtc/lib:$$LD_LIBRARY_PATH KVASIR_REQUIRE_NVRTC=1 \
+	  $(CARGO) test $(PROFILE) --locked -p kvasir-cuda -- --nocapture
 
 # Each target for SECONDS, from its seeds in the repository; what is found lies in
 # target/fuzz. libFuzzer's instrumentation needs the compiler's unstable flags, which the

@@ -9,6 +9,7 @@ mod checkpoint;
 mod codec;
 mod contexts;
 mod corpus;
+mod cuda;
 mod daemon;
 mod faults;
 mod kvstats;
@@ -87,6 +88,8 @@ enum Suite {
     Profile(methods::calibration::Options),
     /// What a value of KV takes under each codec, how exact it stays, and how fast it is.
     Codec(codec::Options),
+    /// How fast a GPU decodes nested levels, beside sending it the raw KV.
+    Cuda(cuda::Options),
     /// Statistics of the KV of a model: what a codec can gain, and where reuse deviates.
     Kvstats(kvstats::Options),
     /// A page of results, made from what `quality` and `kvstats` printed.
@@ -145,6 +148,7 @@ async fn run(suite: Suite, json: bool, quick: bool) -> anyhow::Result<()> {
         Suite::Quality(options) => quality::run(&options, quick)?.print(json),
         Suite::Profile(options) => methods::calibration::run(&options)?.print(json),
         Suite::Codec(options) => codec::run(&options, quick)?.print(json),
+        Suite::Cuda(options) => cuda::run(&options, quick)?.print(json),
         Suite::Kvstats(options) => kvstats::run(&options, quick)?.print(json),
         Suite::Lookup => lookup::run(quick).await?.print(json),
         Suite::Store(options) => store::run(&options, quick).await?.print(json),

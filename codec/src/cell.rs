@@ -267,6 +267,40 @@ impl Decoder {
     }
 }
 
+/// What a cell is decoded from, by a decoder of its own.
+#[derive(Debug)]
+pub(crate) struct Streams<'a> {
+    pub(crate) outliers: Outliers,
+    pub(crate) states: [u32; LANES],
+    /// By level; nothing of a level that is not there.
+    pub(crate) words: [&'a [u8]; LADDER],
+}
+
+impl<'a> Streams<'a> {
+    /// Of a cell of so many values, given by level from the base on.
+    ///
+    /// # Errors
+    /// What [`Decoder::decode`] finds before it looks at symbols.
+    pub(crate) fn of(levels: &[&'a [u8]], values: usize) -> Result<Self, CellError> {
+        let mut outliers = Outliers::new();
+        let mut words = [&[][..]; LADDER];
+        for (slot, level) in words.iter_mut().zip(levels) {
+            *slot = level;
+        }
+        let base = read_outliers(words[0], values, &mut outliers)?;
+        let (states, base) = rans::split_states(base)?;
+        words[0] = base;
+        for words in words {
+            rans::check_length(words, values)?;
+        }
+        Ok(Self {
+            outliers,
+            states,
+            words,
+        })
+    }
+}
+
 /// Positions, ascending, and values.
 type Outliers = Vec<(u16, f32)>;
 

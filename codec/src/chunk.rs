@@ -295,6 +295,26 @@ impl ChunkDecoder {
         })
     }
 
+    /// What codes a layer of a chunk at a nested level, for decoders elsewhere; `None` at all
+    /// other levels.
+    ///
+    /// # Errors
+    /// The profile has no such layer.
+    pub fn codec(&self, layer: LayerIdx) -> Result<Option<LayerCodec<'_>>, ChunkError> {
+        let nested = self.level.is_nested();
+        nested.then(|| self.nested(layer)).transpose()
+    }
+
+    fn nested(&self, layer: LayerIdx) -> Result<LayerCodec<'_>, ChunkError> {
+        let codec = LayerCodec::new(self.layout, self.rotation.as_ref())?;
+        let codec = codec.with_exact_tokens(self.exact_tokens);
+        let Some(profile) = &self.profile else {
+            return Ok(codec);
+        };
+        let profile = profile.layer(layer).ok_or(ChunkError::Profile)?;
+        Ok(codec.with_profile(profile)?)
+    }
+
     /// Decodes a layer into its raw form, as exactly as the parts allow that are there: of
     /// a nested level its first part and any number of those that follow, of any other
     /// level its one part.
@@ -324,13 +344,7 @@ impl ChunkDecoder {
             if !(1..=LADDER.min(self.level.parts().into())).contains(&parts.len()) {
                 return Err(wrong);
             }
-            let mut codec = LayerCodec::new(self.layout, self.rotation.as_ref())?;
-            codec = codec.with_exact_tokens(self.exact_tokens);
-            if let Some(profile) = &self.profile {
-                let profile = profile.layer(layer).ok_or(ChunkError::Profile)?;
-                codec = codec.with_profile(profile)?;
-            }
-            return Ok(codec.decode(&parts, raw)?);
+            return Ok(self.nested(layer)?.decode(&parts, raw)?);
         }
         let &[part] = parts.as_slice() else {
             return Err(wrong);

@@ -25,6 +25,8 @@
 //!
 //! All integers are little-endian.
 
+mod plan;
+
 use kvasir_types::{DType, HeadRange, KvLayout, Plane, TokenRange};
 
 use crate::cell::{CELL_TOKENS, CellError, Decoder, Encoder, LADDER, MAX_WIDTH, most_bytes};
@@ -35,6 +37,8 @@ use crate::profile::{LayerProfile, ProfileBasis, ProfileShape};
 use crate::rans::{AT_ONCE, LANES, STATE_BYTES};
 use crate::rotation::Rotation;
 use crate::values;
+
+pub use plan::{CellPlan, DecodeTables, GroupPlan, LayerPlan, PlanError};
 
 /// Codes the layers of chunks of one layout, whose keys were turned in one way.
 #[derive(Debug)]

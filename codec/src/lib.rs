@@ -59,6 +59,11 @@
 //! * [`FixedCodec`]: every row takes the same bytes, INT8 or INT4, for pages.
 //! * [`CacheGen`] and [`CirculatedCacheGen`]: what its paper, and its code, take for the same.
 //!
+//! # On other processors
+//! [`LayerCodec::plan`] reads and checks what comes before the symbols, and says of every cell
+//! where its words lie and what its numbers stand for, so that a decoder elsewhere, as the one
+//! of `kvasir-cuda`, meets no bytes that were not checked.
+//!
 //! Code that is `unsafe` is in the kernels of the entropy coder and in those that write
 //! values, and nowhere else; a scalar twin says what each computes, and tests compare them.
 //! There are kernels for AVX-512 with VBMI2 and for AVX2 with FMA; other CPUs take the scalar
@@ -95,7 +100,10 @@ pub use channels::ChannelsError;
 pub use chunk::{ChunkDecoder, ChunkError, EncodeError, Encoding};
 pub use fixed::{FixedCodec, FixedError, FixedRate, UnsupportedFixed};
 pub use header::{Extent, ExtentError, HeaderError, IdentityError, ObjectHeader};
-pub use layer::{DecodeError, EncodedLayer, LayerCodec, UnsupportedLayout};
+pub use layer::{
+    CellPlan, DecodeError, DecodeTables, EncodedLayer, GroupPlan, LayerCodec, LayerPlan, PlanError,
+    UnsupportedLayout,
+};
 pub use lossless::{LosslessError, decode_lossless, encode_lossless};
 pub use object::{Object, ObjectError};
 pub use prelude::{KeyRotation, Prelude, PreludeError};

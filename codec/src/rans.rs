@@ -114,6 +114,33 @@ impl States {
     }
 }
 
+/// The states that a stream begins with, and the words that follow.
+///
+/// # Errors
+/// There are not that many bytes.
+pub(crate) fn split_states(stream: &[u8]) -> Result<([u32; LANES], &[u8]), StreamError> {
+    let error = StreamError::Length(stream.len());
+    let (bytes, words) = stream.split_first_chunk().ok_or(error)?;
+    let bytes: &[u8; STATE_BYTES] = bytes;
+    let mut states = [0; LANES];
+    for (state, &bytes) in states.iter_mut().zip(bytes.as_chunks().0) {
+        *state = u32::from_le_bytes(bytes);
+    }
+    Ok((states, words))
+}
+
+/// That these may be the words of so many symbols.
+///
+/// # Errors
+/// There is half a word, or there are more words than symbols.
+pub(crate) fn check_length(words: &[u8], symbols: usize) -> Result<(), StreamError> {
+    // A symbol reads at most one word.
+    if words.len() > 2 * symbols || !words.len().is_multiple_of(2) {
+        return Err(StreamError::Length(words.len()));
+    }
+    Ok(())
+}
+
 /// Streams being read.
 #[derive(Debug)]
 pub(crate) struct Reader {
@@ -139,11 +166,9 @@ impl Reader {
     /// # Errors
     /// There are not that many bytes.
     pub(crate) fn begin<'a>(&mut self, stream: &'a [u8]) -> Result<&'a [u8], StreamError> {
-        let error = StreamError::Length(stream.len());
-        let (states, words) = stream.split_first_chunk().ok_or(error)?;
-        let states: &[u8; STATE_BYTES] = states;
-        for (lane, &state) in states.as_chunks().0.iter().enumerate() {
-            self.states.set(lane, u32::from_le_bytes(state));
+        let (states, words) = split_states(stream)?;
+        for (lane, state) in states.into_iter().enumerate() {
+            self.states.set(lane, state);
         }
         Ok(words)
     }
@@ -153,10 +178,7 @@ impl Reader {
     /// # Errors
     /// There is half a word, or there are more words than symbols.
     pub(crate) fn go_on(&mut self, words: &[u8], symbols: usize) -> Result<(), StreamError> {
-        // A symbol reads at most one word.
-        if words.len() > 2 * symbols || !words.len().is_multiple_of(2) {
-            return Err(StreamError::Length(words.len()));
-        }
+        check_length(words, symbols)?;
         (self.next, self.end) = (0, words.len() / 2);
         self.words.clear();
         let words = words.as_chunks().0.iter();

@@ -82,6 +82,16 @@ impl Rotation {
         self.cos.len().checked_div(self.pairs).unwrap_or(0)
     }
 
+    /// What lengths are multiplied by.
+    pub fn factor(&self) -> f32 {
+        self.factor
+    }
+
+    /// Cosines, and sines, of the angles: by token and pair.
+    pub fn cosines_and_sines(&self) -> (&[f32], &[f32]) {
+        (&self.cos, &self.sin)
+    }
+
     /// The angles from `token` on of the pairs from `pair` on, where channels that are whole
     /// rows of lanes apart form them; else nothing.
     pub(crate) fn angles(&self, token: usize, pair: usize) -> Option<Angles<'_>> {

@@ -131,6 +131,29 @@ fn a_finer_level_holds_the_coarser_ones() {
 }
 
 #[test]
+fn nested_layers_have_a_codec_of_their_own() {
+    let layout = layout(100);
+    for level in Level::ALL {
+        let object = encoded(&layout, level, layers(&layout));
+        let decoder = decoder(&object).unwrap();
+        let codec = decoder.codec(LayerIdx(1)).unwrap();
+        assert_eq!(codec.is_some(), level.is_nested(), "{level}");
+        let Some(codec) = codec else { continue };
+        let count = usize::from(level.parts());
+        let parts: Vec<&[u8]> = object.parts(LayerIdx(1))[..count]
+            .iter()
+            .map(|part| &part[..])
+            .collect();
+        let mut raw = vec![0; layout.layer_bytes()];
+        codec.decode(&parts, &mut raw).unwrap();
+        assert!(raw == decoded(&object, 1, count).unwrap(), "{level}");
+        assert_eq!(codec.plan(&parts).unwrap().levels, count);
+        assert_eq!(*codec.layout(), layout);
+        assert!(codec.rotation().is_some(), "as the prelude says");
+    }
+}
+
+#[test]
 fn what_would_grow_is_left_exact() {
     // Nothing but values that are no numbers, each of another kind.
     let layout = layout(64);

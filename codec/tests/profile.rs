@@ -8,7 +8,8 @@ use bytes::Bytes;
 use half::f16;
 use kvasir_codec::{
     ChunkDecoder, ChunkError, EncodeError, Encoding, KeyRotation, LayerCodec, Object, Pairing,
-    Prelude, Profile, ProfileBasis, ProfileError, ProfilePlane, ProfileShape, UnsupportedLayout,
+    PlanError, Prelude, Profile, ProfileBasis, ProfileError, ProfilePlane, ProfileShape,
+    UnsupportedLayout,
 };
 use kvasir_types::{ChunkKey, DType, HeadRange, KvLayout, LayerIdx, Level, Planes, TokenRange};
 use rand::rngs::StdRng;
@@ -201,6 +202,7 @@ fn slices_are_slices_of_the_whole() {
     let parts = encoded.parts.each_ref().map(Vec::as_slice);
     let mut whole = vec![0; layout.layer_bytes()];
     codec.decode(&parts, &mut whole).unwrap();
+    assert_eq!(codec.plan(&parts).unwrap_err(), PlanError::Profile);
     let heads = HeadRange::new(0, HEADS).unwrap();
     for (from, to) in [(0, 64), (64, 130), (128, 130)] {
         let tokens = TokenRange::new(from, to).unwrap();

@@ -13,6 +13,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("kvasir-types", &[]),
     ("kvasir-proto", &["kvasir-types"]),
     ("kvasir-codec", &["kvasir-types"]),
+    ("kvasir-cuda", &["kvasir-types", "kvasir-codec"]),
     ("kvasir-mem", &[]),
     (
         "kvasir-store",
@@ -55,12 +56,19 @@ const CONFINED: &[(&str, &[&str])] = &[
         ],
     ),
     ("rocksdb", &["kvasir-store"]),
+    ("cudarc", &["kvasir-cuda"]),
 ];
 
 /// External crates that must never appear in some of our packages.
 const BANNED: &[(&str, &[&str])] = &[(
     "tokio",
-    &["kvasir-types", "kvasir-codec", "kvasir-mem", "kvasir-proto"],
+    &[
+        "kvasir-types",
+        "kvasir-codec",
+        "kvasir-cuda",
+        "kvasir-mem",
+        "kvasir-proto",
+    ],
 )];
 
 #[test]

@@ -145,6 +145,29 @@ fn a_value_takes_what_its_distribution_needs() {
 }
 
 #[test]
+fn streams_are_as_long_as_they_may_be() {
+    let values = 32;
+    let base = |outliers: u8, words: usize| {
+        let stream = vec![7; rans::STATE_BYTES + words];
+        [vec![outliers, 0], stream].concat()
+    };
+    let split = |base: &[u8], words: &[u8]| {
+        let streams = Streams::of(&[base, words], values);
+        streams.map(|streams| (streams.states, streams.words.map(<[u8]>::len)))
+    };
+    let states = [0x0707_0707; LANES];
+    assert_eq!(split(&base(0, 64), &[9; 6]), Ok((states, [64, 6, 0])));
+    let length = |bytes| Err(CellError::Stream(StreamError::Length(bytes)));
+    for bytes in [63, 66] {
+        assert_eq!(split(&base(0, bytes), &[]), length(bytes));
+        assert_eq!(split(&base(0, 0), &vec![9; bytes]), length(bytes));
+    }
+    let short = &base(0, 0)[..2 + 127];
+    assert_eq!(split(short, &[]), length(127));
+    assert_eq!(split(&base(200, 0), &[]), Err(CellError::Outliers));
+}
+
+#[test]
 fn outliers_ascend_and_stay_inside() {
     let read = |positions: &[u16]| {
         let outliers: Outliers = positions.iter().map(|&at| (at, 1.0)).collect();

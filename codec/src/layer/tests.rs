@@ -157,7 +157,9 @@ fn all_damage_of_one_bit_and_every_truncation_is_an_error() {
     let mut raw = vec![0; layout.layer_bytes()];
     let mut fails = |parts: &[Vec<u8>; LADDER]| {
         let parts: Vec<&[u8]> = parts.iter().map(Vec::as_slice).collect();
-        codec.decode(&parts, &mut raw).is_err()
+        let fails = codec.decode(&parts, &mut raw).is_err();
+        assert_eq!(codec.plan(&parts).is_err(), fails, "a plan is as careful");
+        fails
     };
     assert!(!fails(&encoded.parts));
     for part in 0..LADDER {
@@ -181,6 +183,60 @@ fn all_damage_of_one_bit_and_every_truncation_is_an_error() {
         fails(&[base, finest, middle]),
         "parts in each other's place"
     );
+}
+
+#[test]
+fn a_plan_has_all_cells_and_what_is_stored_apart() {
+    let planes = Planes::KeyValue {
+        key_dim: 128,
+        value_dim: 24,
+    };
+    let layout = KvLayout::new(1, 4, planes, 150, DType::F32).unwrap();
+    let codec = LayerCodec::new(layout, None).unwrap().with_exact_tokens(3);
+    let mut raw = layer(&layout, None);
+    let far = |head: usize, token: usize| 4 * ((head * 150 + token) * 128 + 7);
+    raw[far(3, 70)..][..4].copy_from_slice(&f32::INFINITY.to_le_bytes());
+    let encoded = codec.encode(&raw, [0.5, 0.8]);
+    let parts: Vec<&[u8]> = encoded.parts[..2].iter().map(Vec::as_slice).collect();
+    let plan = codec.plan(&parts).unwrap();
+    assert_eq!((plan.levels, plan.exact_tokens), (2, 3));
+    let heads = |start, end| HeadRange::new(start, end).unwrap();
+    let groups = plan.groups.iter().map(|group| (group.plane, group.heads));
+    let expected = [
+        (Plane::Key, heads(0, 2)),
+        (Plane::Key, heads(2, 4)),
+        (Plane::Value, heads(0, 4)),
+    ];
+    assert_eq!(groups.collect::<Vec<_>>(), expected);
+    for group in &plan.groups {
+        let (step, dim) = match group.plane {
+            Plane::Key => (0.5 / 3.0, 128),
+            Plane::Value => (0.8 / 3.0, 24),
+        };
+        assert_eq!((group.step, group.dim), (step, dim));
+        assert!(group.classes.len().is_multiple_of(LANES));
+        assert_eq!(group.classes.len(), group.offsets.len());
+        let tokens: Vec<(u32, u32)> = group
+            .cells
+            .iter()
+            .map(|cell| (cell.tokens.start(), cell.tokens.end()))
+            .collect();
+        assert_eq!(tokens, [(0, 64), (64, 128), (128, 150)]);
+        let place = layout.head_slice(group.plane, group.heads).unwrap();
+        let kept = 3 * dim * 4;
+        let exact = raw[place].chunks(150 * dim * 4).map(|head| &head[..kept]);
+        assert!(group.exact == exact.collect::<Vec<_>>().concat());
+        for cell in &group.cells {
+            assert!(!cell.words[0].is_empty() && !cell.words[1].is_empty());
+            assert!(cell.words[2].is_empty());
+        }
+    }
+    let position = 6 * 256 + 128 + 7;
+    assert_eq!(
+        plan.groups[1].cells[1].outliers,
+        [(position, f32::INFINITY)]
+    );
+    assert!(plan.groups[0].cells[1].outliers.is_empty());
 }
 
 /// Cells of a layer that all fit into each other's place but for their checksums.
