@@ -14,6 +14,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("kvasir-proto", &["kvasir-types"]),
     ("kvasir-codec", &["kvasir-types"]),
     ("kvasir-mem", &[]),
+    ("kvasir-transport", &[]),
     (
         "kvasir-store",
         &["kvasir-types", "kvasir-codec", "kvasir-mem"],
