@@ -1,10 +1,20 @@
 //! The data plane: how stored bytes travel.
 //!
-//! [`session`] is what both ends say to each other, without I/O; carriers move its frames.
+//! [`session`] is what both ends say to each other, without I/O; carriers move its frames. A
+//! holder gives out what its [`Source`] has; a fetcher's requests are [`Fetch`]es.
+//!
+//! * [`quic`]: between hosts, over TLS 1.3.
 //!
 //! Not here: what requests ask for and what bytes mean (`kvasir-proto`), control calls
 //! (`kvasir-client`, `kvasir-server`).
 
 #![forbid(unsafe_code)]
 
+mod fetching;
+mod holding;
+pub mod quic;
 pub mod session;
+mod source;
+
+pub use fetching::{Fetch, FetchError, FetchOptions};
+pub use source::{Source, Thing};

@@ -17,7 +17,9 @@
 //! A request's bytes have places from 0 to its total. The holder sends them in the order of
 //! their places, those of the most urgent request first: by priority, then by deadline, then
 //! by age; it reads ahead a bounded number. So what is needed first lies first, and a request
-//! that comes later and matters more overtakes at the next frame.
+//! that comes later and matters more overtakes at the next frame. Requests of priority 0, which
+//! nobody waits for yet, leave a quarter of the credit to others: their bytes may lie there
+//! untaken for long.
 //!
 //! # What holds
 //! * No byte is handed out twice, none beyond the total, and none that was not asked for.

@@ -20,6 +20,8 @@ pub struct Holder {
     events: VecDeque<HolderEvent>,
     /// Bytes of data that may be sent in all, and that were.
     limit: u64,
+    /// Of these, at any time, bytes that requests without priority leave to others.
+    reserve: u64,
     sent: u64,
     /// Bytes that are being read, or were read and not sent.
     ahead: u64,
@@ -90,6 +92,7 @@ impl Holder {
             out: VecDeque::new(),
             events: VecDeque::new(),
             limit: 0,
+            reserve: 0,
             sent: 0,
             ahead: 0,
             draining: false,
@@ -112,6 +115,7 @@ impl Holder {
             Frame::Hello(hello) => {
                 let agreement = self.config.agree(&hello)?;
                 self.limit = self.limit.max(hello.credit);
+                self.reserve = hello.credit / 4;
                 self.out.push_back(Frame::Hello(self.config.hello()));
                 if self.agreement.replace(agreement).is_none() {
                     self.events.push_back(HolderEvent::Connected(agreement));
@@ -226,13 +230,19 @@ impl Holder {
     pub fn poll_read(&mut self) -> Option<Read> {
         let room = self.config.read_ahead.saturating_sub(self.ahead);
         let credit = self.limit.saturating_sub(self.sent + self.ahead);
-        let most = room.min(credit).min(self.config.piece);
         let waiting = self
             .requests
             .iter_mut()
             .filter(|(_, serving)| serving.described.is_some() && !serving.wanted.is_empty());
         let (request, serving) = waiting.min_by_key(|(request, it)| urgency(**request, it))?;
         let first = serving.wanted.first()?.clone();
+        let reserve = if serving.priority == 0 {
+            self.reserve
+        } else {
+            0
+        };
+        let credit = credit.saturating_sub(reserve);
+        let most = room.min(credit).min(self.config.piece);
         if most == 0 {
             return None;
         }
@@ -329,6 +339,22 @@ impl Holder {
         if !std::mem::replace(&mut self.draining, true) {
             self.out.push_back(Frame::Drain);
         }
+    }
+
+    /// Whether a request was asked for and has not ended.
+    pub fn serves(&self, request: RequestId) -> bool {
+        self.requests.contains_key(&request)
+    }
+
+    /// How much a request matters; `None` where it has ended.
+    pub fn priority(&self, request: RequestId) -> Option<u32> {
+        let serving = self.requests.get(&request)?;
+        Some(serving.priority)
+    }
+
+    /// Whether it [drains](Self::drain).
+    pub fn is_draining(&self) -> bool {
+        self.draining
     }
 
     /// Whether nothing is asked for, and nothing to be sent.

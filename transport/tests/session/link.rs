@@ -55,6 +55,8 @@ pub(crate) struct Pair {
     /// Bytes of data in frames that left the holder.
     pub(crate) sent: u64,
     pub(crate) most_under_way: u64,
+    /// Whether the fetcher's user takes data out of the way.
+    pub(crate) takes: bool,
     read_delay: Duration,
     reads: Vec<(Instant, Read)>,
     asked: HashMap<RequestId, Bytes>,
@@ -88,6 +90,7 @@ impl Pair {
             events: Vec::new(),
             sent: 0,
             most_under_way: 0,
+            takes: true,
             read_delay: Duration::from_millis(1),
             reads: Vec::new(),
             asked: HashMap::new(),
@@ -253,7 +256,9 @@ impl Pair {
                 got.bytes.resize(end, 0);
                 got.bytes[at..][..bytes.len()].copy_from_slice(bytes);
                 got.order.push(*offset);
-                self.fetcher.consumed(bytes.len() as u64);
+                if self.takes {
+                    self.fetcher.consumed(bytes.len() as u64);
+                }
             }
             FetchEvent::Lost { request, range } => {
                 self.got.get_mut(request).expect("asked for").lost += range.end - range.start;

@@ -111,6 +111,20 @@ fn what_matters_more_overtakes() {
 }
 
 #[test]
+fn what_nobody_takes_does_not_hold_up_what_matters_more() {
+    let mut pair = Pair::new(reliable(), Quality::GOOD, 1);
+    let (large, small) = (pair.have(1_000_000), pair.have(10_000));
+    pair.takes = false;
+    let prefetch = pair.fetch(&large, 0, None);
+    pair.run(pair.after(ms(300)));
+    assert_eq!(pair.sent, LOSSY.credit * 3 / 4);
+    let urgent = pair.fetch(&small, 1, None);
+    pair.run(pair.after(ms(600)));
+    assert_eq!(pair.got[&urgent].bytes, pair.things[&small]);
+    assert_eq!(pair.got[&prefetch].ended, None);
+}
+
+#[test]
 fn priority_can_change_and_requests_can_be_given_up() {
     let slow = Quality {
         bytes_per_second: 1e6,
