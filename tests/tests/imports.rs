@@ -38,7 +38,10 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("kvasir-bench", ANY),
     ("kvasir-tests", ANY),
     // Small, because it is built once more with a sanitizer.
-    ("kvasir-fuzz", &["kvasir-types", "kvasir-codec"]),
+    (
+        "kvasir-fuzz",
+        &["kvasir-types", "kvasir-codec", "kvasir-transport"],
+    ),
 ];
 
 const ANY: &[&str] = &["*"];

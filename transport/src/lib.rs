@@ -10,11 +10,15 @@
 
 #![forbid(unsafe_code)]
 
+#[cfg(feature = "quic")]
 mod fetching;
+#[cfg(feature = "quic")]
 mod holding;
+#[cfg(feature = "quic")]
 pub mod quic;
 pub mod session;
 mod source;
 
+#[cfg(feature = "quic")]
 pub use fetching::{Fetch, FetchError, FetchOptions};
 pub use source::{Source, Thing};
