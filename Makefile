@@ -9,7 +9,7 @@ MINUTES ?= 5
 
 # How long `make fuzz` takes for each of these.
 SECONDS      ?= 60
-FUZZ_TARGETS ?= container prelude layer cachegen
+FUZZ_TARGETS ?= container prelude layer cachegen session
 
 # What `make train` and `make quality` work on.
 MODEL   ?= models/reader-9m
@@ -27,7 +27,7 @@ help:
 	@echo "make check-deep  models of the store's concurrency; unsafe code under AddressSanitizer"
 	@echo "make test-neon   the codec's tests as an ARM CPU runs them, under qemu"
 	@echo "make test-cuda   the CUDA kernel, compiled for every GPU that NVRTC knows; no GPU needed"
-	@echo "make fuzz    hostile bytes for the codec, a minute a target (SECONDS=1200: twenty)"
+	@echo "make fuzz    hostile bytes for codec and data plane, a minute a target (SECONDS=1200: twenty)"
 	@echo "make bench   run the benchmarks (ARGS='ttft --quick --json' picks one)"
 	@echo "make quality ask the shipped model, write docs/quality.md (an hour; ARGS=--quick: minutes)"
 	@echo "make train   train the shipped model again, or go on training it (hours on a CPU)"

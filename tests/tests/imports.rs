@@ -15,6 +15,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("kvasir-codec", &["kvasir-types"]),
     ("kvasir-cuda", &["kvasir-types", "kvasir-codec"]),
     ("kvasir-mem", &[]),
+    ("kvasir-transport", &[]),
     (
         "kvasir-store",
         &["kvasir-types", "kvasir-codec", "kvasir-mem"],
@@ -38,7 +39,10 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("kvasir-bench", ANY),
     ("kvasir-tests", ANY),
     // Small, because it is built once more with a sanitizer.
-    ("kvasir-fuzz", &["kvasir-types", "kvasir-codec"]),
+    (
+        "kvasir-fuzz",
+        &["kvasir-types", "kvasir-codec", "kvasir-transport"],
+    ),
 ];
 
 const ANY: &[&str] = &["*"];

@@ -12,19 +12,23 @@
 
 #![forbid(unsafe_code)]
 
+use std::time::{Duration, Instant};
+
 use bytes::Bytes;
 use kvasir_codec::{CacheGen, ChunkDecoder, CirculatedCacheGen, CirculatedLevel, Object, Prelude};
+use kvasir_transport::session::{Config, FetchEvent, Fetcher, FrameReader, Holder, HolderEvent};
 use kvasir_types::{Checksum, DType, KvLayout, LayerIdx, Level, Planes};
 
 /// A name, and what is done with bytes.
 pub type Target = (&'static str, fn(&[u8]));
 
 /// Every target.
-pub const TARGETS: [Target; 4] = [
+pub const TARGETS: [Target; 5] = [
     ("container", container),
     ("prelude", prelude),
     ("layer", layer),
     ("cachegen", cachegen),
+    ("session", session),
 ];
 
 /// A whole object: header, then all of its extents, decoded at every level that it has.
@@ -54,6 +58,95 @@ pub fn container(bytes: &[u8]) {
             let _ = decoder.layer(LayerIdx(layer), &parts[..count], &mut raw);
         }
     }
+}
+
+/// What a peer says to one end of a session. The first byte chooses the end, and how many
+/// bytes come at a time.
+///
+/// # Panics
+/// Bytes are handed out twice, beyond their total, or after the request has ended.
+pub fn session(bytes: &[u8]) {
+    let Some((&choice, rest)) = bytes.split_first() else {
+        return;
+    };
+    let now = Instant::now();
+    let config = Config {
+        credit: 1 << 20,
+        piece: 1 << 10,
+        resend_after: (choice & 2 != 0).then_some(Duration::from_millis(10)),
+        ..Config::default()
+    };
+    let (mut fetcher, mut holder) = (Fetcher::new(config), Holder::new(config));
+    fetcher.connect(now);
+    let request = fetcher.fetch(now, Bytes::from_static(b"thing"), 0, None);
+    let (mut total, mut came) = (0, vec![]);
+    let mut reader = FrameReader::default();
+    for (tick, bytes) in (1..).zip(rest.chunks(1 + usize::from(choice >> 2))) {
+        let now = now + Duration::from_millis(tick);
+        let mut bytes = Bytes::copy_from_slice(bytes);
+        while let Ok(Some(frame)) = reader.next(&mut bytes) {
+            let taken = if choice & 1 == 0 {
+                fetcher.on_frame(now, frame)
+            } else {
+                holder.on_frame(now, frame)
+            };
+            if taken.is_err() {
+                return;
+            }
+        }
+        while let Some(event) = fetcher.poll_event() {
+            match event {
+                FetchEvent::Described { total: all, .. } => total = all,
+                FetchEvent::Data { offset, bytes, .. } => {
+                    assert!(fetcher_has(&mut came, offset, bytes.len() as u64) <= total);
+                    fetcher.consumed(bytes.len() as u64);
+                }
+                FetchEvent::Lost { range, .. } => {
+                    assert!(fetcher_has(&mut came, range.start, range.end - range.start) <= total);
+                }
+                FetchEvent::Complete { .. } => {
+                    assert_eq!(
+                        came.iter().map(|(start, end)| end - start).sum::<u64>(),
+                        total
+                    );
+                    assert_eq!(fetcher.progress(request), None);
+                }
+                _ => {}
+            }
+        }
+        while let Some(event) = holder.poll_event() {
+            if let HolderEvent::Asked { request, body, .. } = event {
+                match body.len() % 3 {
+                    0 => holder.refuse(request, body),
+                    _ => holder.describe(request, body.len() as u64 * 1000, body),
+                }
+            }
+        }
+        while let Some(read) = holder.poll_read() {
+            let length = read.range.end - read.range.start;
+            assert!((1..=config.piece).contains(&length), "a piece is no longer");
+            if length.is_multiple_of(7) {
+                let range = read.range.clone();
+                holder.lose(&read, range);
+            } else {
+                let bytes = vec![0; usize::try_from(length).unwrap_or(0)];
+                holder.supply(read.request, read.range.start, bytes.into());
+            }
+        }
+        fetcher.on_timeout(now);
+        holder.on_timeout(now);
+        while fetcher.poll_frame().is_some() {}
+        while holder.poll_frame(now).is_some() {}
+    }
+}
+
+/// Notes a range that has come; gives its end.
+fn fetcher_has(came: &mut Vec<(u64, u64)>, start: u64, length: u64) -> u64 {
+    let end = start + length;
+    let apart = came.iter().all(|&(from, to)| to <= start || end <= from);
+    assert!(apart, "no byte comes twice");
+    came.push((start, end));
+    end
 }
 
 /// The prelude of an encoded object.

@@ -12,6 +12,7 @@ use kvasir_codec::{
     Pairing, Prelude,
 };
 use kvasir_fuzz::{TARGETS, layouts};
+use kvasir_transport::session::{Ask, Features, Frame, Hello, RefuseReason, RequestId, VERSIONS};
 use kvasir_types::{ChunkKey, DType, KvLayout, LayerIdx, Level};
 
 fn seeds(target: &str) -> PathBuf {
@@ -110,7 +111,84 @@ fn intact() -> Vec<(&'static str, String, Vec<u8>)> {
             }
         }
     }
+    all.extend(sessions());
     all
+}
+
+/// What each end of a session may hear.
+fn sessions() -> Vec<(&'static str, String, Vec<u8>)> {
+    let hello = Frame::Hello(Hello {
+        versions: VERSIONS,
+        features: Features(0),
+        credit: 1 << 20,
+    });
+    let request = RequestId(0);
+    let body = || Bytes::from_static(b"what it is");
+    let data = |offset, bytes: usize| Frame::Data {
+        request,
+        offset,
+        bytes: vec![7; bytes].into(),
+    };
+    let described = vec![
+        hello.clone(),
+        Frame::Describe {
+            request,
+            total: 300,
+            body: body(),
+        },
+        data(0, 100),
+        data(200, 50),
+        Frame::Pong { nonce: 1 },
+        data(90, 60),
+        Frame::Lost {
+            request,
+            range: 240..300,
+        },
+        Frame::Drain,
+        data(150, 50),
+    ];
+    let refused = vec![
+        hello.clone(),
+        Frame::Refuse {
+            request,
+            reason: RefuseReason::Busy,
+            body: body(),
+        },
+    ];
+    let ask = |missing, body: Bytes| {
+        Frame::Ask(Ask {
+            request,
+            priority: 1,
+            budget_ms: 40,
+            missing,
+            body,
+        })
+    };
+    let asked = vec![
+        hello.clone(),
+        ask(vec![], body()),
+        Frame::Credit { limit: 3 << 20 },
+        Frame::Ping { nonce: 3 },
+        Frame::Prioritise {
+            request,
+            priority: 2,
+        },
+        ask(vec![10..20, 500..900], body()),
+        Frame::Finish { request },
+    ];
+    let missing = vec![hello, ask(vec![1..7000], body())];
+    let both = [(0, "described", described), (0, "refused", refused)];
+    let both = both
+        .into_iter()
+        .chain([(1, "asked", asked), (1, "missing", missing)]);
+    let seeds = both.flat_map(|(end, name, frames)| {
+        let bytes: Vec<u8> = frames.iter().flat_map(|it| it.encode().concat()).collect();
+        [("", 252), ("-lossy", 2)].map(|(kind, choice)| {
+            let input = [&[end | choice][..], &bytes].concat();
+            ("session", format!("{name}{kind}"), input)
+        })
+    });
+    seeds.collect()
 }
 
 #[test]

@@ -1,0 +1,24 @@
+//! The data plane: how stored bytes travel.
+//!
+//! [`session`] is what both ends say to each other, without I/O; carriers move its frames. A
+//! holder gives out what its [`Source`] has; a fetcher's requests are [`Fetch`]es.
+//!
+//! * [`quic`]: between hosts, over TLS 1.3.
+//!
+//! Not here: what requests ask for and what bytes mean (`kvasir-proto`), control calls
+//! (`kvasir-client`, `kvasir-server`).
+
+#![forbid(unsafe_code)]
+
+#[cfg(feature = "quic")]
+mod fetching;
+#[cfg(feature = "quic")]
+mod holding;
+#[cfg(feature = "quic")]
+pub mod quic;
+pub mod session;
+mod source;
+
+#[cfg(feature = "quic")]
+pub use fetching::{Fetch, FetchError, FetchOptions};
+pub use source::{Source, Thing};

@@ -1,0 +1,205 @@
+//! The end that is connected to.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+
+use super::{CLOSED, receive, send, until};
+use super::{ConnectError, Ended, Identity, QuicConfig, Trust, VIOLATED};
+use crate::holding::Shared;
+use crate::session::{Frame, RequestId};
+use crate::source::Source;
+
+/// Listens, and serves whoever connects. Dropping it closes all connections.
+#[derive(Debug)]
+pub struct Listener {
+    endpoint: quinn::Endpoint,
+    address: SocketAddr,
+    draining: watch::Sender<bool>,
+    tasks: JoinSet<()>,
+}
+
+impl Listener {
+    /// Serves what `source` has at `address`, port 0 for a free one. With `clients`, fetchers
+    /// must have a certificate that these vouch for.
+    ///
+    /// # Errors
+    /// [`ConnectError`]
+    pub fn new<S: Source>(
+        address: SocketAddr,
+        identity: &Identity,
+        clients: Option<&Trust>,
+        source: Arc<S>,
+        config: QuicConfig,
+    ) -> Result<Self, ConnectError> {
+        let socket = |error| ConnectError::Socket(address, error);
+        let mut server = quinn::ServerConfig::with_crypto(Arc::new(identity.serving(clients)?));
+        server.transport_config(config.transport());
+        let bound = std::net::UdpSocket::bind(address).map_err(socket)?;
+        let runtime = Arc::new(quinn::TokioRuntime);
+        let endpoint = quinn::Endpoint::new(config.endpoint()?, Some(server), bound, runtime);
+        let endpoint = endpoint.map_err(socket)?;
+        let address = endpoint.local_addr().map_err(socket)?;
+        let (draining, drains) = watch::channel(false);
+        let mut tasks = JoinSet::new();
+        tasks.spawn(accept(endpoint.clone(), source, config, drains));
+        Ok(Self {
+            endpoint,
+            address,
+            draining,
+            tasks,
+        })
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Takes no further requests, and waits for those under way, until `within` has passed.
+    /// Then all connections are closed.
+    pub async fn drain(mut self, within: Duration) {
+        self.draining.send_replace(true);
+        let _ = tokio::time::timeout(within, async {
+            // It ends when all of its connections have.
+            while self.tasks.join_next().await.is_some() {}
+        })
+        .await;
+        self.endpoint.close(CLOSED, b"");
+        let _ = tokio::time::timeout(CLOSING, self.endpoint.wait_idle()).await;
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        self.endpoint.close(CLOSED, b"");
+    }
+}
+
+async fn accept<S: Source>(
+    endpoint: quinn::Endpoint,
+    source: Arc<S>,
+    config: QuicConfig,
+    mut drains: watch::Receiver<bool>,
+) {
+    let mut connections = JoinSet::new();
+    loop {
+        let draining = *drains.borrow();
+        if draining && connections.is_empty() {
+            return;
+        }
+        tokio::select! {
+            incoming = endpoint.accept() => {
+                let Some(incoming) = incoming else { return };
+                let (source, drains) = (Arc::clone(&source), drains.clone());
+                connections.spawn(async move {
+                    let peer = incoming.remote_address();
+                    if let Err(error) = serve(incoming, source, config, drains).await {
+                        let error = &error as &dyn std::error::Error;
+                        tracing::debug!(%peer, error, "a fetcher's connection ended");
+                    }
+                });
+            }
+            Some(_) = connections.join_next(), if !connections.is_empty() => {}
+            changed = drains.changed(), if !draining => {
+                if changed.is_err() {
+                    return;
+                }
+            }
+        }
+    }
+}
+
+async fn serve<S: Source>(
+    incoming: quinn::Incoming,
+    source: Arc<S>,
+    config: QuicConfig,
+    mut drains: watch::Receiver<bool>,
+) -> Result<(), Ended> {
+    let connection = incoming.await?;
+    let (control, asks) = connection.accept_bi().await?;
+    let shared = Shared::new(config.session, source);
+    let draining = async {
+        // Without a listener the connection is closed anyway.
+        let _ = drains.wait_for(|&draining| draining).await;
+        shared.drain();
+        std::future::pending::<()>().await;
+    };
+    let ended = tokio::select! {
+        ended = sending(&connection, control, &shared) => ended,
+        ended = receive(asks, |frames| shared.take(frames.drain(..))) => ended.and(Err(Ended::Control)),
+        never = shared.read() => match never {},
+        never = expire(&shared) => match never {},
+        () = draining => Ok(()),
+    };
+    let code = match &ended {
+        Err(Ended::Violation(_)) => VIOLATED,
+        _ => CLOSED,
+    };
+    connection.close(code, b"");
+    ended
+}
+
+/// Sends what there is, until nothing is left of a holder that drains.
+async fn sending<S: Source>(
+    connection: &quinn::Connection,
+    mut control: quinn::SendStream,
+    shared: &Shared<S>,
+) -> Result<(), Ended> {
+    let mut streams: HashMap<RequestId, quinn::SendStream> = HashMap::new();
+    loop {
+        while let Some(frame) = shared.next_frame() {
+            let request = match &frame {
+                Frame::Describe { request, .. }
+                | Frame::Data { request, .. }
+                | Frame::Lost { request, .. } => *request,
+                _ => {
+                    send(&mut control, &frame).await?;
+                    continue;
+                }
+            };
+            let stream = match streams.entry(request) {
+                std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),
+                std::collections::hash_map::Entry::Vacant(entry) => {
+                    entry.insert(connection.open_uni().await?)
+                }
+            };
+            let priority = shared.priority(request).unwrap_or(0);
+            // A stream that is gone has no priority.
+            let _ = stream.set_priority(i32::try_from(priority).unwrap_or(i32::MAX));
+            send(stream, &frame).await?;
+        }
+        streams.retain(|request, stream| {
+            let serves = shared.serves(*request);
+            if !serves {
+                // What of it is not acknowledged, nobody waits for.
+                let _ = stream.reset(CLOSED);
+            }
+            serves
+        });
+        if shared.is_drained() {
+            // The last frames are on their way; the fetcher closes.
+            let _ = tokio::time::timeout(CLOSING, connection.closed()).await;
+            return Ok(());
+        }
+        shared.work.notified().await;
+    }
+}
+
+/// Keeps a holder's timers.
+async fn expire<S: Source>(shared: &Shared<S>) -> std::convert::Infallible {
+    loop {
+        let at = shared.timeout();
+        tokio::select! {
+            () = until(at) => shared.on_timeout(),
+            () = shared.timers.notified() => {}
+        }
+    }
+}
+
+/// What a peer gets to hear the last words.
+const CLOSING: Duration = Duration::from_millis(200);

@@ -1,0 +1,151 @@
+//! Who a holder is, and whom a fetcher believes.
+
+use std::sync::Arc;
+
+use quinn::crypto::rustls::{NoInitialCipherSuite, QuicClientConfig, QuicServerConfig};
+use rustls::RootCertStore;
+use rustls::crypto::CryptoProvider;
+use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::server::WebPkiClientVerifier;
+
+use super::PROTOCOL;
+
+/// A certificate with those that vouch for it, and its key.
+#[derive(Debug)]
+pub struct Identity {
+    chain: Vec<CertificateDer<'static>>,
+    key: PrivateKeyDer<'static>,
+}
+
+/// Certificates that are believed: those of authorities, or one that is pinned.
+#[derive(Clone, Debug)]
+pub struct Trust {
+    roots: Arc<RootCertStore>,
+}
+
+/// What is wrong with certificates and keys.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TlsError {
+    /// They cannot be read.
+    #[error("not a certificate or a key in PEM")]
+    Pem(#[source] rustls::pki_types::pem::Error),
+    /// They cannot be used.
+    #[error("certificate and key cannot be used")]
+    Unusable(#[from] rustls::Error),
+    /// What is trusted cannot vouch for a client.
+    #[error("clients cannot be verified with what is trusted")]
+    Clients(#[source] rustls::server::VerifierBuilderError),
+    /// QUIC needs a cipher that is not there.
+    #[error(transparent)]
+    Cipher(#[from] NoInitialCipherSuite),
+    /// A certificate cannot be made.
+    #[error("a certificate cannot be made")]
+    Make(#[source] rcgen::Error),
+}
+
+impl Identity {
+    /// Of PEM: a certificate with those that vouch for it, and a key.
+    ///
+    /// # Errors
+    /// [`TlsError::Pem`]
+    pub fn from_pem(chain: &[u8], key: &[u8]) -> Result<Self, TlsError> {
+        let chain = CertificateDer::pem_slice_iter(chain).collect::<Result<_, _>>();
+        Ok(Self {
+            chain: chain.map_err(TlsError::Pem)?,
+            key: PrivateKeyDer::from_pem_slice(key).map_err(TlsError::Pem)?,
+        })
+    }
+
+    /// A new one that vouches for itself, under these names. Whoever is to believe it needs
+    /// its certificate.
+    ///
+    /// # Errors
+    /// [`TlsError::Make`]
+    pub fn self_signed(names: &[&str]) -> Result<Self, TlsError> {
+        let names: Vec<String> = names.iter().map(|&name| name.to_owned()).collect();
+        let made = rcgen::generate_simple_self_signed(names).map_err(TlsError::Make)?;
+        let key = PrivateKeyDer::Pkcs8(made.signing_key.serialize_der().into());
+        Ok(Self {
+            chain: vec![made.cert.der().clone()],
+            key,
+        })
+    }
+
+    /// What whoever pins it has to believe.
+    ///
+    /// # Errors
+    /// There is no certificate.
+    pub fn trust(&self) -> Result<Trust, TlsError> {
+        let mut roots = RootCertStore::empty();
+        if let Some(certificate) = self.chain.first() {
+            roots.add(certificate.clone())?;
+        }
+        Ok(Trust {
+            roots: Arc::new(roots),
+        })
+    }
+
+    fn parts(&self) -> (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>) {
+        (self.chain.clone(), self.key.clone_key())
+    }
+
+    /// For a holder; with `clients`, fetchers must have a certificate that these vouch for.
+    pub(super) fn serving(&self, clients: Option<&Trust>) -> Result<QuicServerConfig, TlsError> {
+        let (chain, key) = self.parts();
+        let builder = rustls::ServerConfig::builder_with_provider(provider())
+            .with_protocol_versions(&[&rustls::version::TLS13])?;
+        let builder = match clients {
+            None => builder.with_no_client_auth(),
+            Some(trust) => {
+                let roots = Arc::clone(&trust.roots);
+                let verifier =
+                    WebPkiClientVerifier::builder_with_provider(roots, provider()).build();
+                builder.with_client_cert_verifier(verifier.map_err(TlsError::Clients)?)
+            }
+        };
+        let mut config = builder.with_single_cert(chain, key)?;
+        config.alpn_protocols = vec![PROTOCOL.to_vec()];
+        Ok(QuicServerConfig::try_from(config)?)
+    }
+}
+
+impl Trust {
+    /// Of PEM: certificates of authorities, or of a holder itself.
+    ///
+    /// # Errors
+    /// [`TlsError::Pem`], [`TlsError::Unusable`]
+    pub fn from_pem(certificates: &[u8]) -> Result<Self, TlsError> {
+        let mut roots = RootCertStore::empty();
+        for certificate in CertificateDer::pem_slice_iter(certificates) {
+            roots.add(certificate.map_err(TlsError::Pem)?)?;
+        }
+        Ok(Self {
+            roots: Arc::new(roots),
+        })
+    }
+
+    /// For a fetcher, which shows `identity` where it is asked to.
+    pub(super) fn fetching(
+        &self,
+        identity: Option<&Identity>,
+    ) -> Result<QuicClientConfig, TlsError> {
+        let builder = rustls::ClientConfig::builder_with_provider(provider())
+            .with_protocol_versions(&[&rustls::version::TLS13])?
+            .with_root_certificates(Arc::clone(&self.roots));
+        let mut config = match identity {
+            None => builder.with_no_client_auth(),
+            Some(identity) => {
+                let (chain, key) = identity.parts();
+                builder.with_client_auth_cert(chain, key)?
+            }
+        };
+        config.alpn_protocols = vec![PROTOCOL.to_vec()];
+        Ok(QuicClientConfig::try_from(config)?)
+    }
+}
+
+fn provider() -> Arc<CryptoProvider> {
+    Arc::new(rustls::crypto::ring::default_provider())
+}

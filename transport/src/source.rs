@@ -1,0 +1,38 @@
+//! What a holder holds.
+
+use std::future::Future;
+use std::ops::Range;
+use std::time::Instant;
+
+use bytes::Bytes;
+
+/// Finds what requests ask for.
+pub trait Source: Send + Sync + 'static {
+    /// What is found, and stays as it is until it is dropped.
+    type Thing: Thing;
+
+    /// Finds what `body` asks for. Nobody waits for it after `deadline`.
+    ///
+    /// # Errors
+    /// Why there is nothing, as the fetcher understands it.
+    fn open(
+        &self,
+        body: Bytes,
+        deadline: Option<Instant>,
+    ) -> impl Future<Output = Result<Self::Thing, Bytes>> + Send;
+}
+
+/// Bytes that a holder sends: the same ones however often they are read.
+pub trait Thing: Send + Sync + 'static {
+    /// How many there are.
+    fn total(&self) -> u64;
+
+    /// What they are, as the fetcher understands it.
+    fn description(&self) -> Bytes;
+
+    /// The bytes at some places, all of them.
+    ///
+    /// # Errors
+    /// Places, those asked for among them, that cannot be read.
+    fn read(&self, range: Range<u64>) -> impl Future<Output = Result<Bytes, Range<u64>>> + Send;
+}
