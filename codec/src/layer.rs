@@ -28,13 +28,13 @@
 use kvasir_types::{DType, HeadRange, KvLayout, Plane, TokenRange};
 
 use crate::cell::{CELL_TOKENS, CellError, Decoder, Encoder, LADDER, MAX_WIDTH, most_bytes};
-use crate::channels::{ChannelsError, Quantiser, moments};
+use crate::channels::{ChannelsError, Moments, Quantiser, moments};
+use crate::input::{Heads, Input};
 use crate::output::Output;
 use crate::part::{EXACT, HeadReader, Part, PartWriter, Place, write_length};
 use crate::profile::{LayerProfile, ProfileBasis, ProfileShape};
 use crate::rans::{AT_ONCE, LANES, STATE_BYTES};
 use crate::rotation::Rotation;
-use crate::values;
 
 /// Codes the layers of chunks of one layout, whose keys were turned in one way.
 #[derive(Debug)]
@@ -209,17 +209,28 @@ impl<'a> LayerCodec<'a> {
             self.layout.layer_bytes(),
             "a layer of the layout"
         );
-        let exact = self.exact_tokens as usize;
+        self.deviations_of(&self.measure(raw))
+    }
+
+    /// The moments of all channels, by plane and group.
+    fn measure(&self, raw: &[u8]) -> Vec<Vec<Moments>> {
+        let counted = self.exact_tokens as usize..self.layout.tokens() as usize;
+        let groups = self.planes.iter().flat_map(|shape| {
+            let groups = shape.groups().map(move |group| (shape, group));
+            groups.map(|(shape, group)| {
+                let input = Input::Heads(self.heads(raw, shape, group));
+                moments(&input, counted.clone(), shape.width)
+            })
+        });
+        groups.collect()
+    }
+
+    fn deviations_of(&self, measured: &[Vec<Moments>]) -> [f32; 2] {
+        let mut measured = measured.iter();
         let mut deviations = [0.0; 2];
         for (shape, deviation) in self.planes.iter().zip(&mut deviations) {
-            let variances = shape.groups().map(|group| {
-                let mut rows = Vec::new();
-                self.gather(raw, shape, group, &mut rows);
-                moments(&rows[exact * shape.width..], shape.width)
-                    .iter()
-                    .map(|channel| channel.variance())
-                    .sum::<f32>()
-            });
+            let groups = measured.by_ref().take(shape.groups().count());
+            let variances = groups.map(|of| of.iter().map(|of| of.variance()).sum::<f32>());
             let channels =
                 f32::from(shape.heads) * f32::from(u16::try_from(shape.dim).unwrap_or(u16::MAX));
             *deviation = (variances.sum::<f32>() / channels).sqrt();
@@ -261,31 +272,60 @@ impl<'a> LayerCodec<'a> {
             self.layout.layer_bytes(),
             "a layer of the layout"
         );
+        self.encode_measured(raw, &[], steps)
+    }
+
+    /// As [`encode`](Self::encode), with steps that follow from the
+    /// [deviations](Self::deviations). No profile is known of the layer.
+    pub(crate) fn encode_by_deviations(
+        &self,
+        raw: &[u8],
+        steps: impl FnOnce([f32; 2]) -> [f32; 2],
+    ) -> EncodedLayer {
+        let measured = self.measure(raw);
+        let steps = steps(self.deviations_of(&measured));
+        self.encode_measured(raw, &measured, steps)
+    }
+
+    /// With the moments of all groups, or of none.
+    fn encode_measured(
+        &self,
+        raw: &[u8],
+        measured: &[Vec<Moments>],
+        steps: [f32; 2],
+    ) -> EncodedLayer {
         assert!(
             steps.iter().all(|&step| is_step(step)),
             "steps are positive"
         );
         let exact = self.exact_tokens as usize;
+        let counted = exact..self.layout.tokens() as usize;
         let mut parameters = Vec::new();
         write_length(self.exact_tokens, &mut parameters);
         let mut parts = [0, 1, 2].map(PartWriter::new);
         let mut encoder = Encoder::new();
-        let mut rows = Vec::new();
-        let mut coefficients = Vec::new();
+        let mut measured = measured.iter();
         for ((in_layer, shape), step) in self.planes.iter().enumerate().zip(steps) {
-            rows.clear();
             parameters.extend_from_slice(&step.to_le_bytes());
             for (number, group) in (0..).zip(shape.groups()) {
-                self.gather(raw, shape, group, &mut rows);
-                if let Some(basis) = self.basis(in_layer, number) {
+                let heads = self.heads(raw, shape, group);
+                let basis = self.basis(in_layer, number);
+                let input = if let Some(basis) = basis {
+                    let mut rows = vec![0.0; counted.end * shape.width];
+                    heads.read(0..counted.end, shape.width, &mut rows);
+                    let mut coefficients = Vec::new();
                     basis.project(&rows, &mut coefficients);
-                    std::mem::swap(&mut rows, &mut coefficients);
-                }
-                let counted = &rows[exact * shape.width..];
-                let mut quantiser = Quantiser::of(counted, shape.width, step);
-                if let Some(basis) = self.basis(in_layer, number) {
+                    Input::Rows(coefficients.into())
+                } else {
+                    Input::Heads(heads)
+                };
+                let of_group = measured.next().cloned();
+                let of_group =
+                    of_group.unwrap_or_else(|| moments(&input, counted.clone(), shape.width));
+                let mut quantiser = Quantiser::of(&of_group, step);
+                if let Some(basis) = basis {
                     let expected = basis.quantiser(step);
-                    if quantiser.is_worth_its_bytes(&expected, counted) {
+                    if quantiser.is_worth_its_bytes(&expected, &of_group) {
                         parameters.push(OF_CHUNK);
                         quantiser.write(&mut parameters);
                     } else {
@@ -300,15 +340,18 @@ impl<'a> LayerCodec<'a> {
                 }
                 if exact > 0 {
                     let place = shape.place(EXACT, number, 0);
-                    parts[0].add_at(place, |out| self.copy_exact(raw, shape, group, out));
+                    let bytes = shape.dim * heads.dtype.bytes() * exact;
+                    let of_heads = heads.raw.chunks_exact(self.layout.head_bytes(shape.plane));
+                    parts[0].add_at(place, |out| {
+                        of_heads.for_each(|head| out.extend_from_slice(&head[..bytes]));
+                    });
                 }
-                let (mut first, mut rest) = (0, rows.as_slice());
-                while !rest.is_empty() {
+                let mut first = 0;
+                while first < self.cells_of_group() {
                     let (cells, tokens) = self.at_once(first);
-                    let (some, after) = rest.split_at(cells * tokens * shape.width);
-                    let ignored = exact.saturating_sub(first * CELL_TOKENS);
-                    encoder.encode(&quantiser, some, tokens, ignored, &mut parts);
-                    (first, rest) = (first + cells, after);
+                    let place = (first * CELL_TOKENS, cells, tokens);
+                    encoder.encode(&quantiser, &input, place, exact, &mut parts);
+                    first += cells;
                 }
             }
         }
@@ -515,39 +558,18 @@ impl<'a> LayerCodec<'a> {
         }
     }
 
-    /// The values of a group, a row a token, with RoPE undone.
-    fn gather(&self, raw: &[u8], shape: &PlaneShape, group: HeadRange, rows: &mut Vec<f32>) {
-        let tokens = self.layout.tokens() as usize;
-        // Padding is zero, of the first group and so of all.
-        rows.resize(tokens * shape.width, 0.0);
-        let dtype = self.layout.dtype();
-        let rotation = self.rotation.filter(|_| shape.plane == Plane::Key);
-        let bytes = self.group_of(raw, shape, group);
-        let head_bytes = self.layout.head_bytes(shape.plane);
-        for (head, bytes) in bytes.chunks_exact(head_bytes).enumerate() {
-            let keys = bytes.chunks_exact(shape.dim * dtype.bytes());
-            for (token, (row, bytes)) in rows.chunks_exact_mut(shape.width).zip(keys).enumerate() {
-                let values = &mut row[head * shape.dim..][..shape.dim];
-                values::load(dtype, bytes, values);
-                if let Some(rotation) = rotation {
-                    rotation.undo(token, values);
-                }
-            }
-        }
-    }
-
-    /// Appends the exact tokens of a group, a head after the other.
-    fn copy_exact(&self, raw: &[u8], shape: &PlaneShape, group: HeadRange, out: &mut Vec<u8>) {
-        let exact = shape.dim * self.layout.dtype().bytes() * self.exact_tokens as usize;
-        let heads = self.group_of(raw, shape, group);
-        for head in heads.chunks_exact(self.layout.head_bytes(shape.plane)) {
-            out.extend_from_slice(&head[..exact]);
-        }
-    }
-
-    fn group_of<'r>(&self, raw: &'r [u8], shape: &PlaneShape, group: HeadRange) -> &'r [u8] {
+    fn heads<'r>(&self, raw: &'r [u8], shape: &PlaneShape, group: HeadRange) -> Heads<'r>
+    where
+        'a: 'r,
+    {
         let place = self.layout.head_slice(shape.plane, group);
-        place.and_then(|place| raw.get(place)).unwrap_or(&[])
+        Heads {
+            raw: place.and_then(|place| raw.get(place)).unwrap_or(&[]),
+            dtype: self.layout.dtype(),
+            dim: shape.dim,
+            tokens: self.layout.tokens() as usize,
+            rotation: self.rotation.filter(|_| shape.plane == Plane::Key),
+        }
     }
 }
 
