@@ -3,6 +3,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::cell::CellSink as _;
+use crate::part::{PartWriter, write_length};
 use crate::rotation::Pairing;
 use crate::values;
 
