@@ -29,6 +29,7 @@
 
 use crate::channels::Quantiser;
 use crate::classes::THIRDS;
+use crate::input::Input;
 use crate::quantise::{self, Limits};
 use crate::rans::{self, AT_ONCE, LANES, Lanes, Reader, Row, StreamError, Writer};
 
@@ -78,47 +79,53 @@ impl Encoder {
         }
     }
 
-    /// Codes up to [`AT_ONCE`] cells of `tokens` tokens each, which lie one after the other
-    /// in `values`, a row a token. The first `ignored` tokens become zeros. Adds a cell to each
-    /// of `parts`, for each of them.
+    /// Codes up to [`AT_ONCE`] cells of `tokens` tokens each, from token `first` on. Tokens
+    /// before `exact` become zeros. Adds a cell to each of `parts`, for each of them.
     ///
     /// # Panics
-    /// `values` are not so many rows.
+    /// There are more cells, or larger ones; or the input has fewer tokens.
     pub(crate) fn encode(
         &mut self,
         quantiser: &Quantiser,
-        values: &[f32],
-        tokens: usize,
-        ignored: usize,
+        input: &Input<'_>,
+        (first, cells, tokens): (usize, usize, usize),
+        exact: usize,
         parts: &mut [impl CellSink; LADDER],
     ) {
         let width = quantiser.width();
-        let cells = values.len() / (width * tokens);
         assert!(
             tokens <= CELL_TOKENS && width <= MAX_WIDTH && cells <= AT_ONCE,
             "a few cells"
         );
-        assert_eq!(values.len(), cells * width * tokens, "whole cells");
         let blocks = quantiser.blocks();
         self.rows.resize(blocks.len() * cells * tokens, [0; LANES]);
         let limits = Limits::of(quantiser);
-        for (cell, values) in values.chunks_exact(width * tokens).enumerate() {
-            self.outliers[cell].clear();
-            for (token, row) in values.chunks_exact(width).enumerate() {
-                let numbers = &mut self.rows[cell * tokens + token..];
-                if cell * tokens + token < ignored {
-                    let of_token = numbers.iter_mut().step_by(cells * tokens);
-                    of_token.for_each(|row| *row = [0; LANES]);
-                } else if quantise::quantise(row, &limits, numbers, cells * tokens) {
-                    for (channel, &value) in row.iter().enumerate() {
-                        if limits.is_outlier(channel, value) {
-                            let position = u16::try_from(token * width + channel)
-                                .expect("a cell has at most 2^15 values");
-                            self.outliers[cell].push((position, value));
+        for (cell, outliers) in self.outliers[..cells].iter_mut().enumerate() {
+            outliers.clear();
+            let start = first + cell * tokens;
+            let ignored = exact.saturating_sub(start).min(tokens);
+            input.show(start..start + tokens, width, |values| {
+                let limits = &limits[values.block];
+                let of_block = (values.block * cells + cell) * tokens;
+                let numbers = &mut self.rows[of_block..][..tokens];
+                if !quantise::quantise(values, limits, &mut numbers[values.token..]) {
+                    return;
+                }
+                for (token, row) in (values.token..).zip(values.rows()) {
+                    for (lane, &value) in row.iter().enumerate() {
+                        if token >= ignored && limits.is_outlier(lane, value) {
+                            let position = token * width + values.block * LANES + lane;
+                            let position = u16::try_from(position);
+                            let position = position.expect("a cell has at most 2^15 values");
+                            outliers.push((position, value));
                         }
                     }
                 }
+            });
+            for of_block in self.rows.chunks_exact_mut(cells * tokens) {
+                of_block[cell * tokens..][..ignored].fill([0; LANES]);
             }
+            outliers.sort_unstable_by_key(|&(position, _)| position);
         }
         let writers = &mut self.writers[..cells];
         for writer in writers.iter_mut() {

@@ -10,7 +10,10 @@
 //! An offset is a number of eighths of the class's deviation, or stored as it is. The class
 //! ([`classes`]) says how far the numbers of a channel lie from zero.
 
+use std::ops::Range;
+
 use crate::classes;
+use crate::input::Input;
 use crate::quantise;
 use crate::rans::LANES;
 
@@ -31,10 +34,9 @@ pub(crate) struct Quantiser {
 pub struct ChannelsError;
 
 impl Quantiser {
-    /// For rows of `width` channels, a multiple of the lanes: offsets are means, and classes
-    /// follow from standard deviations. Values that are not finite do not count.
-    pub(crate) fn of(rows: &[f32], width: usize, step: f32) -> Self {
-        let moments = moments(rows, width);
+    /// For values of such moments: offsets are means, and classes follow from standard
+    /// deviations.
+    pub(crate) fn of(moments: &[Moments], step: f32) -> Self {
         let (offsets, classes) = moments
             .iter()
             .map(|moments| moments.quantised(step))
@@ -46,14 +48,13 @@ impl Quantiser {
         }
     }
 
-    /// Whether values of `rows` take fewer bytes with [these](Self::of) than with what was
-    /// `expected` of them. It is that of two normal variables, of which each has the noise
+    /// Whether values of such moments take fewer bytes with [these](Self::of) than with what
+    /// was `expected` of them. It is that of two normal variables, of which each has the noise
     /// of a step.
-    pub(crate) fn is_worth_its_bytes(&self, expected: &Self, rows: &[f32]) -> bool {
-        let width = self.width();
+    pub(crate) fn is_worth_its_bytes(&self, expected: &Self, moments: &[Moments]) -> bool {
         let noise = self.step * self.step / 12.0;
         let mut lost = 0.0;
-        for (moments, &class) in moments(rows, width).iter().zip(&expected.classes) {
+        for (moments, &class) in moments.iter().zip(&expected.classes) {
             let ratio = classes::RATIOS.get(usize::from(class)).unwrap_or(&0.0);
             let deviation = ratio * self.step;
             let (found, mean) = (moments.variance(), moments.mean());
@@ -63,7 +64,7 @@ impl Quantiser {
             lost += moments.count * 0.5 * (with_mean - 1.0 - share(found).ln()).max(0.0);
         }
         #[expect(clippy::cast_precision_loss, reason = "channels of a cell")]
-        let bytes = lost / (8.0 * std::f32::consts::LN_2) - (2 * width) as f32;
+        let bytes = lost / (8.0 * std::f32::consts::LN_2) - (2 * self.width()) as f32;
         bytes > 0.0 && bytes.is_finite()
     }
 
@@ -147,31 +148,36 @@ impl Quantiser {
     }
 }
 
-/// Of every channel of rows of `width` channels; what is not finite does not count.
-pub(crate) fn moments(rows: &[f32], width: usize) -> Vec<Moments> {
+/// Of every channel, over some tokens; what is not finite does not count.
+pub(crate) fn moments(input: &Input<'_>, tokens: Range<usize>, width: usize) -> Vec<Moments> {
+    let mut sums = vec![[[0.0; LANES]; 2]; width / LANES];
+    input.show(tokens.clone(), width, |values| {
+        let [sums, squares] = &mut sums[values.block];
+        quantise::add_moments(values, sums, squares);
+    });
     #[expect(clippy::cast_precision_loss, reason = "tokens of a chunk")]
-    let mut counts = vec![(rows.len() / width) as f32; width];
-    let mut sums = vec![0.0; width];
-    let mut squares = vec![0.0; width];
-    for row in rows.chunks_exact(width) {
-        quantise::add_moments(row, &mut sums, &mut squares);
+    let count = tokens.len() as f32;
+    let channels = sums
+        .iter()
+        .flat_map(|[sums, squares]| sums.iter().zip(squares));
+    let moments = channels.map(|(&sum, &squares)| Moments {
+        count,
+        sum,
+        squares,
+    });
+    let mut moments: Vec<_> = moments.collect();
+    if !moments.iter().all(|of| of.squares.is_finite()) {
+        moments.fill(Moments::default());
+        input.show(tokens, width, |values| {
+            let moments = &mut moments[values.block * LANES..][..LANES];
+            for row in values.rows() {
+                for (moments, value) in moments.iter_mut().zip(row) {
+                    moments.add_finite(*value);
+                }
+            }
+        });
     }
-    if !squares.iter().all(|square| square.is_finite()) {
-        for sums in [&mut counts, &mut sums, &mut squares] {
-            sums.fill(0.0);
-        }
-        for row in rows.chunks_exact(width) {
-            quantise::add_finite(row, &mut counts, &mut sums, &mut squares);
-        }
-    }
-    let moments = counts.into_iter().zip(sums).zip(squares);
     moments
-        .map(|((count, sum), squares)| Moments {
-            count,
-            sum,
-            squares,
-        })
-        .collect()
 }
 
 /// Sums over the values of a channel.
@@ -183,6 +189,14 @@ pub(crate) struct Moments {
 }
 
 impl Moments {
+    fn add_finite(&mut self, value: f32) {
+        if value.is_finite() {
+            self.count += 1.0;
+            self.sum += value;
+            self.squares += value * value;
+        }
+    }
+
     fn mean(self) -> f32 {
         self.sum / self.count.max(1.0)
     }
@@ -236,7 +250,7 @@ mod tests {
             (row[3], row[4]) = (7.25, 0.0);
             row[5] += 1000.0;
         }
-        let quantiser = Quantiser::of(&rows, 64, 0.7);
+        let quantiser = crate::cell::tests::quantiser(&rows, 64, 0.7);
         assert_eq!(quantiser.classes[3..5], [classes::ZERO; 2]);
         assert_eq!(quantiser.offsets[3..5], [7.25, 0.0]);
         let mut bytes = Vec::new();

@@ -218,27 +218,30 @@ impl Encoding {
             let mut codec = LayerCodec::new(*layout, rotation.as_ref())?;
             codec = codec.with_exact_tokens(prelude.exact_tokens);
             last = steps.next().unwrap_or(last);
-            let mut deviations = [0.0; 2];
-            if let Some(profile) = &self.profile {
-                let profile = profile.layer(index).ok_or(UnsupportedLayout::Profile)?;
-                codec = codec.with_profile(profile)?;
-                for (deviation, unit) in deviations.iter_mut().zip(profile.units()) {
-                    *deviation = unit;
-                }
-            } else {
-                deviations = codec.deviations(layer);
-            }
-            let step = |plane: usize| {
-                let [deviation, factor] = [deviations, last].map(|of| of.get(plane).copied());
-                let step = deviation.unwrap_or(1.0) * factor.unwrap_or(1.0);
-                // Of a plane that is all the same, or full of what is no number.
-                if step.is_finite() {
-                    step.max(SMALLEST_STEP)
-                } else {
-                    SMALLEST_STEP
-                }
+            let steps = |deviations: [f32; 2]| {
+                let [keys, values] = deviations;
+                let [of_keys, of_values] = last;
+                [keys * of_keys, values * of_values].map(|step| {
+                    // Of a plane that is all the same, or full of what is no number.
+                    if step.is_finite() {
+                        step.max(SMALLEST_STEP)
+                    } else {
+                        SMALLEST_STEP
+                    }
+                })
             };
-            let mut parts = Vec::from(codec.encode(layer, [step(0), step(1)]).parts);
+            let encoded = if let Some(profile) = &self.profile {
+                let profile = profile.layer(index).ok_or(UnsupportedLayout::Profile)?;
+                let mut units = [0.0; 2];
+                for (unit, of_plane) in units.iter_mut().zip(profile.units()) {
+                    *unit = of_plane;
+                }
+                codec = codec.with_profile(profile)?;
+                codec.encode(layer, steps(units))
+            } else {
+                codec.encode_by_deviations(layer, steps)
+            };
+            let mut parts = Vec::from(encoded.parts);
             parts.truncate(self.level.parts().into());
             Ok(parts)
         });

@@ -25,18 +25,18 @@
 //!
 //! All integers are little-endian.
 
+mod encode;
 mod plan;
 
 use kvasir_types::{DType, HeadRange, KvLayout, Plane, TokenRange};
 
-use crate::cell::{CELL_TOKENS, CellError, Decoder, Encoder, LADDER, MAX_WIDTH, most_bytes};
-use crate::channels::{ChannelsError, Quantiser, moments};
+use crate::cell::{CELL_TOKENS, CellError, Decoder, LADDER, MAX_WIDTH, most_bytes};
+use crate::channels::{ChannelsError, Quantiser};
 use crate::output::Output;
-use crate::part::{EXACT, HeadReader, Part, PartWriter, Place, write_length};
+use crate::part::{EXACT, HeadReader, Part, Place};
 use crate::profile::{LayerProfile, ProfileBasis, ProfileShape};
 use crate::rans::{AT_ONCE, LANES, STATE_BYTES};
 use crate::rotation::Rotation;
-use crate::values;
 
 pub use plan::{CellPlan, DecodeTables, GroupPlan, LayerPlan, PlanError};
 
@@ -201,36 +201,6 @@ impl<'a> LayerCodec<'a> {
         self
     }
 
-    /// How far the values of a raw layer's keys, and values, lie from the means of their
-    /// channels: the root of the mean square, which steps are a multiple of. Exact tokens do
-    /// not count.
-    ///
-    /// # Panics
-    /// The layer has not the bytes that the layout says.
-    pub fn deviations(&self, raw: &[u8]) -> [f32; 2] {
-        assert_eq!(
-            raw.len(),
-            self.layout.layer_bytes(),
-            "a layer of the layout"
-        );
-        let exact = self.exact_tokens as usize;
-        let mut deviations = [0.0; 2];
-        for (shape, deviation) in self.planes.iter().zip(&mut deviations) {
-            let variances = shape.groups().map(|group| {
-                let mut rows = Vec::new();
-                self.gather(raw, shape, group, &mut rows);
-                moments(&rows[exact * shape.width..], shape.width)
-                    .iter()
-                    .map(|channel| channel.variance())
-                    .sum::<f32>()
-            });
-            let channels =
-                f32::from(shape.heads) * f32::from(u16::try_from(shape.dim).unwrap_or(u16::MAX));
-            *deviation = (variances.sum::<f32>() / channels).sqrt();
-        }
-        deviations
-    }
-
     /// Bytes of a layer at level 0 that are not symbols: steps, offsets, classes, lengths,
     /// checksums and states; not those of what is exceptional, outliers, exact tokens and wide
     /// offsets.
@@ -252,78 +222,6 @@ impl<'a> LayerCodec<'a> {
         }
         let tokens = u32::try_from(CELL_TOKENS).expect("64");
         (heads, tokens)
-    }
-
-    /// Codes a raw layer, with a step for level 0 of its keys and one of its values. Each
-    /// level divides them by three.
-    ///
-    /// # Panics
-    /// The layer has not the bytes that the layout says, or a step is no positive number.
-    pub fn encode(&self, raw: &[u8], steps: [f32; 2]) -> EncodedLayer {
-        assert_eq!(
-            raw.len(),
-            self.layout.layer_bytes(),
-            "a layer of the layout"
-        );
-        assert!(
-            steps.iter().all(|&step| is_step(step)),
-            "steps are positive"
-        );
-        let exact = self.exact_tokens as usize;
-        let mut parameters = Vec::new();
-        write_length(self.exact_tokens, &mut parameters);
-        let mut parts = [0, 1, 2].map(PartWriter::new);
-        let mut encoder = Encoder::new();
-        let mut rows = Vec::new();
-        let mut coefficients = Vec::new();
-        for ((in_layer, shape), step) in self.planes.iter().enumerate().zip(steps) {
-            rows.clear();
-            parameters.extend_from_slice(&step.to_le_bytes());
-            for (number, group) in (0..).zip(shape.groups()) {
-                self.gather(raw, shape, group, &mut rows);
-                if let Some(basis) = self.basis(in_layer, number) {
-                    basis.project(&rows, &mut coefficients);
-                    std::mem::swap(&mut rows, &mut coefficients);
-                }
-                let counted = &rows[exact * shape.width..];
-                let mut quantiser = Quantiser::of(counted, shape.width, step);
-                if let Some(basis) = self.basis(in_layer, number) {
-                    let expected = basis.quantiser(step);
-                    if quantiser.is_worth_its_bytes(&expected, counted) {
-                        parameters.push(OF_CHUNK);
-                        quantiser.write(&mut parameters);
-                    } else {
-                        parameters.push(OF_PROFILE);
-                        quantiser = expected;
-                    }
-                } else {
-                    quantiser.write(&mut parameters);
-                }
-                for part in &mut parts {
-                    part.next = shape.place(part.next.level, number, 0);
-                }
-                if exact > 0 {
-                    let place = shape.place(EXACT, number, 0);
-                    parts[0].add_at(place, |out| self.copy_exact(raw, shape, group, out));
-                }
-                let (mut first, mut rest) = (0, rows.as_slice());
-                while !rest.is_empty() {
-                    let (cells, tokens) = self.at_once(first);
-                    let (some, after) = rest.split_at(cells * tokens * shape.width);
-                    let ignored = exact.saturating_sub(first * CELL_TOKENS);
-                    encoder.encode(&quantiser, some, tokens, ignored, &mut parts);
-                    (first, rest) = (first + cells, after);
-                }
-            }
-        }
-        let [base, middle, finest] = parts;
-        EncodedLayer {
-            parts: [
-                base.finish(parameters),
-                middle.finish(Vec::new()),
-                finest.finish(Vec::new()),
-            ],
-        }
     }
 
     /// Decodes a layer into its raw form, as exactly as the parts allow that are there:
@@ -517,41 +415,6 @@ impl<'a> LayerCodec<'a> {
             0 => (1, tokens % CELL_TOKENS),
             whole => (whole.min(AT_ONCE), CELL_TOKENS),
         }
-    }
-
-    /// The values of a group, a row a token, with RoPE undone.
-    fn gather(&self, raw: &[u8], shape: &PlaneShape, group: HeadRange, rows: &mut Vec<f32>) {
-        let tokens = self.layout.tokens() as usize;
-        // Padding is zero, of the first group and so of all.
-        rows.resize(tokens * shape.width, 0.0);
-        let dtype = self.layout.dtype();
-        let rotation = self.rotation.filter(|_| shape.plane == Plane::Key);
-        let bytes = self.group_of(raw, shape, group);
-        let head_bytes = self.layout.head_bytes(shape.plane);
-        for (head, bytes) in bytes.chunks_exact(head_bytes).enumerate() {
-            let keys = bytes.chunks_exact(shape.dim * dtype.bytes());
-            for (token, (row, bytes)) in rows.chunks_exact_mut(shape.width).zip(keys).enumerate() {
-                let values = &mut row[head * shape.dim..][..shape.dim];
-                values::load(dtype, bytes, values);
-                if let Some(rotation) = rotation {
-                    rotation.undo(token, values);
-                }
-            }
-        }
-    }
-
-    /// Appends the exact tokens of a group, a head after the other.
-    fn copy_exact(&self, raw: &[u8], shape: &PlaneShape, group: HeadRange, out: &mut Vec<u8>) {
-        let exact = shape.dim * self.layout.dtype().bytes() * self.exact_tokens as usize;
-        let heads = self.group_of(raw, shape, group);
-        for head in heads.chunks_exact(self.layout.head_bytes(shape.plane)) {
-            out.extend_from_slice(&head[..exact]);
-        }
-    }
-
-    fn group_of<'r>(&self, raw: &'r [u8], shape: &PlaneShape, group: HeadRange) -> &'r [u8] {
-        let place = self.layout.head_slice(shape.plane, group);
-        place.and_then(|place| raw.get(place)).unwrap_or(&[])
     }
 }
 

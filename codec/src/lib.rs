@@ -81,6 +81,7 @@ mod classes;
 mod elements;
 mod fixed;
 mod header;
+mod input;
 mod layer;
 mod lossless;
 mod object;

@@ -199,13 +199,8 @@ impl<'r, 'a> Output<'r, 'a> {
             of_cell.resize(numbers.tokens * width, 0.0);
         }
         for block in 0..numbers.blocks() {
-            let of_rows = coefficients.chunks_exact_mut(width);
-            for (row, numbers) in of_rows.zip(numbers.rows(block, cell)) {
-                let values = &mut row[block * LANES..][..LANES];
-                for (value, &number) in values.iter_mut().zip(numbers) {
-                    *value = f32::from(number) * step;
-                }
-            }
+            let of_block = &mut coefficients[block * LANES..];
+            values::scale(numbers.rows(block, cell), step, of_block, width);
         }
         for &(position, value) in numbers.outliers(cell) {
             let position = usize::from(position);

@@ -237,11 +237,12 @@ impl ProfileBasis {
     /// Coefficients of rows of padded channels.
     pub(crate) fn project(&self, rows: &[f32], coefficients: &mut Vec<f32>) {
         let width = self.padded.len();
-        let centred = rows.chunks_exact(width).flat_map(|row| {
-            let row = row.iter().zip(&self.padded);
-            row.map(|(value, mean)| value - mean)
-        });
-        let centred: Vec<f32> = centred.collect();
+        let mut centred = rows.to_vec();
+        for row in centred.chunks_exact_mut(width) {
+            for (value, mean) in row.iter_mut().zip(&self.padded) {
+                *value -= mean;
+            }
+        }
         coefficients.clear();
         coefficients.resize(rows.len(), 0.0);
         let [forward, _] = &self.matrices;

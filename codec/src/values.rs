@@ -109,7 +109,7 @@ mod scalar {
     loops!(write, turn, store_values);
 
     fn store_values(dtype: DType, values: &[f32; LANES], out: &mut [u8]) {
-        super::store(dtype, values, out);
+        super::store_scalar(dtype, values, out);
     }
 }
 use scalar::{turn as turn_scalar, write as write_scalar};
@@ -119,6 +119,14 @@ use scalar::{turn as turn_scalar, write as write_scalar};
 /// # Panics
 /// The type is none of 16 or 32 bits.
 pub(crate) fn store(dtype: DType, values: &[f32], out: &mut [u8]) {
+    match dtype {
+        #[cfg(target_arch = "x86_64")]
+        DType::F16 if *KERNEL != Kernel::Scalar => x86::store_f16(values, out),
+        _ => store_scalar(dtype, values, out),
+    }
+}
+
+fn store_scalar(dtype: DType, values: &[f32], out: &mut [u8]) {
     match dtype {
         DType::F16 => {
             for (slot, &value) in out.as_chunks_mut().0.iter_mut().zip(values) {
@@ -136,6 +144,19 @@ pub(crate) fn store(dtype: DType, values: &[f32], out: &mut [u8]) {
             }
         }
         _ => unreachable!("checked when the codec was made"),
+    }
+}
+
+/// Multiplies the numbers of a block by a step: a row of values every `stride`.
+#[multiversion(targets(
+    "x86_64+avx512f+avx512bw+avx512vl+avx512dq+avx2+fma",
+    "x86_64+avx2+fma"
+))]
+pub(crate) fn scale(numbers: &[Row], step: f32, values: &mut [f32], stride: usize) {
+    for (numbers, values) in numbers.iter().zip(values.chunks_mut(stride)) {
+        for (value, &number) in values.iter_mut().zip(numbers) {
+            *value = f32::from(number) * step;
+        }
     }
 }
 
@@ -288,6 +309,15 @@ mod tests {
                 kernel.write_turned(blocks, angles, dtype, &mut out, (stride, apart));
                 prop_assert_eq!(&out, &turned, "{:?}", kernel);
             }
+        }
+
+        #[test]
+        fn kernels_store_the_same_bytes(values in prop::collection::vec(any_value(), 0..50)) {
+            let mut reference = vec![7; 2 * values.len()];
+            let mut out = reference.clone();
+            store_scalar(DType::F16, &values, &mut reference);
+            store(DType::F16, &values, &mut out);
+            prop_assert_eq!(out, reference);
         }
 
         #[test]

@@ -1,6 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::channels::moments;
 
 /// Rows of normal values: the width, and the standard deviation of each channel.
 pub(crate) fn gaussian(width: usize, tokens: usize, seed: u64) -> Vec<f32> {
@@ -31,11 +32,17 @@ impl CellSink for Vec<Vec<u8>> {
     }
 }
 
+pub(crate) fn quantiser(rows: &[f32], width: usize, step: f32) -> Quantiser {
+    let moments = moments(&Input::Rows(rows.into()), 0..rows.len() / width, width);
+    Quantiser::of(&moments, step)
+}
+
 /// The parts of one cell.
 fn encoded(quantiser: &Quantiser, rows: &[f32]) -> [Vec<u8>; LADDER] {
     let mut parts = [(); LADDER].map(|()| Vec::new());
     let tokens = rows.len() / quantiser.width();
-    Encoder::new().encode(quantiser, rows, tokens, 0, &mut parts);
+    let input = Input::Rows(rows.into());
+    Encoder::new().encode(quantiser, &input, (0, 1, tokens), 0, &mut parts);
     parts.map(|cells: Vec<Vec<u8>>| cells.concat())
 }
 
@@ -69,7 +76,7 @@ fn decoded(quantiser: &Quantiser, parts: &[Vec<u8>], len: usize) -> Result<Vec<f
 fn a_level_is_as_exact_as_its_step() {
     let rows = gaussian(64, 50, 3);
     for step in [0.05, 0.5, 3.0, 40.0] {
-        let quantiser = Quantiser::of(&rows, 64, step);
+        let quantiser = quantiser(&rows, 64, step);
         let parts = encoded(&quantiser, &rows);
         let mut level_step = step;
         for level in 0..LADDER {
@@ -96,7 +103,7 @@ fn what_is_no_number_stays_what_it_is() {
     for (at, value) in strange.into_iter().enumerate() {
         rows[at * 37] = value;
     }
-    let quantiser = Quantiser::of(&gaussian(32, 64, 3), 32, 0.3);
+    let quantiser = quantiser(&gaussian(32, 64, 3), 32, 0.3);
     let parts = encoded(&quantiser, &rows);
     let got = decoded(&quantiser, &parts[..1], rows.len()).unwrap();
     assert!(got[0].is_nan());
@@ -110,7 +117,7 @@ fn what_is_no_number_stays_what_it_is() {
 #[test]
 fn nothing_costs_nothing() {
     let rows = vec![0.0; 64 * 64];
-    let quantiser = Quantiser::of(&rows, 64, 0.1);
+    let quantiser = quantiser(&rows, 64, 0.1);
     let parts = encoded(&quantiser, &rows);
     let lengths = parts.each_ref().map(Vec::len);
     assert_eq!(lengths, [2 + 128, 0, 0]);
@@ -131,7 +138,7 @@ fn a_value_takes_what_its_distribution_needs() {
     let ideal: f64 = ideal.sum();
     let mut at_once = None;
     for (step, level) in [(1.0f32, 0), (3.0, 1), (9.0, 2)] {
-        let quantiser = Quantiser::of(&rows, width, step);
+        let quantiser = quantiser(&rows, width, step);
         let parts = encoded(&quantiser, &rows);
         let bytes: usize = parts[..=level].iter().map(Vec::len).sum();
         // Half of what is in the states of a stream is symbols.
@@ -191,7 +198,7 @@ proptest! {
         part in 0..LADDER,
     ) {
         let rows = gaussian(32, 40, 5);
-        let quantiser = Quantiser::of(&rows, 32, 1.0);
+        let quantiser = quantiser(&rows, 32, 1.0);
         let mut parts = encoded(&quantiser, &rows);
         let at = at.index(parts[part].len());
         parts[part][at] = byte;

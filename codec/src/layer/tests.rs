@@ -3,7 +3,9 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::cell::CellSink as _;
+use crate::part::{PartWriter, write_length};
 use crate::rotation::Pairing;
+use crate::values;
 
 /// A layer whose channels differ, and whose keys turn with their position.
 fn layer(layout: &KvLayout, rotation: Option<&Rotation>) -> Vec<u8> {

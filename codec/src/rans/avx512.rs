@@ -97,6 +97,8 @@ struct Reading {
 impl Reading {
     #[target_feature(enable = "avx512f,avx512bw,avx512vbmi2,popcnt")]
     fn of(reader: &Reader) -> Self {
+        let readable = reader.words.len().checked_sub(LANES);
+        assert!(readable >= Some(reader.end), "zeros beyond the words");
         Self {
             low: load(&reader.states.low),
             high: load(&reader.states.high),
@@ -119,17 +121,22 @@ impl Reading {
     fn advance(&mut self, reader: &Reader, frequency: __m512i, place: __m512i) {
         let quotient_low = _mm512_shldi_epi16::<5>(self.high, self.low);
         let quotient_high = _mm512_srli_epi16::<PRECISION>(self.high);
-        let low = _mm512_add_epi16(_mm512_mullo_epi16(frequency, quotient_low), place);
+        let product = _mm512_mullo_epi16(frequency, quotient_low);
+        let low = _mm512_add_epi16(product, place);
         let high = _mm512_add_epi16(
             _mm512_mulhi_epu16(frequency, quotient_low),
             _mm512_mullo_epi16(frequency, quotient_high),
         );
-        let carry = _mm512_cmplt_epu16_mask(low, place);
-        let high = _mm512_mask_add_epi16(high, carry, high, _mm512_set1_epi16(1));
+        let carry = _mm512_srli_epi16::<15>(_mm512_andnot_si512(low, product));
+        let high = _mm512_add_epi16(high, carry);
         let refill = _mm512_testn_epi16_mask(high, high);
-        let words = load(reader.upcoming(self.next));
+        // SAFETY: there is a register of zeros beyond the words, as was checked.
+        let words = unsafe {
+            let from = reader.words.as_ptr().add(self.next.min(reader.end));
+            _mm512_loadu_si512(from.cast())
+        };
         self.high = _mm512_mask_mov_epi16(high, refill, low);
-        self.low = _mm512_mask_expand_epi16(low, refill, words);
+        self.low = expand(low, refill, words);
         self.next += refill.count_ones() as usize;
     }
 }
@@ -190,7 +197,9 @@ fn narrow<const S: usize>(lanes: Lanes<'_>, readers: [&mut Reader; S], rows: &mu
             let frequency = _mm512_add_epi16(_mm512_and_si512(packed[s], frequencies), one);
             let number = _mm512_srli_epi16::<NUMBER_BIT>(packed[s]);
             let number = _mm512_mask_sub_epi16(number, negative, zero, number);
-            store_numbers(&mut rows[s * tokens + token], number);
+            // SAFETY: there are so many rows of every stream.
+            let row = unsafe { rows.get_unchecked_mut(s * tokens + token) };
+            store_numbers(row, number);
             states[s].advance(readers[s], frequency, place);
         });
     }
@@ -247,7 +256,9 @@ fn by_slot<const S: usize>(
             );
             let frequency = _mm512_add_epi16(frequency, _mm512_set1_epi16(1));
             let place = narrowed(_mm512_srli_epi32::<19>(a), _mm512_srli_epi32::<19>(b));
-            store_numbers(&mut rows[s * tokens + token], _mm512_sub_epi16(symbol, zero));
+            // SAFETY: there are so many rows of every stream.
+            let row = unsafe { rows.get_unchecked_mut(s * tokens + token) };
+            store_numbers(row, _mm512_sub_epi16(symbol, zero));
             states[s].advance(readers[s], frequency, place);
         });
     }
@@ -278,18 +289,15 @@ impl Thirds {
         bounds
     }
 
-    /// The bounds of a row whose coarser numbers are that far from zero.
+    /// The bounds of a row of which these coarser numbers are not zero, and these as far from
+    /// it as is told apart.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vbmi2,popcnt")]
-    fn at(&self, distance: __m512i) -> (__m512i, __m512i) {
-        let (mut middle, mut away) = (self.middle[0], self.away[0]);
-        let mut at = _mm512_setzero_si512();
-        for d in 1..DISTANCES {
-            at = _mm512_add_epi16(at, _mm512_set1_epi16(1));
-            let reached = _mm512_cmpge_epu16_mask(distance, at);
-            middle = _mm512_mask_mov_epi16(middle, reached, self.middle[d]);
-            away = _mm512_mask_mov_epi16(away, reached, self.away[d]);
-        }
+    fn of_masks(&self, some: __mmask32, far: __mmask32) -> (__m512i, __m512i) {
+        let [a, b, c] = self.middle;
+        let middle = _mm512_mask_mov_epi16(_mm512_mask_mov_epi16(a, some, b), far, c);
+        let [a, b, c] = self.away;
+        let away = _mm512_mask_mov_epi16(_mm512_mask_mov_epi16(a, some, b), far, c);
         (middle, away)
     }
 }
@@ -305,8 +313,9 @@ fn thirds<const S: usize>(
     let bounds = Thirds::of(lanes, tables);
     let zero = _mm512_setzero_si512();
     let one = _mm512_set1_epi16(1);
+    let two = _mm512_set1_epi16(2);
     let slots = _mm512_set1_epi16((TOTAL - 1).cast_signed());
-    let total = _mm512_set1_epi16(TOTAL.cast_signed());
+    let ends = _mm512_set1_epi16(TOTAL.cast_signed().wrapping_neg());
     let mut states = [Reading {
         low: zero,
         high: zero,
@@ -317,16 +326,23 @@ fn thirds<const S: usize>(
     }
     for token in 0..tokens {
         each_stream!(s in S {
-            let row = &mut rows[s * tokens + token];
+            // SAFETY: there are so many rows of every stream.
+            let row = unsafe { rows.get_unchecked_mut(s * tokens + token) };
             let number = load_numbers(row);
-            let (middle, away) = bounds.at(_mm512_abs_epi16(number));
+            let some = _mm512_test_epi16_mask(number, number);
+            let far = _mm512_cmpgt_epu16_mask(_mm512_add_epi16(number, one), two);
+            let (middle, away) = bounds.of_masks(some, far);
+            // From bounds that are not reached it is more than from any that is: the place is
+            // the least of these, and the frequency less than the least that is not reached.
             let slot = _mm512_and_si512(states[s].low, slots);
+            let of_middle = _mm512_sub_epi16(slot, middle);
+            let of_away = _mm512_sub_epi16(slot, away);
+            let of_end = _mm512_or_si512(states[s].low, ends);
+            let place = _mm512_min_epu16(_mm512_min_epu16(of_middle, of_away), slot);
+            let end = _mm512_max_epu16(_mm512_max_epu16(of_middle, of_away), of_end);
+            let frequency = _mm512_sub_epi16(place, end);
             let is_middle = _mm512_cmpge_epu16_mask(slot, middle);
             let is_away = _mm512_cmpge_epu16_mask(slot, away);
-            let frequency = _mm512_mask_sub_epi16(middle, is_middle, away, middle);
-            let frequency = _mm512_mask_sub_epi16(frequency, is_away, total, away);
-            let place = _mm512_mask_sub_epi16(slot, is_middle, slot, middle);
-            let place = _mm512_mask_sub_epi16(place, is_away, slot, away);
             // Towards zero is one less for a positive number, and one more for a negative
             // one; away is the opposite.
             let sign = _mm512_or_si512(_mm512_srai_epi16::<15>(number), one);
@@ -341,6 +357,25 @@ fn thirds<const S: usize>(
     for (state, reader) in states.into_iter().zip(readers) {
         state.put_back(reader);
     }
+}
+
+/// The words in order, in the lanes that are to be refilled. Said as an instruction, because
+/// the compiler would expand straight from memory, which takes Zen 4 four times as long.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vbmi2,popcnt")]
+fn expand(low: __m512i, refill: __mmask32, words: __m512i) -> __m512i {
+    let mut low = low;
+    // SAFETY: the instruction moves words from register to register.
+    unsafe {
+        std::arch::asm!(
+            "vpexpandw {low}{{{refill}}}, {words}",
+            low = inout(zmm_reg) low,
+            refill = in(kreg) refill,
+            words = in(zmm_reg) words,
+            options(pure, nomem, nostack, preserves_flags),
+        );
+    }
+    low
 }
 
 /// Zero-extended classes, shifted: in the order of [`look_up`].

@@ -68,6 +68,14 @@ pub(super) fn load_f16(bytes: &[u8], values: &mut [f32]) {
     unsafe { avx2::load_f16(bytes, values) }
 }
 
+/// # Panics
+/// The CPU has no AVX2.
+pub(super) fn store_f16(values: &[f32], out: &mut [u8]) {
+    assert!(has_avx2(), "checked when the kernel was chosen");
+    // SAFETY: the CPU has the features.
+    unsafe { avx2::store_f16(values, out) }
+}
+
 mod avx512 {
     use super::*;
 
@@ -126,6 +134,23 @@ mod avx2 {
     }
 
     #[target_feature(enable = "avx2,f16c")]
+    pub(super) fn store_f16(values: &[f32], out: &mut [u8]) {
+        let (some, rest) = values.as_chunks::<8>();
+        let (to, last) = out.as_chunks_mut::<16>();
+        for (values, bytes) in some.iter().zip(to) {
+            // SAFETY: eight values are a register, and half of one once they are converted.
+            unsafe {
+                let values = _mm256_loadu_ps(values.as_ptr());
+                let converted = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(values);
+                _mm_storeu_si128(bytes.as_mut_ptr().cast(), converted);
+            }
+        }
+        for (&value, bytes) in rest.iter().zip(last.as_chunks_mut().0) {
+            *bytes = f16::from_f32(value).to_le_bytes();
+        }
+    }
+
+    #[target_feature(enable = "avx2,f16c")]
     pub(super) fn load_f16(bytes: &[u8], values: &mut [f32]) {
         let (some, rest) = bytes.as_chunks::<16>();
         let (to, last) = values.as_chunks_mut::<8>();
@@ -157,6 +182,6 @@ fn store_others(dtype: DType, values: &[f32; LANES], out: &mut [u8]) {
                 *slot = [a, b];
             }
         }
-        _ => super::store(dtype, values, out),
+        _ => super::store_scalar(dtype, values, out),
     }
 }
