@@ -76,12 +76,7 @@ impl Client {
         let Some(data) = receive(&self.origin(), deadline, stream).await? else {
             return Ok(None);
         };
-        let parsed = tokio::task::spawn_blocking(move || {
-            if ProfileDigest::of(&data) != digest {
-                return Err(ProtocolError::ProfileDigest(digest).into());
-            }
-            Profile::parse(&data).map_err(|source| CallError::Profile { digest, source })
-        });
+        let parsed = tokio::task::spawn_blocking(move || parse(digest, &data));
         match parsed.await {
             Ok(parsed) => parsed.map(Some),
             Err(error) => match error.try_into_panic() {
@@ -186,4 +181,33 @@ async fn receive(
         return Err(broken(InvalidField::new("data", problem)));
     }
     Ok(Some(data))
+}
+
+/// The profile, if it is the one that was asked for.
+fn parse(digest: ProfileDigest, data: &[u8]) -> Result<Profile, CallError> {
+    if ProfileDigest::of(data) != digest {
+        return Err(ProtocolError::ProfileDigest(digest).into());
+    }
+    Profile::parse(data).map_err(|source| CallError::Profile { digest, source })
+}
+
+#[cfg(test)]
+mod tests {
+    use kvasir_codec::ProfileError;
+
+    use super::*;
+
+    #[test]
+    fn what_is_not_the_profile_asked_for_is_not_handed_out() {
+        let garbage = b"garbage";
+        let error = parse(ProfileDigest::of(garbage), b"other garbage").unwrap_err();
+        let CallError::Protocol(ProtocolError::ProfileDigest(_)) = error else {
+            panic!("{error}");
+        };
+        let error = parse(ProfileDigest::of(garbage), garbage).unwrap_err();
+        let CallError::Profile { source, .. } = error else {
+            panic!("{error}");
+        };
+        assert_eq!(source, ProfileError::Magic);
+    }
 }
