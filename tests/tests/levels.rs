@@ -225,10 +225,12 @@ async fn a_profile_of_another_model_is_not_used() {
     let daemon = start_daemon(DAEMON, data.path(), "127.0.0.1:0");
     let client = Client::connect(daemon.address()).await.unwrap();
     let prompt = harness::prompt(PROMPT_TOKENS, 0);
-    let writer = Rig::reader(daemon.address(), config(Level::L1, None));
+    let mut with = config(Level::L1, None);
+    with.codec.encoding.profile = Some(profile(0.01));
+    let writer = Rig::reader(daemon.address(), with);
     let computed = writer.ask(&prompt, Use::Write).await;
     writer.stored(&client, &prompt).await;
-    // The first chunk names a profile of one layer more than the model has.
+    // The first chunk is made to name a profile of one layer more than the model has.
     let model = Model::load(&harness::model_dir()).unwrap();
     let layout = cache::layout(model.config(), KvDtype::F32, harness::CHUNK_TOKENS).unwrap();
     let rotation = cache::rotation(model.config());

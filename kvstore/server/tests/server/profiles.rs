@@ -193,7 +193,11 @@ async fn malformed_profiles_are_named_and_leave_nothing() {
         ("data", edited(|it| it.bytes -= 1)),
         (
             "data",
-            vec![Message::Header(header(&profile)), data(&Bytes::new())],
+            vec![
+                Message::Header(header(&profile)),
+                data(&Bytes::new()),
+                data(&whole),
+            ],
         ),
         (
             "data",
