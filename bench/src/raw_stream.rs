@@ -96,6 +96,7 @@ fn only_get<T>() -> Answer<T> {
 #[tonic::async_trait]
 impl cache_server::Cache for Constant {
     type GetStream = BoxStream<'static, Result<v1::GetResponse, Status>>;
+    type GetProfileStream = BoxStream<'static, Result<v1::GetProfileResponse, Status>>;
     type ListStream = BoxStream<'static, Result<v1::ListResponse, Status>>;
     type WatchStream = BoxStream<'static, Result<v1::WatchResponse, Status>>;
     type HoldStream = BoxStream<'static, Result<v1::HoldResponse, Status>>;
@@ -153,6 +154,34 @@ impl cache_server::Cache for Constant {
     }
 
     async fn list(&self, _: Request<v1::ListRequest>) -> Answer<Self::ListStream> {
+        only_get()
+    }
+
+    async fn put_profile(
+        &self,
+        _: Request<tonic::Streaming<v1::PutProfileRequest>>,
+    ) -> Answer<v1::PutProfileResponse> {
+        only_get()
+    }
+
+    async fn get_profile(
+        &self,
+        _: Request<v1::GetProfileRequest>,
+    ) -> Answer<Self::GetProfileStream> {
+        only_get()
+    }
+
+    async fn list_profiles(
+        &self,
+        _: Request<v1::ListProfilesRequest>,
+    ) -> Answer<v1::ListProfilesResponse> {
+        only_get()
+    }
+
+    async fn delete_profile(
+        &self,
+        _: Request<v1::DeleteProfileRequest>,
+    ) -> Answer<v1::DeleteProfileResponse> {
         only_get()
     }
 

@@ -341,6 +341,36 @@ impl Profile {
     /// Every truncation, all damage but 2^-64 of it, and what is of no model. Nothing is
     /// allocated before the length is known to be right.
     pub fn parse(bytes: &[u8]) -> Result<Self, ProfileError> {
+        let (shape, rest) = Self::open(bytes)?;
+        let mut reader = Reader { rest };
+        let planes = shape.planes().map(|(bases, channels)| {
+            let [unit] = reader.floats(1).try_into().unwrap_or([0.0]);
+            let bases = (0..bases).map(|_| {
+                let [means, deviations] = [(); 2].map(|()| reader.floats(channels));
+                let matrices = [(); 2].map(|()| reader.halves(channels * channels));
+                let [analysis, synthesis] = &matrices;
+                ProfileBasis::new(means, deviations, analysis, synthesis)
+            });
+            ProfilePlane {
+                unit,
+                bases: bases.collect(),
+            }
+        });
+        let planes = planes.collect();
+        Self::new(shape, planes)
+    }
+
+    /// What a profile is of, for who only keeps it: checks all that [`parse`](Self::parse)
+    /// does but its numbers, and takes no memory.
+    ///
+    /// # Errors
+    /// As for [`parse`](Self::parse), without [`ProfileError::Number`].
+    pub fn verify(bytes: &[u8]) -> Result<ProfileShape, ProfileError> {
+        Self::open(bytes).map(|(shape, _)| shape)
+    }
+
+    /// What a profile is of, and what follows its header.
+    fn open(bytes: &[u8]) -> Result<(ProfileShape, &[u8]), ProfileError> {
         let (magic, rest) = bytes.split_first_chunk().ok_or(ProfileError::Magic)?;
         if *magic != MAGIC {
             return Err(ProfileError::Magic);
@@ -377,22 +407,7 @@ impl Profile {
         if crc_fast::checksum(CrcAlgorithm::Crc64Nvme, body) != u64::from_le_bytes(*sum) {
             return Err(ProfileError::Checksum);
         }
-        let mut reader = Reader { rest };
-        let planes = shape.planes().map(|(bases, channels)| {
-            let [unit] = reader.floats(1).try_into().unwrap_or([0.0]);
-            let bases = (0..bases).map(|_| {
-                let [means, deviations] = [(); 2].map(|()| reader.floats(channels));
-                let matrices = [(); 2].map(|()| reader.halves(channels * channels));
-                let [analysis, synthesis] = &matrices;
-                ProfileBasis::new(means, deviations, analysis, synthesis)
-            });
-            ProfilePlane {
-                unit,
-                bases: bases.collect(),
-            }
-        });
-        let planes = planes.collect();
-        Self::new(shape, planes)
+        Ok((shape, rest))
     }
 
     /// As a file; [`parse`](Self::parse) is the opposite.

@@ -283,6 +283,7 @@ fn profiles_are_read_as_they_were_written_and_damage_is_found() {
     let again = Profile::parse(bytes).unwrap();
     assert_eq!((&again, again.planes()), (&*profile, profile.planes()));
     assert_eq!(again.shape(), profile.shape());
+    assert_eq!(Profile::verify(bytes), Ok(*profile.shape()));
     for cut in 0..bytes.len() {
         assert!(Profile::parse(&bytes[..cut]).is_err(), "{cut}");
     }
@@ -290,6 +291,7 @@ fn profiles_are_read_as_they_were_written_and_damage_is_found() {
         let mut damaged = bytes.to_vec();
         damaged[at] ^= 1 << (at % 8);
         assert!(Profile::parse(&damaged).is_err(), "{at}");
+        assert!(Profile::verify(&damaged).is_err(), "{at}");
     }
     let error = |change: fn(&mut Vec<u8>)| {
         let mut bytes = bytes.to_vec();

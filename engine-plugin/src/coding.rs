@@ -6,19 +6,23 @@ use std::sync::{Arc, OnceLock};
 use bytes::Bytes;
 use kvasir_client::Chunk;
 use kvasir_codec::{
-    ChunkDecoder, ChunkError, EncodeError, Encoding, KeyRotation, Prelude, UnsupportedLayout,
+    ChunkDecoder, ChunkError, EncodeError, Encoding, KeyRotation, Prelude, Profile,
+    UnsupportedLayout,
 };
-use kvasir_types::{KvLayout, LayerIdx, Level};
+use kvasir_types::{KvLayout, LayerIdx, Level, ProfileDigest};
 use tokio::sync::Semaphore;
 use tracing::warn;
 
 use crate::ChunkCopy;
+use crate::profiles::Profiles;
 
 /// In which form chunks are stored and fetched.
 #[derive(Clone, Debug)]
 pub struct CodecConfig {
-    /// How captured chunks are encoded, and the profile that nested ones are decoded with: one
-    /// that names another is computed. Default: not at all, [`Level::RAW`].
+    /// How captured chunks are encoded. A profile is uploaded to the daemon in the
+    /// background. Chunks that name another one are decoded with what the daemon keeps: the
+    /// first request that meets one computes, and has it fetched for those that follow.
+    /// Default: not at all, [`Level::RAW`].
     pub encoding: Encoding,
     /// The finest level that is fetched of chunks which are stored at a nested level.
     /// Default: as stored.
@@ -66,6 +70,7 @@ impl CodecConfig {
 pub(crate) struct Coder {
     config: CodecConfig,
     layout: KvLayout,
+    profiles: Arc<Profiles>,
     threads: Semaphore,
     /// What came of what was stored, in thousandths: less than all where chunks are fetched
     /// coarser than they are stored.
@@ -77,25 +82,30 @@ pub(crate) struct Coder {
 pub(crate) struct Decoding {
     level: Level,
     prelude: Bytes,
+    /// The one that the prelude names.
+    profile: Option<Arc<Profile>>,
     decoder: OnceLock<Result<ChunkDecoder, ChunkError>>,
 }
 
 impl Decoding {
-    pub(crate) fn new(level: Level, prelude: Bytes) -> Self {
+    /// Of a chunk without a prelude.
+    pub(crate) fn raw(level: Level) -> Self {
         Self {
             level,
-            prelude,
+            prelude: Bytes::new(),
+            profile: None,
             decoder: OnceLock::new(),
         }
     }
 }
 
 impl Coder {
-    pub(crate) fn new(config: CodecConfig, layout: KvLayout) -> Self {
+    pub(crate) fn new(config: CodecConfig, layout: KvLayout, profiles: Arc<Profiles>) -> Self {
         Self {
             threads: Semaphore::new(config.threads.max(1)),
             config,
             layout,
+            profiles,
             share: AtomicU32::new(WHOLE),
         }
     }
@@ -175,6 +185,22 @@ impl Coder {
         })
     }
 
+    /// How a chunk of this prelude is decoded; `None` where it names a profile that is not
+    /// here, yet.
+    pub(crate) fn decoding(&self, level: Level, prelude: Bytes) -> Option<Decoding> {
+        // One that is damaged says so when its layers are decoded.
+        let parsed = Prelude::parse(&prelude, &self.layout).ok();
+        let profile = match parsed.and_then(|prelude| prelude.profile) {
+            Some(named) => Some(self.profiles.get(ProfileDigest::from_bytes(named))?),
+            None => None,
+        };
+        Some(Decoding {
+            prelude,
+            profile,
+            ..Decoding::raw(level)
+        })
+    }
+
     /// A raw layer from its parts. `None` where the runtime is shutting down.
     pub(crate) async fn decode(
         self: &Arc<Self>,
@@ -190,10 +216,14 @@ impl Coder {
             return Some(Ok(layer.clone()));
         }
         let layout = self.layout;
-        let profiles = self.config.encoding.profile.clone();
         self.run(move || {
-            let Decoding { level, prelude, .. } = &*decoding;
-            let decoder = || ChunkDecoder::new(layout, *level, prelude, profiles.as_slice());
+            let Decoding {
+                level,
+                prelude,
+                profile,
+                ..
+            } = &*decoding;
+            let decoder = || ChunkDecoder::new(layout, *level, prelude, profile.as_slice());
             let decoder = decoding.decoder.get_or_init(decoder);
             let mut raw = vec![0; layer_bytes];
             match decoder {

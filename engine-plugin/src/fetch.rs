@@ -505,7 +505,7 @@ impl Fetch {
     ) -> Result<bool, CallError> {
         let coder = &self.shared.coder;
         let stored = stream.chunks().iter().map(|chunk| chunk.level);
-        let raw = |level| Arc::new(Decoding::new(level, Bytes::new()));
+        let raw = |level| Arc::new(Decoding::raw(level));
         let mut decodings: Vec<Arc<Decoding>> = stored.map(raw).collect();
         let decode = async |decoding, chunk, layer, parts: Vec<Bytes>| {
             let bytes = parts.iter().map(|part| part.len() as u64).sum();
@@ -527,6 +527,8 @@ impl Fetch {
         let most = 2 * coder.config().threads.max(1);
         let mut decodes = FuturesOrdered::new();
         let mut ended = false;
+        // Chunks from here on are of no use.
+        let mut live = usize::MAX;
         loop {
             let arrival = tokio::select! {
                 biased;
@@ -536,10 +538,22 @@ impl Fetch {
                         None => ended = true,
                         Some(GetEvent::Prelude { chunk, data }) => {
                             let level = stream.chunks()[chunk].level;
-                            decodings[chunk] = Arc::new(Decoding::new(level, data));
+                            match coder.decoding(level, data) {
+                                Some(decoding) => decodings[chunk] = Arc::new(decoding),
+                                None if chunk < live => {
+                                    debug!(chunk, "a cached chunk needs a profile; computing it");
+                                    live = chunk;
+                                    let lost = std::future::ready(Arrival::Lost { chunk });
+                                    decodes.push_back(Either::Right(lost));
+                                }
+                                None => (),
+                            }
                         }
                         Some(GetEvent::Layer { chunk, layer, parts }) => {
                             received.note(parts.iter().map(Bytes::len).sum());
+                            if chunk >= live {
+                                continue;
+                            }
                             let decoding = Arc::clone(&decodings[chunk]);
                             decodes.push_back(Either::Left(decode(decoding, chunk, layer, parts)));
                         }

@@ -25,6 +25,10 @@
 //!   ([`PluginConfig::cooldown`]), so that an outage costs one deadline, not one per
 //!   request.
 //!
+//! Chunks may name a codec profile, which the daemon keeps. The engine's own is uploaded in
+//! the background. One that is not here costs the first request that meets it its hit, and
+//! no time: it computes, while the profile is fetched for the next one.
+//!
 //! Ownership: the engine thread owns the pages and does every copy into and out of
 //! them, so no page is ever shared between threads. Dropping a [`Prefetch`] cancels
 //! its fetch. Chunks waiting for capture are lost when the process ends.
@@ -39,6 +43,7 @@ mod capture;
 mod coding;
 mod cost;
 mod fetch;
+mod profiles;
 mod prompt;
 
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -61,6 +66,7 @@ pub use prompt::Prompt;
 use breaker::Breaker;
 use capture::CaptureQueue;
 use coding::Coder;
+use profiles::Profiles;
 
 /// When a cached prefix is loaded.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -193,7 +199,9 @@ impl CachePlugin {
         namespace: Namespace,
         config: PluginConfig,
     ) -> Self {
-        let coder = Arc::new(Coder::new(config.codec.clone(), *namespace.layout()));
+        let layout = *namespace.layout();
+        let profiles = Profiles::start(client.clone(), runtime.clone(), &config.codec, layout);
+        let coder = Arc::new(Coder::new(config.codec.clone(), layout, profiles));
         let queue = CaptureQueue::start(&runtime, client.clone(), Arc::clone(&coder), &config);
         Self {
             shared: Arc::new(Shared {

@@ -17,6 +17,8 @@ pub struct StoreConfig {
     /// A directory that makes chunks survive restarts. Default: none; chunks live
     /// in memory only.
     pub disk: Option<DiskConfig>,
+    /// What chunks may be encoded with.
+    pub profiles: ProfilesConfig,
     /// What classes of traffic may keep. Default: no limits.
     pub class: Vec<ClassConfig>,
 }
@@ -145,6 +147,32 @@ impl Default for DiskConfig {
     }
 }
 
+/// `[store.profiles]`: codec profiles, on disk where there is a disk tier, else in memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
+pub struct ProfilesConfig {
+    /// Bytes of profiles, beside the capacity of chunks on disk, but part of that in memory.
+    /// None is ever evicted: when they are spent, more are refused. Default:
+    /// [`Self::CAPACITY`] on disk, [`Self::MEMORY_CAPACITY`] in memory, there at most a
+    /// quarter of the memory tier.
+    pub capacity: Option<ByteSize>,
+}
+
+impl ProfilesConfig {
+    /// 1 GiB.
+    pub const CAPACITY: ByteSize = ByteSize::gib(1);
+    /// 256 MiB.
+    pub const MEMORY_CAPACITY: ByteSize = ByteSize::mib(256);
+
+    pub(crate) fn capacity_bytes(&self, memory: u64, on_disk: bool) -> u64 {
+        let default = match on_disk {
+            true => Self::CAPACITY.as_u64(),
+            false => Self::MEMORY_CAPACITY.as_u64().min(memory / 4),
+        };
+        self.capacity.map_or(default, ByteSize::as_u64)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -169,6 +197,11 @@ mod tests {
         let limits = config.class[0].limits();
         assert_eq!(limits.time_to_live, Some(Duration::from_secs(60)));
         assert_eq!(limits.quota_bytes, None);
+
+        let profiles = ProfilesConfig::default();
+        assert_eq!(profiles.capacity_bytes(1 << 30, true), 1 << 30);
+        assert_eq!(profiles.capacity_bytes(1 << 30, false), 256 << 20);
+        assert_eq!(profiles.capacity_bytes(1 << 20, false), 256 << 10);
 
         for wrong in [r#"{"memroy": {}}"#, r#"{"class": [{"number": 16}]}"#] {
             assert!(serde_json::from_str::<StoreConfig>(wrong).is_err());

@@ -5,6 +5,7 @@
 //! catalog/        RocksDB: key and place → layout, level, size
 //! segments/       files of many chunks each, written and read past
 //!                 the page cache
+//! profiles/       codec profiles; see `profiles`
 //! ```
 //!
 //! A write goes payload → sync of segment and catalog record, side by side → index.
@@ -838,7 +839,7 @@ fn create_directory(path: &Path) -> io::Result<()> {
     Ok(())
 }
 
-fn sync_directory(path: &Path) -> io::Result<()> {
+pub(crate) fn sync_directory(path: &Path) -> io::Result<()> {
     File::open(path)?.sync_all()
 }
 

@@ -10,6 +10,7 @@
 //! * [`Store`]: what the daemon uses; composes the tiers.
 //! * [`Tier`]: one storage level and its contract; [`MemoryTier`], [`DiskTier`].
 //! * [`Lease`]: a reader's hold on a chunk; [`LeaseSession`]: leases that have names.
+//! * [`Profiles`]: what chunks may be encoded with; kept until an operator deletes them.
 //! * [`policy`]: which chunk goes first, and which is worth a write to disk.
 //! * [`Budget`], [`Reservation`]: hard limits on bytes.
 //! * [`Event`], [`Snapshot`]: what changed, for watchers.
@@ -69,6 +70,7 @@ mod models;
 mod payload;
 mod pins;
 pub mod policy;
+mod profiles;
 mod promotion;
 mod store;
 mod sync;
@@ -76,7 +78,7 @@ mod tier;
 
 pub use budget::{Budget, ChargedBytes, Reservation, Throttled};
 pub use clock::Clock;
-pub use config::{ClassConfig, DiskConfig, MemoryConfig, StoreConfig};
+pub use config::{ClassConfig, DiskConfig, MemoryConfig, ProfilesConfig, StoreConfig};
 pub use disk::{DirectIo, DiskTier, Medium, MediumFile, OpenError};
 pub use environment::Environment;
 pub use events::{Event, EventKind, EventLog, Snapshot};
@@ -86,6 +88,9 @@ pub use levels::{LevelUsage, LevelUsages};
 pub use memory::MemoryTier;
 pub use payload::{Payload, PayloadShape, Received};
 pub use pins::{PinId, PinRefused};
+pub use profiles::{
+    GetProfileError, IncomingProfile, ProfileInfo, ProfileUsage, Profiles, PutProfileError,
+};
 pub use store::{Found, Listed, LookupResult, Put, PutError, PutOptions, PutOutcome, Stats, Store};
 pub use tier::{
     ChunkReader, DeviceError, Facts, Read, ReadError, Tier, TierKind, Usage, WriteError, Written,

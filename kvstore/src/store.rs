@@ -5,8 +5,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use bytes::Bytes;
 use kvasir_codec::{Object, ObjectHeader};
-use kvasir_types::{ChunkKey, Durability, Hints, KvLayout, LayoutDigest, Level};
+use kvasir_types::{ChunkKey, Durability, Hints, KvLayout, LayoutDigest, Level, ProfileDigest};
 use tokio::sync::broadcast;
 
 use crate::blocking::joined;
@@ -26,6 +27,7 @@ use crate::memory::{Chunk, MemoryTier};
 use crate::payload::{Payload, PayloadShape, Received};
 use crate::pins::{PinId, PinRefused};
 use crate::policy::Admission;
+use crate::profiles::{GetProfileError, IncomingProfile, ProfileUsage, Profiles, PutProfileError};
 use crate::tier::{DeviceError, Facts, Tier, TierKind, Usage, WriteError, Written};
 
 /// Memory and, if configured, disk, as one store. Clones are handles to it.
@@ -42,6 +44,7 @@ pub(crate) struct Inner {
     pub(crate) disk: Option<DiskTier>,
     pub(crate) claims: Claims,
     pub(crate) demotions: Demotions,
+    profiles: Profiles,
     events: EventLog,
     clock: Clock,
     next_pin: AtomicU64,
@@ -80,19 +83,19 @@ pub struct PutOptions {
     pub hints: Hints,
 }
 
-/// What became of a put.
+/// What became of a put, of a chunk or a profile.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Put {
     /// Whether it changed anything.
     pub outcome: PutOutcome,
-    /// Whether the chunk survives a crash from now on.
+    /// Whether what was put survives a crash from now on.
     pub durable: bool,
 }
 
 /// Whether a put changed anything. Both are success.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PutOutcome {
-    /// The chunk is stored now.
+    /// It is stored now.
     Stored,
     /// It already was.
     AlreadyPresent,
@@ -136,6 +139,8 @@ pub struct Stats {
     pub pins: u64,
     /// Leases that last.
     pub leases: u64,
+    /// Codec profiles.
+    pub profiles: ProfileUsage,
 }
 
 impl Store {
@@ -159,6 +164,7 @@ impl Store {
             Some(disk) => (disk.admission, disk.capacity.as_u64()),
             None => (Admission::All, 0),
         };
+        let path = config.disk.as_ref().map(|disk| disk.path.clone());
         let disk = match config.disk {
             Some(disk) => {
                 let open = DiskTier::open(environment, disk, memory.clone(), events.clone());
@@ -166,6 +172,8 @@ impl Store {
             }
             None => None,
         };
+        let on_disk = disk.clone().zip(path.as_deref());
+        let profiles = Profiles::open(&config.profiles, memory.clone(), on_disk).await?;
         for class in &config.class {
             memory.limit(class.number, class.limits());
             if let Some(disk) = &disk {
@@ -176,6 +184,7 @@ impl Store {
             demotions: Demotions::new(admission, memory.capacity()),
             memory,
             disk,
+            profiles,
             claims: Claims::default(),
             // Another run's ids should not name this run's pins and leases.
             next_pin: AtomicU64::new(events.epoch()),
@@ -460,7 +469,40 @@ impl Store {
             disk: self.0.disk.as_ref().map(Tier::usage),
             pins: self.pins(),
             leases: self.0.leases.load(Ordering::Relaxed),
+            profiles: self.0.profiles.usage(),
         }
+    }
+
+    /// The codec profiles.
+    pub fn profiles(&self) -> &Profiles {
+        &self.0.profiles
+    }
+
+    /// Memory to receive a profile of so many bytes into; evicts what it must. When it is
+    /// whole, [`Profiles::put`] keeps it.
+    ///
+    /// # Errors
+    /// It would not be kept, or there is no memory.
+    pub async fn receive_profile(
+        &self,
+        digest: ProfileDigest,
+        bytes: u64,
+    ) -> Result<IncomingProfile, PutProfileError> {
+        self.0.demotions_catch_up(bytes).await;
+        self.0.profiles.receive(digest, bytes)
+    }
+
+    /// The bytes of a profile, which have this very digest; `None` where it is not kept, or
+    /// was found to be damaged. They are charged to memory, which evicts what it must.
+    ///
+    /// # Errors
+    /// There is no memory to read it into, or the device failed.
+    pub async fn profile(&self, digest: ProfileDigest) -> Result<Option<Bytes>, GetProfileError> {
+        let Some(info) = self.0.profiles.find(&digest) else {
+            return Ok(None);
+        };
+        self.0.demotions_catch_up(info.bytes).await;
+        self.0.profiles.get(digest).await
     }
 
     fn pins(&self) -> u64 {

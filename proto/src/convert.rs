@@ -4,7 +4,8 @@ use std::num::NonZeroU32;
 
 use bytes::Bytes;
 use kvasir_types::{
-    ChunkKey, Class, DType, Durability, ExtentIdx, Hints, KvLayout, LayerRange, Level, Planes,
+    ChunkKey, Class, DType, Durability, ExtentIdx, Hints, KvLayout, LayerRange, Level,
+    MAX_PROFILE_BYTES, Planes, ProfileDigest,
 };
 
 use crate::sequence::Wanted;
@@ -83,6 +84,36 @@ pub fn keys(field: &str, list: &[Bytes]) -> Result<Vec<ChunkKey>, InvalidField> 
 /// A key as the wire carries it.
 pub fn key_to_wire(key: &ChunkKey) -> Bytes {
     Bytes::copy_from_slice(key.as_bytes())
+}
+
+/// A digest of exactly 32 bytes.
+///
+/// # Errors
+/// Another length; the error names `field`.
+pub fn profile_digest(field: &str, bytes: &[u8]) -> Result<ProfileDigest, InvalidField> {
+    let array = <[u8; 32]>::try_from(bytes).map_err(|_| {
+        let problem = format!("a digest has 32 bytes, this one has {}", bytes.len());
+        InvalidField::new(field, problem)
+    })?;
+    Ok(ProfileDigest::from_bytes(array))
+}
+
+/// A digest as the wire carries it.
+pub fn profile_digest_to_wire(digest: &ProfileDigest) -> Bytes {
+    Bytes::copy_from_slice(digest.as_bytes())
+}
+
+/// Bytes that a profile may have.
+///
+/// # Errors
+/// None, or more than [`MAX_PROFILE_BYTES`]; the error names `field`.
+pub fn profile_bytes(field: &str, bytes: u64) -> Result<usize, InvalidField> {
+    let narrow = usize::try_from(bytes).ok();
+    let fits = narrow.filter(|_| (1..=MAX_PROFILE_BYTES).contains(&bytes));
+    fits.ok_or_else(|| {
+        let problem = format!("{bytes} is not from 1 to {MAX_PROFILE_BYTES}");
+        InvalidField::new(field, problem)
+    })
 }
 
 /// A level this version knows.

@@ -20,7 +20,11 @@ const ALLOWED: &[(&str, &[&str])] = &[
         "kvasir-store",
         &["kvasir-types", "kvasir-codec", "kvasir-mem"],
     ),
-    ("kvasir-client", &["kvasir-types", "kvasir-proto"]),
+    // Profiles are checked before they are handed out.
+    (
+        "kvasir-client",
+        &["kvasir-types", "kvasir-proto", "kvasir-codec"],
+    ),
     (
         "kvasir-server",
         &[

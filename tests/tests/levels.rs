@@ -3,16 +3,16 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kvasir_client::{Chunk, Client, GetEvent, GetOptions};
-use kvasir_codec::{ProfileBasis, ProfilePlane, ProfileShape};
+use kvasir_codec::{Prelude, ProfileBasis, ProfilePlane, ProfileShape};
 use kvasir_engine::KvDtype;
 use kvasir_engine::cache;
 use kvasir_engine::model::Model;
 use kvasir_plugin::{CodecConfig, Encoding, LoadPolicy, PluginConfig, Profile};
 use kvasir_tests::harness::{self, Answer, Rig, Use, start_daemon};
-use kvasir_types::{LayerRange, Level};
+use kvasir_types::{KvLayout, LayerRange, Level, Planes, ProfileDigest};
 
 const DAEMON: &str = env!("CARGO_BIN_EXE_daemon");
 const PROMPT_TOKENS: usize = 6 * harness::CHUNK_TOKENS as usize + 10;
@@ -83,7 +83,10 @@ fn profile(unit: f32) -> Arc<Profile> {
     let model = Model::load(&harness::model_dir()).unwrap();
     let layout = cache::layout(model.config(), KvDtype::F32, harness::CHUNK_TOKENS).unwrap();
     let rotation = cache::rotation(model.config());
-    let shape = ProfileShape::of(&layout, Some(rotation.pairing));
+    profile_of(ProfileShape::of(&layout, Some(rotation.pairing)), unit)
+}
+
+fn profile_of(shape: ProfileShape, unit: f32) -> Arc<Profile> {
     let heads = shape.heads_per_basis();
     let plane = |plane: usize| {
         let channels = usize::from(heads[plane] * shape.dims[plane]);
@@ -116,6 +119,7 @@ async fn chunks_of_an_unknown_profile_are_computed() {
         Rig::reader(daemon.address(), config)
     };
     let ours = profile(0.01);
+    let digest = ProfileDigest::from_bytes(*ours.digest());
     let writer = with(Some(Arc::clone(&ours)));
     let computed = writer.ask(&prompt, Use::Write).await;
     writer.stored(&client, &prompt).await;
@@ -125,8 +129,145 @@ async fn chunks_of_an_unknown_profile_are_computed() {
     assert_eq!(answer.usage.cached_tokens, all);
     assert_eq!(answer.usage.cached_level, Some(Level::L1));
     assert_eq!(answer.tokens, computed.tokens);
+
+    // Nobody is left who would upload it again.
+    drop(writer);
+    client.delete_profile(digest).await.unwrap();
     for other in [None, Some(profile(0.02))] {
-        let answer = with(other).ask(&prompt, Use::Read).await;
+        let reader = with(other);
+        for _ in 0..3 {
+            let answer = reader.ask(&prompt, Use::Read).await;
+            assert_eq!(answer.usage.cached_tokens, 0);
+            answer.assert_equals(&computed);
+        }
+    }
+}
+
+/// Waits until the daemon keeps a profile.
+async fn kept(client: &Client, digest: ProfileDigest) {
+    let begin = Instant::now();
+    let is_kept = async || {
+        let profiles = client.profiles().await.unwrap_or_default();
+        profiles.iter().any(|profile| profile.digest == digest)
+    };
+    while !is_kept().await {
+        assert!(begin.elapsed() < Duration::from_secs(60), "not uploaded");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_engine_without_a_profile_uses_that_of_another() {
+    let data = tempfile::tempdir().unwrap();
+    let daemon = start_daemon(DAEMON, data.path(), "127.0.0.1:0");
+    let client = Client::connect(daemon.address()).await.unwrap();
+    let prompt = harness::prompt(PROMPT_TOKENS, 0);
+    let ours = profile(0.01);
+    let digest = ProfileDigest::from_bytes(*ours.digest());
+    let mut with = config(Level::L1, None);
+    with.codec.encoding.profile = Some(ours);
+    let writer = Rig::reader(daemon.address(), with);
+    let computed = writer.ask(&prompt, Use::Write).await;
+    writer.stored(&client, &prompt).await;
+    kept(&client, digest).await;
+    drop((writer, client, daemon));
+
+    let daemon = start_daemon(DAEMON, data.path(), "127.0.0.1:0");
+    let reader = Rig::reader(daemon.address(), config(Level::L1, None));
+    // The first one does not wait for the profile.
+    let first = reader.ask(&prompt, Use::Read).await;
+    assert_eq!(first.usage.cached_tokens, 0);
+    first.assert_equals(&computed);
+    let begin = Instant::now();
+    let answer = loop {
+        let answer = reader.ask(&prompt, Use::Read).await;
+        if answer.usage.cached_tokens > 0 {
+            break answer;
+        }
+        answer.assert_equals(&computed);
+        assert!(begin.elapsed() < Duration::from_secs(60), "never a hit");
+    };
+    assert_eq!(
+        answer.usage.cached_tokens,
+        6 * harness::CHUNK_TOKENS as usize
+    );
+    assert_eq!(answer.usage.cached_level, Some(Level::L1));
+    assert_eq!(answer.tokens, computed.tokens);
+}
+
+/// A daemon without a disk tier has forgotten it; one that was not there yet never had it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_daemon_that_lacks_the_profile_gets_it_again() {
+    let data = tempfile::tempdir().unwrap();
+    let daemon = start_daemon(DAEMON, data.path(), "127.0.0.1:0");
+    let address = daemon.address().to_owned();
+    drop(daemon);
+    let ours = profile(0.01);
+    let digest = ProfileDigest::from_bytes(*ours.digest());
+    let mut with = config(Level::L1, None);
+    with.codec.encoding.profile = Some(ours);
+    let engine = Rig::reader(&address, with);
+    let prompt = harness::prompt(PROMPT_TOKENS, 0);
+    let answer = engine.ask(&prompt, Use::Nothing).await;
+    assert_eq!(answer.tokens.len(), 4);
+
+    let daemon = start_daemon(DAEMON, data.path(), &address);
+    let client = Client::connect(daemon.address()).await.unwrap();
+    kept(&client, digest).await;
+    client.delete_profile(digest).await.unwrap();
+    kept(&client, digest).await;
+    drop(engine);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_profile_of_another_model_is_not_used() {
+    let data = tempfile::tempdir().unwrap();
+    let daemon = start_daemon(DAEMON, data.path(), "127.0.0.1:0");
+    let client = Client::connect(daemon.address()).await.unwrap();
+    let prompt = harness::prompt(PROMPT_TOKENS, 0);
+    let mut with = config(Level::L1, None);
+    with.codec.encoding.profile = Some(profile(0.01));
+    let writer = Rig::reader(daemon.address(), with);
+    let computed = writer.ask(&prompt, Use::Write).await;
+    writer.stored(&client, &prompt).await;
+    // The first chunk is made to name a profile of one layer more than the model has.
+    let model = Model::load(&harness::model_dir()).unwrap();
+    let layout = cache::layout(model.config(), KvDtype::F32, harness::CHUNK_TOKENS).unwrap();
+    let rotation = cache::rotation(model.config());
+    let planes = Planes::symmetric(ProfileShape::of(&layout, None).dims[0]);
+    let more = layout.layers() + 1;
+    let taller = KvLayout::new(more, layout.kv_heads(), planes, 16, layout.dtype()).unwrap();
+    let other = profile_of(ProfileShape::of(&taller, Some(rotation.pairing)), 0.01);
+    client.put_profile(&other).await.unwrap();
+    let keys = writer.plugin.namespace().prefix_keys(&prompt);
+    let mut stream = client.get(&keys[..1], GetOptions::default()).await.unwrap();
+    let mut extents = Vec::new();
+    let mut layers = Vec::new();
+    while let Some(event) = stream.next().await.unwrap() {
+        match event {
+            GetEvent::Prelude { data, .. } => {
+                let mut prelude = Prelude::parse(&data, &layout).unwrap();
+                prelude.profile = Some(*other.digest());
+                extents.push(prelude.encode().into());
+            }
+            GetEvent::Layer { parts, .. } => layers.push(parts),
+            GetEvent::Lost { reason, .. } => panic!("{reason}"),
+        }
+    }
+    for part in 0..usize::from(Level::L1.parts()) {
+        extents.extend(layers.iter().map(|parts| parts[part].clone()));
+    }
+    client.delete(&keys[..1]).await.unwrap();
+    let strange = Chunk {
+        key: keys[0],
+        layout,
+        level: Level::L1,
+        extents,
+    };
+    client.put(&strange).await.unwrap();
+    let reader = Rig::reader(daemon.address(), config(Level::L1, None));
+    for _ in 0..5 {
+        let answer = reader.ask(&prompt, Use::Read).await;
         assert_eq!(answer.usage.cached_tokens, 0);
         answer.assert_equals(&computed);
     }

@@ -65,9 +65,9 @@ struct ServeArgs {
     /// ever fewer bytes, and hold all coarser ones.
     #[arg(long, default_value_t = Level::RAW)]
     cache_level: Level,
-    /// A profile of the model, made by `kvasir-bench profile`, that levels l0 to l2 are coded
-    /// with: they take fewer bytes and more time, and only engines that have the same profile
-    /// can use them. Default: none.
+    /// A profile of the model, made by `kvasir-bench profile`, that levels l0 to l2 are encoded
+    /// with: they take fewer bytes and more time. The daemon keeps it too, so that engines
+    /// without it can use such chunks. Default: none.
     #[arg(long, value_name = "FILE")]
     profile: Option<PathBuf>,
     /// The finest of the levels l0 to l2 that is fetched. Default: as stored.

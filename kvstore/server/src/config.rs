@@ -37,7 +37,7 @@ impl ServerConfig {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Limits {
-    /// Puts and gets in progress at once; more are asked to come back.
+    /// Puts and gets in progress at once, of chunks and profiles; more are asked to come back.
     /// Default: [`Self::DATA_STREAMS`]. Minimum: 1.
     pub data_streams: u32,
     /// Connections at once; more wait to be accepted.

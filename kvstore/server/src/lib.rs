@@ -21,6 +21,7 @@
 //! | resource | bound | at the bound |
 //! |---|---|---|
 //! | payload, in the store and on its way | the memory capacity | `RESOURCE_EXHAUSTED`, come back |
+//! | bytes of codec profiles | [`ProfilesConfig::capacity`](kvasir_store::ProfilesConfig::capacity) | `RESOURCE_EXHAUSTED`, until some are deleted |
 //! | puts and gets in progress | [`Limits::data_streams`] | `RESOURCE_EXHAUSTED`, come back |
 //! | layers read ahead of a get's receiver | [`Limits::read_ahead`] | the next read waits |
 //! | a read of the device, for a get | [`Limits::read_timeout_ms`] | the chunk is lost to the get |
@@ -53,6 +54,7 @@ mod hold;
 mod list;
 mod outgoing;
 mod process;
+mod profiles;
 mod put;
 mod refusal;
 mod server;

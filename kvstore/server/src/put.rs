@@ -116,21 +116,33 @@ impl Sender<'_> {
     }
 
     async fn next(&mut self) -> Result<Option<Message>, Status> {
-        let idle = self.shared.limits.stream_idle();
-        let message = tokio::select! {
-            () = self.shared.admission.aborting.cancelled() => return Err(shutting_down()),
-            message = tokio::time::timeout(idle, self.messages.message()) => message,
-        };
-        match message {
-            Err(_) => Err(Status::deadline_exceeded(
-                "no message came for too long; nothing is stored",
-            )),
-            Ok(Err(status)) => Err(status),
-            Ok(Ok(None)) => Ok(None),
-            Ok(Ok(Some(request))) => match request.message {
-                None => Err(InvalidField::new("message", "the message is empty").into()),
+        match next(self.shared, &mut self.messages).await? {
+            None => Ok(None),
+            Some(request) => match request.message {
+                None => Err(empty_message()),
                 message => Ok(message),
             },
         }
     }
+}
+
+/// The next message of a sender, who must not take too long.
+pub(crate) async fn next<T>(
+    shared: &Shared,
+    messages: &mut Streaming<T>,
+) -> Result<Option<T>, Status> {
+    let idle = shared.limits.stream_idle();
+    let message = tokio::select! {
+        () = shared.admission.aborting.cancelled() => return Err(shutting_down()),
+        message = tokio::time::timeout(idle, messages.message()) => message,
+    };
+    message.unwrap_or_else(|_| {
+        Err(Status::deadline_exceeded(
+            "no message came for too long; nothing is stored",
+        ))
+    })
+}
+
+pub(crate) fn empty_message() -> Status {
+    InvalidField::new("message", "the message is empty").into()
 }

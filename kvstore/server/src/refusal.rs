@@ -1,10 +1,14 @@
 //! What the store's errors are on the wire.
 
 use std::error::Error;
+use std::io::ErrorKind::{QuotaExceeded, StorageFull};
 use std::time::Duration;
 
 use kvasir_proto::{InvalidField, status};
-use kvasir_store::{DeviceError, HoldRefused, PinRefused, PutError, Throttled, WriteError};
+use kvasir_store::{
+    DeviceError, GetProfileError, HoldRefused, PinRefused, PutError, PutProfileError, Throttled,
+    WriteError,
+};
 use tonic::Status;
 
 pub(crate) fn throttled(error: &Throttled) -> Status {
@@ -29,6 +33,43 @@ pub(crate) fn put(error: &PutError) -> Status {
         PutError::Write(error @ WriteError::TooLarge { .. }) => too_large(error),
         error => device(error),
     }
+}
+
+pub(crate) fn put_profile(error: &PutProfileError) -> Status {
+    match error {
+        PutProfileError::Size(_) => InvalidField::new("header.bytes", error).into(),
+        PutProfileError::Digest { .. } => InvalidField::new("header.digest", error).into(),
+        PutProfileError::Length { .. } | PutProfileError::Profile(_) => {
+            InvalidField::new("data", error).into()
+        }
+        // Waiting does not help: nothing is evicted.
+        PutProfileError::Full { .. } | PutProfileError::TooMany => {
+            Status::resource_exhausted(error.to_string())
+        }
+        PutProfileError::Throttled(error) => memory_for_profile(error),
+        PutProfileError::Device(DeviceError::Io(error))
+            if matches!(error.kind(), StorageFull | QuotaExceeded) =>
+        {
+            let problem = "the file system of the data directory is full; make room there";
+            Status::resource_exhausted(problem)
+        }
+        error => device(error),
+    }
+}
+
+pub(crate) fn get_profile(error: &GetProfileError) -> Status {
+    match error {
+        GetProfileError::Throttled(error) => memory_for_profile(error),
+        error => device(error),
+    }
+}
+
+fn memory_for_profile(error: &Throttled) -> Status {
+    if error.wanted > error.capacity {
+        let problem = format!("{error}; raise `capacity` of `[memory]`");
+        return Status::resource_exhausted(problem);
+    }
+    throttled(error)
 }
 
 /// `None` where the keys changed meanwhile.

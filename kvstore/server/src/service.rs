@@ -13,7 +13,7 @@ use tonic::{Request, Response, Status, Streaming};
 use crate::admission::Admission;
 use crate::config::Limits;
 use crate::counters::Counters;
-use crate::{get, hold, list, process, put, refusal, watch, wire};
+use crate::{get, hold, list, process, profiles, put, refusal, watch, wire};
 
 /// Serves one store. Clones are handles to the same service.
 #[derive(Clone, Debug)]
@@ -53,6 +53,7 @@ impl Service {
 #[tonic::async_trait]
 impl Cache for Service {
     type GetStream = Messages<v1::GetResponse>;
+    type GetProfileStream = Messages<v1::GetProfileResponse>;
     type ListStream = Messages<v1::ListResponse>;
     type WatchStream = Messages<v1::WatchResponse>;
     type HoldStream = Messages<v1::HoldResponse>;
@@ -161,6 +162,39 @@ impl Cache for Service {
         )?))
     }
 
+    async fn put_profile(
+        &self,
+        request: Request<Streaming<v1::PutProfileRequest>>,
+    ) -> Answer<v1::PutProfileResponse> {
+        profiles::put(&self.0, request.into_inner())
+            .await
+            .map(Response::new)
+    }
+
+    async fn get_profile(
+        &self,
+        request: Request<v1::GetProfileRequest>,
+    ) -> Answer<Self::GetProfileStream> {
+        let stream = profiles::get(Arc::clone(&self.0), request.get_ref()).await?;
+        Ok(Response::new(stream))
+    }
+
+    async fn list_profiles(
+        &self,
+        _: Request<v1::ListProfilesRequest>,
+    ) -> Answer<v1::ListProfilesResponse> {
+        Ok(Response::new(profiles::list(&self.0)))
+    }
+
+    async fn delete_profile(
+        &self,
+        request: Request<v1::DeleteProfileRequest>,
+    ) -> Answer<v1::DeleteProfileResponse> {
+        profiles::delete(&self.0, request.get_ref())
+            .await
+            .map(Response::new)
+    }
+
     async fn stats(&self, _: Request<v1::StatsRequest>) -> Answer<v1::StatsResponse> {
         Ok(Response::new(self.0.stats()))
     }
@@ -193,6 +227,9 @@ impl Shared {
             sent_bytes: self.counters.sent_bytes.get(),
             resident_bytes: resident.now,
             peak_resident_bytes: resident.peak,
+            profiles: stats.profiles.profiles,
+            profile_bytes: stats.profiles.bytes,
+            profile_capacity_bytes: stats.profiles.capacity,
         }
     }
 }

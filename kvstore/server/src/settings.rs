@@ -7,7 +7,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use kvasir_store::policy::{Admission, PolicyKind};
-use kvasir_store::{ClassConfig, DiskConfig, MemoryConfig, StoreConfig};
+use kvasir_store::{ClassConfig, DiskConfig, MemoryConfig, ProfilesConfig, StoreConfig};
 use kvasir_types::ByteSize;
 use serde::{Deserialize, Serialize};
 
@@ -50,6 +50,8 @@ pub struct DaemonConfig {
     pub memory: MemoryConfig,
     /// Chunks on disk.
     pub disk: DiskSettings,
+    /// What chunks may be encoded with.
+    pub profiles: ProfilesConfig,
     /// What classes of traffic may keep. Default: no limits.
     pub class: Vec<ClassConfig>,
     /// What bounds the load.
@@ -97,6 +99,7 @@ impl Default for DaemonConfig {
             data_dir: None,
             memory: MemoryConfig::default(),
             disk: DiskSettings::default(),
+            profiles: ProfilesConfig::default(),
             class: Vec::new(),
             limits: Limits::default(),
         }
@@ -198,6 +201,7 @@ impl DaemonConfig {
             store: StoreConfig {
                 memory: self.memory.clone(),
                 disk,
+                profiles: self.profiles,
                 class: self.class.clone(),
             },
             limits: self.limits.clone(),

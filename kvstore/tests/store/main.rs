@@ -6,6 +6,7 @@ mod compose;
 mod damage;
 mod demotion;
 mod leases;
+mod profiles;
 mod recovery;
 
 use std::os::unix::fs::FileExt as _;

@@ -5,6 +5,7 @@
 //!   that changes a value and nothing that does not.
 //! * [`LayerRange`], [`TokenRange`], [`HeadRange`]: parts of a chunk.
 //! * [`Level`]: a rung of the codec's quality ladder.
+//! * [`ProfileDigest`]: names what chunks of nested levels may be encoded with.
 //! * [`Durability`] and [`Hints`]: what a put promises, and what a chunk is worth.
 //! * [`Checksum`]: guards every layer, stored or sent.
 //! * [`ByteSize`]: a number of bytes as people write it.
@@ -23,6 +24,7 @@ mod checksum;
 mod key;
 mod layout;
 mod level;
+mod profile;
 mod range;
 mod size;
 mod worth;
@@ -31,6 +33,7 @@ pub use checksum::Checksum;
 pub use key::{Adapter, ChunkKey, ModelIdentity, Namespace, ParseKeyError};
 pub use layout::{DType, KvLayout, LayoutDigest, LayoutError, Plane, Planes};
 pub use level::{Level, ParseLevelError, UnknownLevel};
+pub use profile::{MAX_PROFILE_BYTES, ParseProfileDigestError, ProfileDigest};
 pub use range::{ExtentIdx, ExtentRange, HeadRange, LayerIdx, LayerRange, RangeError, TokenRange};
 pub use size::{ByteSize, ParseByteSizeError};
 pub use worth::{Class, Durability, Hints, NoSuchClass};

@@ -34,19 +34,19 @@ pub struct PutOptions {
     pub hints: Hints,
 }
 
-/// What became of a stored chunk.
+/// What became of a stored chunk or profile.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Put {
     /// Whether the daemon took it.
     pub outcome: PutOutcome,
-    /// Whether the chunk now survives a crash of the daemon.
+    /// Whether it now survives a crash of the daemon.
     pub durable: bool,
 }
 
 /// Whether a put changed anything. Both are success.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PutOutcome {
-    /// The chunk is stored now.
+    /// It is stored now.
     Stored,
     /// The daemon had it already.
     AlreadyPresent,

@@ -397,7 +397,7 @@ impl Client {
 
     /// Runs `attempt` until it succeeds, is not worth repeating, or the deadline
     /// leaves no room for another.
-    async fn call<T, Fut>(
+    pub(crate) async fn call<T, Fut>(
         &self,
         deadline: Deadline,
         repeat: Repeat,

@@ -2,8 +2,9 @@
 
 use std::time::Duration;
 
+use kvasir_codec::ProfileError;
 use kvasir_proto::{InvalidField, status};
-use kvasir_types::ExtentIdx;
+use kvasir_types::{ExtentIdx, ProfileDigest};
 use tonic::{Code, Status};
 
 use crate::{Endpoint, ParseEndpointError};
@@ -60,6 +61,15 @@ pub enum CallError {
     /// The daemon sent what the protocol does not allow.
     #[error("the daemon broke the protocol; is it of the same version as this client?")]
     Protocol(#[from] ProtocolError),
+    /// A profile arrived as it was stored, but cannot be used.
+    #[error("profile {digest} cannot be used; was it made for another version?")]
+    Profile {
+        /// Which.
+        digest: ProfileDigest,
+        /// What is wrong with it.
+        #[source]
+        source: ProfileError,
+    },
     /// Any other refusal by the daemon.
     #[error("the daemon refused the call")]
     Refused(#[source] Box<Status>),
@@ -72,9 +82,12 @@ pub enum ProtocolError {
     /// A field cannot be what it says.
     #[error(transparent)]
     Field(#[from] InvalidField),
-    /// A get did not begin with its header, or had a second one.
+    /// A stream did not begin with its header, or had a second one.
     #[error("a message other than the one header came first, or a second header came")]
     Header,
+    /// The bytes of a profile have another digest.
+    #[error("what came is not profile {0}")]
+    ProfileDigest(ProfileDigest),
     /// A message without content.
     #[error("an empty message came")]
     Empty,

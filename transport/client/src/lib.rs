@@ -49,6 +49,9 @@
 //! An engine must start while its cache is down and recover when it comes back:
 //! [`Client::connect_lazy`] never fails.
 //!
+//! Chunks that were encoded with a codec profile name it by digest. The daemon keeps
+//! profiles too: [`Client::put_profile`], [`Client::get_profile`].
+//!
 //! # Deadlines
 //!
 //! Every call ends by its deadline, by timers of this process: a daemon that is
@@ -61,8 +64,8 @@
 //!
 //! Calls that may be repeated without harm are repeated, with exponential backoff
 //! and full jitter, when the daemon cannot be reached or asks to come back later,
-//! and never past the deadline: lookup, put, delete, unpin, stats, and the start of
-//! a get, list or watch. A [`pin`](Client::pin) is repeated only when the daemon said that
+//! and never past the deadline: lookup, put, delete, unpin, stats, those of profiles, and
+//! the start of a get, list or watch. A [`pin`](Client::pin) is repeated only when the daemon said that
 //! it did nothing, because a second pin would hold the chunks twice. A stream
 //! that has begun is never restarted behind the caller's back.
 //!
@@ -81,6 +84,7 @@ mod error;
 mod get;
 mod hold;
 mod list;
+mod profile;
 mod retry;
 mod stats;
 mod watch;
@@ -93,5 +97,6 @@ pub use error::{CallError, ConnectError, ProtocolError};
 pub use get::{ChunkInfo, GetEvent, GetOptions, LayerStream, LostReason};
 pub use hold::{Held, Hold, LeaseId};
 pub use list::{ListOptions, ListedChunk, Listing};
+pub use profile::ListedProfile;
 pub use stats::{LevelStats, Stats, Tier, TierStats};
 pub use watch::{Watch, WatchEvent, WatchedChange};

@@ -63,6 +63,12 @@ pub struct Stats {
     pub resident_bytes: u64,
     /// Largest resident memory it ever had.
     pub peak_resident_bytes: u64,
+    /// Codec profiles it keeps.
+    pub profiles: u64,
+    /// Their bytes.
+    pub profile_bytes: u64,
+    /// Limit of `profile_bytes`.
+    pub profile_capacity_bytes: u64,
 }
 
 /// State and counters of one tier.
@@ -135,6 +141,9 @@ impl From<v1::StatsResponse> for Stats {
             sent_bytes: wire.sent_bytes,
             resident_bytes: wire.resident_bytes,
             peak_resident_bytes: wire.peak_resident_bytes,
+            profiles: wire.profiles,
+            profile_bytes: wire.profile_bytes,
+            profile_capacity_bytes: wire.profile_capacity_bytes,
         }
     }
 }

@@ -7,6 +7,7 @@ use kvasir_client::Client;
 use serde_json::Value;
 
 use crate::daemon::Daemon;
+use crate::profiles::{digest, profile};
 use crate::support::*;
 
 fn kvasir(daemon: &Daemon, arguments: &[&str]) -> Output {
@@ -94,6 +95,58 @@ async fn every_command_speaks_text_and_json() {
     assert_eq!(ticks.len(), 2);
     assert!(ticks[1]["rates"]["sent_bytes"].is_number());
     assert!(text(&daemon, &["top", "-n", "1"]).contains("received"));
+}
+
+#[tokio::test]
+async fn profiles_are_stored_listed_fetched_and_deleted() {
+    let directory = tempfile::tempdir().unwrap();
+    let daemon = Daemon::start(&directory.path().join("data"), &[]);
+    let profile = profile(1, 1.0);
+    let digest = digest(&profile).to_string();
+    let file = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
+    let (from, to) = (file("profile.bin"), file("again.bin"));
+    fs::write(&from, profile.as_bytes()).unwrap();
+
+    let error = failure(&daemon, &["profiles", "get", &digest, &to]);
+    assert!(error.contains("`kvasir profiles`"), "{error}");
+    let error = failure(&daemon, &["profiles", "rm", &digest]);
+    assert!(error.contains("`kvasir profiles`"), "{error}");
+    let error = failure(&daemon, &["profiles", "rm", "abc"]);
+    assert!(error.contains("64 hexadecimal digits"), "{error}");
+    fs::write(&to, b"garbage").unwrap();
+    let error = failure(&daemon, &["profiles", "put", &to]);
+    assert!(error.contains("not an intact profile"), "{error}");
+    assert_eq!(text(&daemon, &["profiles"]), "0 profiles, 0B\n");
+
+    let put = json(&daemon, &["profiles", "put", &from]);
+    assert_eq!(
+        (&put["digest"], &put["durable"]),
+        (&digest.as_str().into(), &true.into())
+    );
+    assert_eq!(put["outcome"], "stored");
+    assert!(text(&daemon, &["profiles", "put", &from]).contains("already-present"));
+    let listed = json(&daemon, &["profiles", "ls"]);
+    assert_eq!(listed["profiles"][0]["digest"], digest.as_str());
+    assert_eq!(listed["profiles"][0]["key_dim"], 128);
+    let table = text(&daemon, &["profiles"]);
+    assert!(
+        table.contains(&digest) && table.contains("128+128"),
+        "{table}"
+    );
+    let status = json(&daemon, &["status"]);
+    assert_eq!(
+        (&status["profiles"], &status["profile_capacity_bytes"]),
+        (&1.into(), &(1 << 30).into())
+    );
+    assert!(text(&daemon, &["status"]).contains("profiles  1, "));
+
+    assert!(text(&daemon, &["profiles", "get", &digest, &to]).contains("again.bin"));
+    assert_eq!(fs::read(&to).unwrap(), profile.as_bytes());
+    assert_eq!(text(&daemon, &["profiles", "rm", &digest]), "1 deleted\n");
+    assert_eq!(
+        json(&daemon, &["profiles"])["profiles"],
+        serde_json::json!([])
+    );
 }
 
 #[test]

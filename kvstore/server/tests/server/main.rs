@@ -11,6 +11,7 @@ mod command;
 mod daemon;
 mod holding;
 mod lifecycle;
+mod profiles;
 mod refusals;
 mod support;
 mod transfers;

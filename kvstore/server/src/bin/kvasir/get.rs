@@ -1,9 +1,7 @@
 //! `kvasir get`.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io::Write as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::{Context as _, bail};
 use bytes::Bytes;
@@ -14,7 +12,7 @@ use kvasir_types::ChunkKey;
 use serde_json::json;
 
 use crate::context::Context;
-use crate::output::size;
+use crate::output::{size, write_whole};
 
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
@@ -31,7 +29,10 @@ pub(crate) async fn run(context: &Context, arguments: &Arguments) -> anyhow::Res
     let (info, extents) = fetch(context, &client, key).await?;
     let object = Object::new(key, &info.layout, info.level, extents)?;
     let path = &arguments.output;
-    write_whole(path, &object).with_context(|| format!("cannot write {}", path.display()))?;
+    let header = ObjectHeader::encode(object.header());
+    let extents = object.extents().iter().map(Bytes::as_ref);
+    let parts: Vec<&[u8]> = std::iter::once(&header[..]).chain(extents).collect();
+    write_whole(path, &parts).with_context(|| format!("cannot write {}", path.display()))?;
     let bytes = object.header().object_bytes();
     let report = json!({"key": key.to_string(), "file": path, "bytes": bytes, "tier": info.tier});
     context.print(&report, |out| {
@@ -74,23 +75,4 @@ async fn fetch(
     }
     progress.finish_and_clear();
     Ok((info, extents.into_values().collect()))
-}
-
-/// The file is there whole or not at all.
-fn write_whole(path: &Path, object: &Object) -> std::io::Result<()> {
-    let mut partial = path.as_os_str().to_owned();
-    partial.push(".partial");
-    let partial = PathBuf::from(partial);
-    let write = || {
-        let mut file = File::create(&partial)?;
-        file.write_all(&ObjectHeader::encode(object.header()))?;
-        for extent in object.extents() {
-            file.write_all(extent)?;
-        }
-        fs::rename(&partial, path)
-    };
-    write().inspect_err(|_| {
-        // Best effort: the error that matters is the first one.
-        let _ = fs::remove_file(&partial);
-    })
 }

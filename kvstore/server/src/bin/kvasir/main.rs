@@ -7,6 +7,7 @@ mod demo;
 mod get;
 mod list;
 mod output;
+mod profiles;
 mod put;
 mod remove;
 mod status;
@@ -45,6 +46,8 @@ enum Command {
     Put(put::Arguments),
     /// Delete chunks.
     Rm(remove::Arguments),
+    /// List, store, fetch or delete codec profiles.
+    Profiles(profiles::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -96,5 +99,6 @@ async fn dispatch(context: &Context, command: Command) -> anyhow::Result<()> {
         Command::Get(arguments) => get::run(context, &arguments).await,
         Command::Put(arguments) => put::run(context, &arguments).await,
         Command::Rm(arguments) => remove::run(context, &arguments).await,
+        Command::Profiles(arguments) => profiles::run(context, &arguments).await,
     }
 }

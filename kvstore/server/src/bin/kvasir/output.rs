@@ -1,6 +1,8 @@
-//! How values and errors are written.
+//! How values, errors and files are written.
 
-use std::io;
+use std::fs::{self, File};
+use std::io::{self, Write as _};
+use std::path::{Path, PathBuf};
 
 use kvasir_client::{CallError, ConnectError};
 use kvasir_types::{ByteSize, KvLayout, Planes};
@@ -111,6 +113,24 @@ pub(crate) fn duration(milliseconds: u64) -> String {
         (0, ..) => format!("{hours}h {minutes}m"),
         _ => format!("{days}d {hours}h"),
     }
+}
+
+/// Writes a file that is there whole or not at all.
+pub(crate) fn write_whole(path: &Path, parts: &[&[u8]]) -> io::Result<()> {
+    let mut partial = path.as_os_str().to_owned();
+    partial.push(".partial");
+    let partial = PathBuf::from(partial);
+    let write = || {
+        let mut file = File::create(&partial)?;
+        for part in parts {
+            file.write_all(part)?;
+        }
+        fs::rename(&partial, path)
+    };
+    write().inspect_err(|_| {
+        // Best effort: the error that matters is the first one.
+        let _ = fs::remove_file(&partial);
+    })
 }
 
 #[cfg(test)]

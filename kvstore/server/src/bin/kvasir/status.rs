@@ -58,6 +58,13 @@ fn print(out: &mut dyn Write, report: &Report<'_>) -> io::Result<()> {
         size(stats.pinned_bytes),
         stats.pins
     )?;
+    writeln!(
+        out,
+        "profiles  {}, {} of {}",
+        stats.profiles,
+        size(stats.profile_bytes),
+        size(stats.profile_capacity_bytes)
+    )?;
     writeln!(out)?;
     write!(out, "{}", tiers(stats))?;
     let mut levels = stats.tiers.iter().flat_map(|tier| {
