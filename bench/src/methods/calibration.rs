@@ -2,7 +2,7 @@
 //!
 //! Every plane of every layer gets a basis over the channels of all heads that share cells, keys
 //! before RoPE: the eigenvectors of the covariance of channels, each weighted by what errors in
-//! them do to the layer's output ([`metric`]). `--weighting none` leaves that out: the
+//! them do to the layer's output ([`metric`](super::metric)). `--weighting none` leaves that out: the
 //! Karhunen–Loève basis, whose errors are those of channels. The unit of a plane
 //! is [`STEP`] times the deviation of its coefficients, times what
 //! `kvasir-bench quality --sensitivity … --on-training` found it to be worth, if that is given.
