@@ -318,8 +318,7 @@ impl<'a> LayerCodec<'a> {
                     cell += cells;
                 }
                 if exact > first_token {
-                    let entry = in_part * (of_groups + 1);
-                    let bytes = parts[0].cell(entry, shape.place(EXACT, number, 0))?;
+                    let bytes = self.exact_cell(&parts[0], in_part, (shape, number), exact)?;
                     output.put_exact(bytes, exact);
                 }
             }
@@ -381,6 +380,21 @@ impl<'a> LayerCodec<'a> {
             parts.push(head.cells(most(level).into_iter())?);
         }
         Ok((quantisers, exact, parts))
+    }
+
+    /// The exact tokens of a group, of which there are some; which group it is in the part, and
+    /// in its plane.
+    fn exact_cell<'b>(
+        &self,
+        base: &Part<'b>,
+        in_part: usize,
+        (shape, number): (&PlaneShape, u16),
+        exact: usize,
+    ) -> Result<&'b [u8], DecodeError> {
+        let entry = in_part * (self.cells_of_group() + 1);
+        let bytes = base.cell(entry, shape.place(EXACT, number, 0))?;
+        let whole = bytes.len() == shape.group_bytes(self.layout, exact);
+        whole.then_some(bytes).ok_or(DecodeError::Length(0))
     }
 
     fn check_slice(&self, heads: HeadRange, tokens: TokenRange) -> Result<(), DecodeError> {

@@ -30,7 +30,7 @@ pub(crate) struct Place {
 pub(crate) const EXACT: u8 = 0xff;
 
 impl Place {
-    fn checksum(self, bytes: &[u8]) -> u32 {
+    pub(crate) fn checksum(self, bytes: &[u8]) -> u32 {
         let mut place = [self.plane, self.level, 0, 0, 0, 0, 0, 0];
         place[2..4].copy_from_slice(&self.group.to_le_bytes());
         place[4..].copy_from_slice(&self.cell.to_le_bytes());
@@ -43,7 +43,7 @@ fn is_same(checksum: u32, stated: u32) -> bool {
     checksum == stated || cfg!(fuzzing)
 }
 
-fn checksum(before: &[u8], bytes: &[u8]) -> u32 {
+pub(crate) fn checksum(before: &[u8], bytes: &[u8]) -> u32 {
     let mut digest = Digest::new(CrcAlgorithm::Crc32Iscsi);
     digest.update(before);
     digest.update(bytes);

@@ -105,9 +105,12 @@ impl Layer<'_> {
             let mut block = of_keys.view_mut((kv_head * dim, kv_head * dim), (dim, dim));
             block += self.of_keys(head, weights);
         }
+        // Tokens that are protected have no errors.
+        let first = PROTECTED.min(weights[0].nrows());
+        let others = weights[0].nrows() - first;
         for (a, of_a) in weights.iter().enumerate() {
             for (b, of_b) in weights.iter().enumerate() {
-                let together = of_a.dot(of_b);
+                let together = of_a.rows(first, others).dot(&of_b.rows(first, others));
                 let block = self.projections[a].tr_mul(&self.projections[b]) * together;
                 let place = (a / group * dim, b / group * dim);
                 let mut sum = of_values.view_mut(place, (dim, dim));
@@ -116,8 +119,7 @@ impl Layer<'_> {
         }
     }
 
-    /// What each query, a column, gives each key, a row. Tokens that are protected have no
-    /// errors, and so no weight.
+    /// What each query, a column, gives each key, a row.
     fn weights(&self, head: usize) -> DMatrix<f32> {
         let group = self.config.heads / self.config.kv_heads;
         #[expect(clippy::cast_precision_loss, reason = "channels of a head")]
@@ -178,3 +180,159 @@ impl Layer<'_> {
 
 /// Keys that are looked at: one in so many.
 const EVERY: usize = 8;
+
+#[cfg(test)]
+mod tests {
+    use rand::{Rng as _, SeedableRng as _};
+    use rand_chacha::ChaCha8Rng;
+
+    use super::*;
+
+    const DIM: usize = 4;
+    const HIDDEN: usize = 8;
+    /// So many that one key is looked at.
+    const TOKENS: usize = PROTECTED + EVERY;
+
+    struct Context {
+        kv: Kv,
+        queries: Queries,
+        projections: Vec<Vec<DMatrix<f32>>>,
+        config: ModelConfig,
+    }
+
+    fn context(heads: usize, kv_heads: usize) -> Context {
+        let config = serde_json::json!({
+            "architectures": ["LlamaForCausalLM"],
+            "hidden_size": HIDDEN * heads,
+            "intermediate_size": 8,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "head_dim": DIM,
+            "num_hidden_layers": 1,
+            "vocab_size": 8,
+            "max_position_embeddings": 64,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 100.0,
+            "eos_token_id": 2,
+        });
+        let config = ModelConfig::from_json(config.to_string().as_bytes()).unwrap();
+        let mut random = ChaCha8Rng::seed_from_u64(3);
+        let mut numbers = |count: usize| -> Vec<f32> {
+            (0..count).map(|_| random.random_range(-1.5..1.5)).collect()
+        };
+        let kv = Kv {
+            tokens: TOKENS,
+            layers: vec![numbers(2 * kv_heads * TOKENS * DIM)],
+        };
+        let queries = Queries {
+            layers: vec![numbers(TOKENS * heads * DIM)],
+        };
+        let projection = |_| DMatrix::from_vec(HIDDEN, DIM, numbers(HIDDEN * DIM));
+        let projections = vec![(0..heads).map(projection).collect()];
+        Context {
+            kv,
+            queries,
+            projections,
+            config,
+        }
+    }
+
+    impl Context {
+        fn metric(&self) -> [DMatrix<f32>; 2] {
+            let mut metric = Metric::new(&self.config);
+            metric.add(&self.config, &self.projections, &self.kv, &self.queries);
+            metric.layers.remove(0)
+        }
+
+        /// What attention adds to the residual stream, a column a token.
+        fn output(&self, kv: &Kv) -> DMatrix<f32> {
+            let (heads, kv_heads) = (self.config.heads, self.config.kv_heads);
+            let mut sum = DMatrix::zeros(HIDDEN, TOKENS);
+            for head in 0..heads {
+                let rows =
+                    |at: usize, token: usize| &kv.layers[0][(at * TOKENS + token) * DIM..][..DIM];
+                let kv_head = head / (heads / kv_heads);
+                for query in 0..TOKENS {
+                    let q = &self.queries.layers[0][(query * heads + head) * DIM..][..DIM];
+                    let score = |key: usize| -> f32 {
+                        let products = q.iter().zip(rows(kv_head, key)).map(|(a, b)| a * b);
+                        (products.sum::<f32>() / (DIM as f32).sqrt()).exp()
+                    };
+                    let scores: Vec<f32> = (0..=query).map(score).collect();
+                    let all: f32 = scores.iter().sum();
+                    let mut attended = DMatrix::zeros(DIM, 1);
+                    for (key, score) in scores.iter().enumerate() {
+                        let value = rows(kv_heads + kv_head, key);
+                        attended += DMatrix::from_column_slice(DIM, 1, value) * (score / all);
+                    }
+                    let mut column = sum.column_mut(query);
+                    column += (&self.projections[0][head] * attended).column(0);
+                }
+            }
+            sum
+        }
+
+        /// The square of what an error in one row does to all outputs, for its own square.
+        fn harm(&self, row: usize, token: usize, error: &[f32]) -> f32 {
+            const SMALL: f32 = 1e-2;
+            let moved = |sign: f32| {
+                let mut kv = self.kv.clone();
+                let place = &mut kv.layers[0][(row * TOKENS + token) * DIM..][..DIM];
+                for (value, error) in place.iter_mut().zip(error) {
+                    *value += sign * SMALL * error;
+                }
+                self.output(&kv)
+            };
+            ((moved(1.0) - moved(-1.0)) / (2.0 * SMALL)).norm_squared()
+        }
+    }
+
+    fn square(metric: &DMatrix<f32>, error: &[f32]) -> f32 {
+        let error = DMatrix::from_column_slice(error.len(), 1, error);
+        (error.transpose() * metric * &error)[(0, 0)]
+    }
+
+    #[test]
+    fn errors_in_keys_do_what_the_metric_says() {
+        let context = context(1, 1);
+        let [keys, _] = context.metric();
+        for error in [
+            [1.0, 0.0, 0.0, 0.0],
+            [0.0, 0.3, 0.0, -1.0],
+            [0.5, 0.5, -0.7, 0.1],
+        ] {
+            // Of a key before RoPE.
+            let (mut cos, mut sin) = ([0.0; DIM / 2], [0.0; DIM / 2]);
+            let frequencies = context.config.rope.frequencies(DIM);
+            frequencies.shift(0, PROTECTED, &mut cos, &mut sin);
+            let mut turned = error;
+            rotate(Isa::detect(), &mut turned, &cos, &sin);
+            let found = context.harm(0, PROTECTED, &turned) * EVERY as f32;
+            let said = square(&keys, &error);
+            assert!((found / said - 1.0).abs() < 0.01, "{found} {said}");
+        }
+    }
+
+    #[test]
+    fn errors_in_values_do_what_the_metric_says() {
+        for heads in [1, 2] {
+            let context = context(2 * heads, heads);
+            let [_, values] = context.metric();
+            let error: Vec<f32> = (0..heads * DIM).map(|at| at as f32 - 2.5).collect();
+            // Outputs are linear in values, and errors of two tokens have nothing in common.
+            let mut found = 0.0;
+            for token in PROTECTED..TOKENS {
+                let mut moved = context.kv.clone();
+                for (head, error) in error.chunks(DIM).enumerate() {
+                    let at = ((heads + head) * TOKENS + token) * DIM;
+                    for (value, error) in moved.layers[0][at..].iter_mut().zip(error) {
+                        *value += error;
+                    }
+                }
+                found += (context.output(&moved) - context.output(&context.kv)).norm_squared();
+            }
+            let said = square(&values, &error);
+            assert!((found / said - 1.0).abs() < 0.01, "{found} {said}");
+        }
+    }
+}

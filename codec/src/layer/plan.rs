@@ -5,7 +5,6 @@ use kvasir_types::{HeadRange, KvLayout, Plane, TokenRange};
 use super::{DecodeError, LayerCodec, PlaneShape};
 use crate::cell::{CELL_TOKENS, LADDER, Streams};
 use crate::classes::{BASE, DISTANCES, THIRDS, ZERO};
-use crate::part::EXACT;
 use crate::rans::{HALF, LANES, TOTAL};
 use crate::rotation::Rotation;
 
@@ -104,14 +103,10 @@ impl<'a> LayerCodec<'a> {
         let mut groups = Vec::with_capacity(quantisers.len());
         for (in_part, ((shape, number, heads), quantiser)) in shapes.zip(quantisers).enumerate() {
             let exact_bytes = if exact > 0 {
-                let entry = in_part * (self.cells_of_group() + 1);
-                parts[0].cell(entry, shape.place(EXACT, number, 0))?
+                self.exact_cell(&parts[0], in_part, (shape, number), exact)?
             } else {
                 &[]
             };
-            if exact_bytes.len() != shape.group_bytes(self.layout, exact) {
-                return Err(DecodeError::Length(0).into());
-            }
             let mut cells = Vec::with_capacity(self.cells_of_group());
             for at in 0..self.cells_of_group() {
                 let mut levels = [&[][..]; LADDER];

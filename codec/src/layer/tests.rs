@@ -453,3 +453,38 @@ fn what_is_strange_survives() {
         }
     }
 }
+
+#[test]
+fn exact_tokens_that_are_too_few_are_an_error() {
+    let layout = KvLayout::new(1, 1, Planes::symmetric(16), 2, DType::F16).unwrap();
+    let codec = LayerCodec::new(layout, None).unwrap().with_exact_tokens(2);
+    let raw = layer(&layout, None);
+    let [mut base, ..] = codec.encode(&raw, [1.0; 2]).parts;
+    let place = |bytes: &[u8]| {
+        codec.planes[0]
+            .place(EXACT, 0, 0)
+            .checksum(bytes)
+            .to_le_bytes()
+    };
+    let find = |base: &[u8], bytes: &[u8]| {
+        let mut all = base.windows(bytes.len());
+        all.position(|window| window == bytes).unwrap()
+    };
+    // The last byte is gone, and all checksums say that this is as it should be.
+    let (whole, short) = (&raw[..64], &raw[..63]);
+    let (entry, cell) = (
+        find(&base, &[&[64][..], &place(whole)].concat()),
+        find(&base, whole),
+    );
+    base[entry] = 63;
+    base[entry + 1..][..4].copy_from_slice(&place(short));
+    let head = cell - 4;
+    let of_head = crate::part::checksum(&[0], &base[..head]).to_le_bytes();
+    base[head..cell].copy_from_slice(&of_head);
+    base.remove(cell + 63);
+    let mut out = vec![0; layout.layer_bytes()];
+    assert_eq!(
+        codec.decode(&[&base], &mut out),
+        Err(DecodeError::Length(0))
+    );
+}
