@@ -1,5 +1,6 @@
 //! A chunk as two matrices, and bases for them.
 
+use anyhow::{Context as _, ensure};
 use kvasir_engine::kernels::{Isa, rotate};
 use nalgebra::{DMatrix, DVector, SymmetricEigen};
 
@@ -111,13 +112,12 @@ impl Basis {
             }
             products.gemm(1.0 / count, &centred, &centred.transpose(), 1.0);
         }
-        let eigen = SymmetricEigen::try_new(products, f32::EPSILON, SWEEPS * n)
-            .ok_or_else(|| anyhow::anyhow!("the eigenvalues of a covariance did not converge"))?;
+        let (values, vectors) = eigen(products)?;
         let mut order: Vec<usize> = (0..n).collect();
-        order.sort_by(|&a, &b| eigen.eigenvalues[b].total_cmp(&eigen.eigenvalues[a]));
+        order.sort_by(|&a, &b| values[b].total_cmp(&values[a]));
         Ok(Self {
             mean,
-            vectors: eigen.eigenvectors.select_columns(&order),
+            vectors: vectors.select_columns(&order),
         })
     }
 
@@ -137,6 +137,24 @@ impl Basis {
         }
         values
     }
+}
+
+/// Eigenvalues and eigenvectors of a covariance.
+fn eigen(products: DMatrix<f32>) -> anyhow::Result<(DVector<f32>, DMatrix<f32>)> {
+    let sweeps = SWEEPS * products.nrows();
+    let is_whole = |vectors: &DMatrix<f32>| vectors.iter().all(|value| value.is_finite());
+    let exact = products.clone().cast::<f64>();
+    if let Some(found) = SymmetricEigen::try_new(products, f32::EPSILON, sweeps)
+        && is_whole(&found.eigenvectors)
+    {
+        return Ok((found.eigenvalues, found.eigenvectors));
+    }
+    // Where some directions hardly vary, 32 bits can end in what is no number.
+    let found = SymmetricEigen::try_new(exact, f64::EPSILON, sweeps);
+    let found = found.context("the eigenvalues of a covariance did not converge")?;
+    let vectors = found.eigenvectors.cast::<f32>();
+    ensure!(is_whole(&vectors), "a covariance holds what is no number");
+    Ok((found.eigenvalues.cast(), vectors))
 }
 
 const SWEEPS: usize = 100;
