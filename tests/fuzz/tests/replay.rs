@@ -176,7 +176,7 @@ fn sessions() -> Vec<(&'static str, String, Vec<u8>)> {
         ask(vec![10..20, 500..900], body()),
         Frame::Finish { request },
     ];
-    let missing = vec![hello, ask(vec![1..7000], body())];
+    let missing = vec![hello, ask(vec![1..7000, 8000..9000], body())];
     let both = [(0, "described", described), (0, "refused", refused)];
     let both = both
         .into_iter()
