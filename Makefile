@@ -16,7 +16,7 @@ MODEL   ?= models/reader-9m
 RUN     ?= target/reader
 VENV    ?= .venv
 
-.PHONY: help deps deps-neon deps-bench build demo test crash soak check check-deep test-neon test-cuda rocksdb loom asan fuzz bench quality venv train
+.PHONY: help deps deps-neon deps-bench deps-cuda build demo test crash soak check check-deep test-neon test-cuda rocksdb loom asan fuzz bench quality venv train
 
 help:
 	@echo "make demo    build, then answer questions with a computed and a fetched prefill"
@@ -39,14 +39,17 @@ help:
 DEPS := g++ clang libclang-dev python3
 # To build for 64-bit ARM, and to run what was built.
 DEPS_NEON := gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user
+# What fetches the CUDA compiler's library.
+DEPS_CUDA := python3-pip
 # What the suite `store` is measured beside; no other needs them.
 DEPS_BENCH := fio redis-server
 
 deps:       PACKAGES = $(DEPS)
 deps-neon:  PACKAGES = $(DEPS_NEON)
 deps-bench: PACKAGES = $(DEPS_BENCH)
+deps-cuda:  PACKAGES = $(DEPS_CUDA)
 
-deps deps-neon deps-bench:
+deps deps-neon deps-bench deps-cuda:
 	@missing=""; for package in $(PACKAGES); do \
 	  dpkg -s $$package >/dev/null 2>&1 || missing="$$missing $$package"; done; \
 	if [ -n "$$missing" ]; then \
@@ -122,7 +125,7 @@ test-neon: deps-neon
 # A compiler of CUDA kernels from PyPI, of which no more than its library is used.
 NVRTC = $(abspath $(BUILDS))/nvrtc/12.9.86
 
-$(NVRTC):
+$(NVRTC): | deps-cuda
 	python3 -m pip install -q --no-deps --target $@ nvidia-cuda-nvrtc-cu12==$(notdir $@)
 
 # Without it, the tests that compile the kernel pass and say that they did not. Those on a
