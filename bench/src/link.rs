@@ -1,13 +1,14 @@
 //! `link`: time to first token over a slow link, by the level that KV is fetched at.
 //!
 //! The engine runs in this process and the daemon in its own. Between them is a proxy that
-//! lets so many bits a second pass, each way. Chunks are stored three times, in namespaces
-//! of their own: raw, lossless, and at level 2, which serves the coarser levels too.
+//! lets so many bits a second pass, each way. Chunks are stored in namespaces of their own:
+//! raw, lossless, and at level 2, which serves the coarser levels too; that with the model's
+//! profile besides, if it has one.
 //!
 //! # Rows
 //! - `computed/N`: N tokens of context computed, in ms;
-//! - `LEVEL/N`: fetched, for `raw`, `lossless`, `l2`, `l1` and `l0`; `ratio` is computed ÷
-//!   fetched;
+//! - `LEVEL/N`: fetched, for `raw`, `lossless`, `l2`, `l1`, `l0`, and `profile-l2` and so on;
+//!   `ratio` is computed ÷ fetched;
 //! - `LEVEL/N/bytes`: payload that came; `LEVEL/N/link`: the ms that the link takes for it,
 //!   with `ratio` = this ÷ fetched, which is 1.0 where nothing but the link takes time.
 //!
@@ -29,6 +30,8 @@ use tokio::net::{TcpListener, TcpStream};
 
 use crate::corpus::{self, Profile, Split, Vocabulary};
 use crate::daemon::Daemon;
+use crate::methods::{Geometry, calibration};
+use crate::quality;
 use crate::report::{Report, Row, median};
 
 /// What to measure.
@@ -63,14 +66,20 @@ pub(crate) async fn run(options: &Options, quick: bool) -> anyhow::Result<Report
     let daemon = Daemon::start(data.path(), ByteSize::gib(1), "127.0.0.1:0")?;
     let client = daemon.client().await?;
     let link = shaped(daemon.address().to_owned(), options.mbps).await?;
-    let rig = |stored: Level, fetched: Level, endpoint: &str| {
-        let salt = [stored.code()];
+    let path = options.model.join(quality::PROFILE);
+    let geometry = Geometry::new(model.config());
+    let profile = path.exists().then(|| calibration::read(&path, &geometry));
+    let profile = profile.transpose()?;
+    let rig = |stored: Level, fetched: Level, with_profile: bool, endpoint: &str| {
+        let salt = [stored.code(), u8::from(with_profile)];
+        let mut encoding = Encoding::at(stored);
+        encoding.profile = profile.clone().filter(|_| with_profile);
         let namespace = kvasir_engine::cache::namespace(&model, layout, &[0; 32], &salt);
         let config = PluginConfig {
             load: LoadPolicy::Always,
             lookup_timeout: Duration::from_secs(5),
             codec: CodecConfig {
-                encoding: Encoding::at(stored),
+                encoding,
                 fetch: Some(fetched),
                 rotation: Some(kvasir_engine::cache::rotation(model.config())),
                 ..CodecConfig::default()
@@ -87,8 +96,14 @@ pub(crate) async fn run(options: &Options, quick: bool) -> anyhow::Result<Report
     };
     let mut computed = Vec::new();
     let mut logits = None;
-    for stored in [Level::RAW, Level::LOSSLESS, Level::L2] {
-        let writer = rig(stored, stored, daemon.address());
+    let mut stored = vec![
+        (Level::RAW, false),
+        (Level::LOSSLESS, false),
+        (Level::L2, false),
+    ];
+    stored.extend(profile.is_some().then_some((Level::L2, true)));
+    for &(level, with_profile) in &stored {
+        let writer = rig(level, level, with_profile, daemon.address());
         for _ in 0..runs.min(3) {
             let answer = writer.ask(&prompt, Use::Nothing).await;
             computed.push(millis(answer.ttft()));
@@ -100,14 +115,22 @@ pub(crate) async fn run(options: &Options, quick: bool) -> anyhow::Result<Report
     let computed = median(&mut computed);
     let tokens = options.tokens;
     report.push(Row::new(format!("computed/{tokens}"), computed, "ms"));
-    for (stored, fetched) in [
-        (Level::RAW, Level::RAW),
-        (Level::LOSSLESS, Level::LOSSLESS),
-        (Level::L2, Level::L2),
-        (Level::L2, Level::L1),
-        (Level::L2, Level::L0),
-    ] {
-        let reader = rig(stored, fetched, &link);
+    let all = stored.into_iter().flat_map(|(level, with_profile)| {
+        let fetched = if level.is_nested() {
+            vec![Level::L2, Level::L1, Level::L0]
+        } else {
+            vec![level]
+        };
+        let fetched = fetched.into_iter();
+        fetched.map(move |fetched| (level, fetched, with_profile))
+    });
+    for (stored, fetched, with_profile) in all {
+        let reader = rig(stored, fetched, with_profile, &link);
+        let name = if with_profile {
+            format!("profile-{fetched}/{tokens}")
+        } else {
+            format!("{fetched}/{tokens}")
+        };
         let mut times = Vec::new();
         let mut bytes = 0;
         // The first opens the connection.
@@ -130,13 +153,9 @@ pub(crate) async fn run(options: &Options, quick: bool) -> anyhow::Result<Report
         let time = median(&mut times);
         let bytes = as_f64(bytes);
         let link = bytes * 8.0 / f64::from(options.mbps) / 1e3;
-        report.push(
-            Row::new(format!("{fetched}/{tokens}"), time, "ms").against(computed, computed / time),
-        );
-        report.push(Row::new(format!("{fetched}/{tokens}/bytes"), bytes, "B"));
-        report.push(
-            Row::new(format!("{fetched}/{tokens}/link"), link, "ms").against(time, link / time),
-        );
+        report.push(Row::new(name.clone(), time, "ms").against(computed, computed / time));
+        report.push(Row::new(format!("{name}/bytes"), bytes, "B"));
+        report.push(Row::new(format!("{name}/link"), link, "ms").against(time, link / time));
     }
     Ok(report)
 }

@@ -55,7 +55,7 @@ use reader::Reader;
 use score::{Answer, Asked, Distance};
 
 /// The profile in a model's directory.
-const PROFILE: &str = "kvasir-profile.bin";
+pub(crate) const PROFILE: &str = "kvasir-profile.bin";
 /// Chunks of a cell that has no count in its name.
 const BASE_CHUNKS: usize = 8;
 /// Questions asked over one context at most: more say little new about its KV.
