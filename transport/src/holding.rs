@@ -185,7 +185,13 @@ impl<S: Source> Shared<S> {
             }
             Job::Opened(request, Err(body)) => state.holder.refuse(request, body),
             Job::Read(read, Ok(bytes)) => {
-                state.holder.supply(read.request, read.range.start, bytes);
+                if bytes.len() as u64 == read.range.end - read.range.start {
+                    state.holder.supply(read.request, read.range.start, bytes);
+                } else {
+                    // A thing owes all of them; the fetcher is not to wait for the rest.
+                    let range = read.range.clone();
+                    state.holder.lose(&read, range);
+                }
             }
             Job::Read(read, Err(range)) => state.holder.lose(&read, range),
         }

@@ -16,6 +16,10 @@ use kvasir_transport::{FetchError, FetchOptions, Source, Thing};
 const ANYWHERE: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
 const NAME: &str = "kvasir.test";
 
+/// Of things with so many bytes, each read gives too few, or fails.
+const SHORT: u64 = 4242;
+const UNREADABLE: u64 = 4343;
+
 /// As many bytes as a body says, in decimal; the same ones every time.
 #[derive(Debug, Default)]
 struct Numbers {
@@ -67,7 +71,11 @@ impl Thing for Number {
         tokio::time::sleep(self.delay).await;
         self.read
             .fetch_add(range.end - range.start, Ordering::Relaxed);
-        Ok(bytes(range))
+        match self.total {
+            SHORT => Ok(bytes(range.start..range.end - 1)),
+            UNREADABLE => Err(range),
+            _ => Ok(bytes(range)),
+        }
     }
 }
 
@@ -149,6 +157,16 @@ async fn a_refusal_says_why() {
         error,
         FetchError::Refused(Bytes::from_static(b"not a number"))
     );
+}
+
+#[tokio::test]
+async fn what_cannot_be_read_is_lost() {
+    let pair = pair(Duration::ZERO);
+    for total in [SHORT, UNREADABLE] {
+        let options = within(Duration::from_secs(5));
+        let error = pair.connection.fetch(body(total), options).all().await;
+        assert!(error == Err(FetchError::Lost), "{total}");
+    }
 }
 
 #[tokio::test]
