@@ -71,6 +71,7 @@ pub(crate) struct Pair {
 pub(crate) struct Got {
     pub(crate) bytes: Vec<u8>,
     pub(crate) order: Vec<u64>,
+    came: Vec<bool>,
     pub(crate) lost: u64,
     pub(crate) ended: Option<(FetchEvent, Instant)>,
 }
@@ -254,6 +255,10 @@ impl Pair {
                 let at = usize::try_from(*offset).expect("small");
                 let end = got.bytes.len().max(at + bytes.len());
                 got.bytes.resize(end, 0);
+                got.came.resize(end, false);
+                for came in &mut got.came[at..][..bytes.len()] {
+                    assert!(!std::mem::replace(came, true), "no byte comes twice");
+                }
                 got.bytes[at..][..bytes.len()].copy_from_slice(bytes);
                 got.order.push(*offset);
                 if self.takes {
