@@ -98,11 +98,11 @@ pub fn session(bytes: &[u8]) {
             match event {
                 FetchEvent::Described { total: all, .. } => total = all,
                 FetchEvent::Data { offset, bytes, .. } => {
-                    assert!(fetcher_has(&mut came, offset, bytes.len() as u64) <= total);
+                    assert!(mark(&mut came, offset, bytes.len() as u64) <= total);
                     fetcher.consumed(bytes.len() as u64);
                 }
                 FetchEvent::Lost { range, .. } => {
-                    assert!(fetcher_has(&mut came, range.start, range.end - range.start) <= total);
+                    assert!(mark(&mut came, range.start, range.end - range.start) <= total);
                 }
                 FetchEvent::Complete { .. } => {
                     assert_eq!(
@@ -141,7 +141,7 @@ pub fn session(bytes: &[u8]) {
 }
 
 /// Notes a range that has come; gives its end.
-fn fetcher_has(came: &mut Vec<(u64, u64)>, start: u64, length: u64) -> u64 {
+fn mark(came: &mut Vec<(u64, u64)>, start: u64, length: u64) -> u64 {
     let end = start + length;
     let apart = came.iter().all(|&(from, to)| to <= start || end <= from);
     assert!(apart, "no byte comes twice");
