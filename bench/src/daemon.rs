@@ -42,6 +42,10 @@ impl Daemon {
         self.child.pid()
     }
 
+    pub(crate) fn process(&self) -> u32 {
+        self.child.pid().as_raw_nonzero().get().unsigned_abs()
+    }
+
     pub(crate) async fn client(&self) -> anyhow::Result<Client> {
         Ok(Client::connect(self.address()).await?)
     }

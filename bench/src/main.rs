@@ -9,6 +9,7 @@ mod checkpoint;
 mod codec;
 mod contexts;
 mod corpus;
+mod cpu;
 mod cuda;
 mod daemon;
 mod faults;
@@ -26,6 +27,7 @@ mod report;
 mod restart;
 mod soak;
 mod store;
+mod transport;
 mod ttft;
 
 use std::ffi::OsString;
@@ -94,12 +96,17 @@ enum Suite {
     Kvstats(kvstats::Options),
     /// A page of results, made from what `quality` and `kvstats` printed.
     Page(page::Options),
+    /// Gets over every path, beside what carries them: raw streams, sockets, and memory.
+    Transport,
     /// `kvasird` for the other suites, in a process of its own.
     #[command(hide = true)]
     Daemon {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<OsString>,
     },
+    /// A server of bare QUIC and TCP that only sends constant bytes.
+    #[command(hide = true)]
+    RawSockets,
     /// A gRPC server that only streams constant bytes.
     #[command(hide = true)]
     RawStream {
@@ -155,6 +162,8 @@ async fn run(suite: Suite, json: bool, quick: bool) -> anyhow::Result<()> {
         Suite::Corpus(arguments) => corpus::run(&arguments),
         Suite::Reference { model } => reference::run(&model),
         Suite::Prefill { python } => prefill::run(quick, python.as_deref())?.print(json),
+        Suite::Transport => transport::run(quick).await?.print(json),
+        Suite::RawSockets => transport::raw::serve().await,
         Suite::Page(options) => Ok(page::run(&options)?),
         Suite::Daemon { .. } => Ok(()),
         Suite::RawStream { layer_bytes } => raw_stream::serve(layer_bytes).await,

@@ -99,6 +99,7 @@ impl cache_server::Cache for Constant {
     type GetProfileStream = BoxStream<'static, Result<v1::GetProfileResponse, Status>>;
     type ListStream = BoxStream<'static, Result<v1::ListResponse, Status>>;
     type WatchStream = BoxStream<'static, Result<v1::WatchResponse, Status>>;
+    type PathsStream = BoxStream<'static, Result<v1::PathsResponse, Status>>;
     type HoldStream = BoxStream<'static, Result<v1::HoldResponse, Status>>;
 
     async fn get(&self, request: Request<v1::GetRequest>) -> Answer<Self::GetStream> {
@@ -190,6 +191,10 @@ impl cache_server::Cache for Constant {
     }
 
     async fn watch(&self, _: Request<v1::WatchRequest>) -> Answer<Self::WatchStream> {
+        only_get()
+    }
+
+    async fn paths(&self, _: Request<v1::PathsRequest>) -> Answer<Self::PathsStream> {
         only_get()
     }
 }

@@ -8,6 +8,8 @@
 //! [`sequence`] says what a get sends, in which order; [`assembly`] cuts extents into
 //! messages and joins them.
 //!
+//! [`transfer`] is what the data plane needs besides.
+//!
 //! [`status`] holds the two refusals every server of this protocol speaks:
 //! a malformed field, and "come back later".
 
@@ -17,6 +19,7 @@ pub mod assembly;
 pub mod convert;
 pub mod sequence;
 pub mod status;
+pub mod transfer;
 
 /// Generated from `kvasir/v1/cache.proto`.
 #[allow(

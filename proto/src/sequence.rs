@@ -119,6 +119,11 @@ impl Sequence {
         layout.map_or([0, 0], |layout| layout.extent_bounds(stored, place.extent))
     }
 
+    /// Chunks, lost or not.
+    pub fn chunks(&self) -> usize {
+        self.stored.len()
+    }
+
     /// Chunks that are not lost: so many of the first ones.
     pub fn live(&self) -> usize {
         self.live

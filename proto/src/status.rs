@@ -2,10 +2,11 @@
 
 use std::time::Duration;
 
+use bytes::Bytes;
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
 
-use crate::InvalidField;
+use crate::{InvalidField, v1};
 
 /// `INVALID_ARGUMENT` with a `BadRequest` that names the field.
 impl From<InvalidField> for Status {
@@ -33,6 +34,25 @@ pub fn first_violation(status: &Status) -> Option<InvalidField> {
     Some(InvalidField::new(violation.field, violation.description))
 }
 
+/// A status as a request of the data plane is refused with.
+pub fn to_refusal(status: &Status) -> v1::Refusal {
+    v1::Refusal {
+        code: status.code().into(),
+        message: status.message().to_owned(),
+        details: Bytes::copy_from_slice(status.details()),
+    }
+}
+
+/// The status of a refusal.
+pub fn from_refusal(refusal: v1::Refusal) -> Status {
+    let v1::Refusal {
+        code,
+        message,
+        details,
+    } = refusal;
+    Status::with_details(Code::from_i32(code), message, details)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -47,6 +67,10 @@ mod tests {
         );
         assert_eq!(retry_delay(&status), None);
         let status = come_back("budget", Duration::from_millis(50));
+        assert_eq!(retry_delay(&status), Some(Duration::from_millis(50)));
+        let status = from_refusal(to_refusal(&status));
+        assert_eq!(status.code(), Code::ResourceExhausted);
+        assert_eq!(status.message(), "budget");
         assert_eq!(retry_delay(&status), Some(Duration::from_millis(50)));
     }
 }

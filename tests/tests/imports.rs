@@ -23,7 +23,12 @@ const ALLOWED: &[(&str, &[&str])] = &[
     // Profiles are checked before they are handed out.
     (
         "kvasir-client",
-        &["kvasir-types", "kvasir-proto", "kvasir-codec"],
+        &[
+            "kvasir-types",
+            "kvasir-proto",
+            "kvasir-codec",
+            "kvasir-transport",
+        ],
     ),
     (
         "kvasir-server",
@@ -32,6 +37,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "kvasir-proto",
             "kvasir-codec",
             "kvasir-store",
+            "kvasir-transport",
             "kvasir-client",
         ],
     ),

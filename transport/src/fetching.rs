@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::JoinSet;
 
 use crate::session::{Config, FailReason, FetchEvent, Fetcher, Frame, RequestId, Violation};
@@ -24,13 +24,15 @@ pub struct FetchOptions {
 pub struct Fetch {
     request: RequestId,
     events: mpsc::UnboundedReceiver<FetchEvent>,
+    /// Bytes that were handed out and that the fetcher does not know of.
+    taken: u64,
     shared: Arc<Shared>,
     /// Without it nothing comes.
-    _carrier: Carrier,
+    _tasks: Tasks,
 }
 
 /// The tasks that carry a connection's frames, for as long as anybody needs them.
-pub(crate) type Carrier = Arc<JoinSet<()>>;
+pub(crate) type Tasks = Arc<JoinSet<()>>;
 
 /// A fetcher, who waits for what, and who is to send.
 #[derive(Debug)]
@@ -40,6 +42,8 @@ pub(crate) struct Shared {
     pub(crate) work: Notify,
     /// Timers may have changed.
     pub(crate) timers: Notify,
+    /// Whether the ends know each other.
+    pub(crate) open: watch::Sender<bool>,
 }
 
 #[derive(Debug)]
@@ -47,6 +51,8 @@ struct State {
     fetcher: Fetcher,
     /// Data in these is bounded by the credit of the session.
     waiting: HashMap<RequestId, mpsc::UnboundedSender<FetchEvent>>,
+    /// That of the fetcher, when it was last looked at.
+    timeout: Option<Instant>,
 }
 
 impl Shared {
@@ -55,9 +61,11 @@ impl Shared {
             state: Mutex::new(State {
                 fetcher: Fetcher::new(config),
                 waiting: HashMap::new(),
+                timeout: None,
             }),
             work: Notify::new(),
             timers: Notify::new(),
+            open: watch::Sender::new(false),
         })
     }
 
@@ -66,21 +74,50 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn notify(&self) {
-        self.work.notify_one();
-        self.timers.notify_one();
-    }
-
     /// Does something with the fetcher, and passes on what comes of it.
     pub(crate) fn with<T>(&self, act: impl FnOnce(&mut Fetcher) -> T) -> T {
+        self.act(|state| act(&mut state.fetcher))
+    }
+
+    fn act<T>(&self, act: impl FnOnce(&mut State) -> T) -> T {
         let mut state = self.state();
-        let done = act(&mut state.fetcher);
+        let done = act(&mut state);
         while let Some(event) = state.fetcher.poll_event() {
+            if let FetchEvent::Connected(agreement) = event {
+                tracing::debug!(version = agreement.version, "connected to a holder");
+                self.open.send_replace(true);
+            }
             state.pass_on(event);
         }
+        // Tasks are woken for what concerns them: most of what comes is data.
+        let timeout = state.fetcher.timeout();
+        let sooner = timeout != std::mem::replace(&mut state.timeout, timeout);
+        let sends = state.fetcher.has_frames();
         drop(state);
-        self.notify();
+        if sends {
+            self.work.notify_one();
+        }
+        if sooner {
+            self.timers.notify_one();
+        }
         done
+    }
+
+    /// A connection is there.
+    pub(crate) fn connect(&self) {
+        self.with(|fetcher| fetcher.connect(Instant::now()));
+    }
+
+    /// It is gone.
+    pub(crate) fn disconnect(&self) {
+        self.with(Fetcher::disconnect);
+        self.open.send_replace(false);
+    }
+
+    /// Waits until the ends know each other.
+    pub(crate) async fn opened(&self) {
+        // Its sender is here.
+        let _ = self.open.subscribe().wait_for(|&open| open).await;
     }
 
     /// Takes frames.
@@ -118,22 +155,22 @@ impl Shared {
         self: &Arc<Self>,
         body: Bytes,
         options: FetchOptions,
-        carrier: &Carrier,
+        tasks: &Tasks,
     ) -> Fetch {
         let (sender, events) = mpsc::unbounded_channel();
-        let mut state = self.state();
         let FetchOptions { priority, deadline } = options;
-        let request = state
-            .fetcher
-            .fetch(Instant::now(), body, priority, deadline);
-        state.waiting.insert(request, sender);
-        drop(state);
-        self.notify();
+        let now = Instant::now();
+        let request = self.act(|state| {
+            let request = state.fetcher.fetch(now, body, priority, deadline);
+            state.waiting.insert(request, sender);
+            request
+        });
         Fetch {
             request,
             events,
+            taken: 0,
             shared: Arc::clone(self),
-            _carrier: Arc::clone(carrier),
+            _tasks: Arc::clone(tasks),
         }
     }
 }
@@ -166,12 +203,28 @@ impl Fetch {
     ///
     /// Data counts against the session's credit until it is taken here.
     pub async fn next(&mut self) -> Option<FetchEvent> {
-        let event = self.events.recv().await?;
+        let event = match self.events.try_recv() {
+            Ok(event) => Some(event),
+            Err(_) => {
+                self.tell();
+                self.events.recv().await
+            }
+        }?;
         if let FetchEvent::Data { bytes, .. } = &event {
-            let length = bytes.len() as u64;
-            self.shared.with(|fetcher| fetcher.consumed(length));
+            self.taken += bytes.len() as u64;
+            if self.taken >= TELL_AFTER {
+                self.tell();
+            }
         }
         Some(event)
+    }
+
+    /// Lets the fetcher know what was taken.
+    fn tell(&mut self) {
+        let taken = std::mem::take(&mut self.taken);
+        if taken > 0 {
+            self.shared.with(|fetcher| fetcher.consumed(taken));
+        }
     }
 
     /// All bytes of it, and what they are. For requests that are small.
@@ -220,12 +273,11 @@ impl Drop for Fetch {
                 untaken += bytes.len() as u64;
             }
         }
-        let mut state = self.shared.state();
-        state.waiting.remove(&self.request);
-        state.fetcher.cancel(self.request);
-        state.fetcher.consumed(untaken);
-        drop(state);
-        self.shared.notify();
+        self.shared.act(|state| {
+            state.waiting.remove(&self.request);
+            state.fetcher.cancel(self.request);
+            state.fetcher.consumed(untaken + self.taken);
+        });
     }
 }
 
@@ -246,3 +298,6 @@ pub enum FetchError {
     #[error("the connection was closed")]
     Closed,
 }
+
+/// Data comes in packets; the fetcher need not hear of every one that is taken.
+const TELL_AFTER: u64 = 64 << 10;

@@ -8,7 +8,7 @@ use futures::stream::{FuturesUnordered, StreamExt as _};
 use tokio::sync::Notify;
 
 use crate::session::{Config, Frame, Holder, HolderEvent, Read, RequestId, Violation};
-use crate::source::{Source, Thing};
+use crate::source::{Lost, Source, Thing};
 
 /// A holder of one connection, and what it has open.
 #[derive(Debug)]
@@ -32,7 +32,7 @@ struct State<T> {
 /// What is to be done besides.
 enum Job<T> {
     Opened(RequestId, Result<T, bytes::Bytes>),
-    Read(Read, Result<bytes::Bytes, std::ops::Range<u64>>),
+    Read(Read, Result<Vec<bytes::Bytes>, Lost>),
 }
 
 impl<S: Source> Shared<S> {
@@ -163,10 +163,7 @@ impl<S: Source> Shared<S> {
         while let Some(read) = state.holder.poll_read() {
             match state.open.get(&read.request) {
                 Some(thing) => reads.push((read, Arc::clone(thing))),
-                None => {
-                    let range = read.range.clone();
-                    state.holder.lose(&read, range);
-                }
+                None => state.holder.lose(&read, all_of(&read)),
             }
         }
         (asked, reads)
@@ -184,18 +181,31 @@ impl<S: Source> Shared<S> {
                 }
             }
             Job::Opened(request, Err(body)) => state.holder.refuse(request, body),
-            Job::Read(read, Ok(bytes)) => {
-                if bytes.len() as u64 == read.range.end - read.range.start {
-                    state.holder.supply(read.request, read.range.start, bytes);
+            Job::Read(read, Ok(pieces)) => {
+                let all = pieces.iter().map(|piece| piece.len() as u64).sum::<u64>();
+                if all == read.range.end - read.range.start {
+                    let mut at = read.range.start;
+                    for piece in pieces {
+                        let length = piece.len() as u64;
+                        state.holder.supply(read.request, at, piece);
+                        at += length;
+                    }
                 } else {
                     // A thing owes all of them; the fetcher is not to wait for the rest.
-                    let range = read.range.clone();
-                    state.holder.lose(&read, range);
+                    state.holder.lose(&read, all_of(&read));
                 }
             }
-            Job::Read(read, Err(range)) => state.holder.lose(&read, range),
+            Job::Read(read, Err(lost)) => state.holder.lose(&read, lost),
         }
         drop(state);
         self.work.notify_one();
+    }
+}
+
+/// All that was to be read.
+fn all_of(read: &Read) -> Lost {
+    Lost {
+        ranges: vec![read.range.clone()],
+        reason: 0,
     }
 }

@@ -1,7 +1,8 @@
 //! The data plane: how stored bytes travel.
 //!
 //! [`session`] is what both ends say to each other, without I/O; carriers move its frames. A
-//! holder gives out what its [`Source`] has; a fetcher's requests are [`Fetch`]es.
+//! holder gives out what its [`Source`] has; a fetcher has a [`DataPath`] to it, and its requests
+//! are [`Fetch`]es.
 //!
 //! * [`quic`]: between hosts, over TLS 1.3.
 //!
@@ -15,10 +16,14 @@ mod fetching;
 #[cfg(feature = "quic")]
 mod holding;
 #[cfg(feature = "quic")]
+mod path;
+#[cfg(feature = "quic")]
 pub mod quic;
 pub mod session;
 mod source;
 
 #[cfg(feature = "quic")]
 pub use fetching::{Fetch, FetchError, FetchOptions};
-pub use source::{Source, Thing};
+#[cfg(feature = "quic")]
+pub use path::{Carrier, DataPath, Status};
+pub use source::{Lost, Source, Thing};

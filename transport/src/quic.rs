@@ -7,24 +7,30 @@
 //! packets of what matters more first; it is reset when the request has ended.
 //!
 //! # Connections
-//! A [`Connection`] connects by itself and again after a loss; requests go on where they were.
+//! A [`connect`]ed path connects by itself and again after a loss; requests go on where they were.
 //! A change of the client's address is QUIC's affair (RFC 9000, section 9).
 
+mod authority;
 mod fetcher;
 mod holder;
 mod tls;
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use quinn::congestion::CubicConfig;
 use quinn::{IdleTimeout, MtuDiscoveryConfig, TransportConfig, VarInt};
+use rustix::net::sockopt::{
+    set_socket_recv_buffer_size, set_socket_recv_buffer_size_force, set_socket_send_buffer_size,
+};
 
 use crate::session::{Config, Frame, FrameReader, Violation};
 
-pub use fetcher::{Connection, Status};
+pub use authority::{Authority, Issued, Purpose};
+pub use fetcher::connect;
 pub use holder::Listener;
 pub use tls::{Identity, TlsError, Trust};
 
@@ -33,9 +39,6 @@ pub use tls::{Identity, TlsError, Trust};
 pub struct QuicConfig {
     /// The session's. Its credit is also the window of a connection.
     pub session: Config,
-    /// Bytes of UDP payload that may be tried. Ethernet's frames take 1,452; a loopback
-    /// device and jumbo frames take more. Default: 1452.
-    pub most_payload: u16,
     /// Bytes that are sent and not acknowledged at most. Default: 8 MiB.
     pub send_window: u64,
     /// How long a peer may say nothing. Default: 5 s.
@@ -48,7 +51,6 @@ impl Default for QuicConfig {
     fn default() -> Self {
         Self {
             session: Config::default(),
-            most_payload: 1452,
             send_window: 8 << 20,
             idle: Duration::from_secs(5),
             most_backoff: Duration::from_secs(1),
@@ -57,13 +59,32 @@ impl Default for QuicConfig {
 }
 
 impl QuicConfig {
-    fn transport(&self) -> Arc<TransportConfig> {
+    /// What a connection to, or from, a peer at `address` is tuned to. For those who hold
+    /// something against bare connections of the same tuning.
+    pub fn transport(&self, address: IpAddr) -> Arc<TransportConfig> {
         let mut transport = TransportConfig::default();
+        // Quinn hands the kernel ten datagrams at once, which must stay below 64 KiB in all:
+        // larger ones are dropped, and taken for a loss. On a loopback device large datagrams
+        // gain more than handing over many.
+        let loopback = address.to_canonical().is_loopback();
+        let payload = if loopback {
+            LOOPBACK_PAYLOAD
+        } else {
+            MOST_PAYLOAD
+        };
+        transport.enable_segmentation_offload(!loopback);
+        if loopback {
+            // A window of a few packets, which is right for networks, would be less than one
+            // datagram here: each would wait for a delayed acknowledgement of the one before.
+            let mut congestion = CubicConfig::default();
+            congestion.initial_window(LOOPBACK_WINDOW);
+            transport.congestion_controller_factory(Arc::new(congestion));
+        }
         let window = VarInt::from_u64(self.session.credit).unwrap_or(VarInt::MAX);
         let requests = u32::try_from(self.session.requests).unwrap_or(u32::MAX);
         let idle = IdleTimeout::try_from(self.idle).ok();
         let mut discovery = MtuDiscoveryConfig::default();
-        discovery.upper_bound(self.most_payload);
+        discovery.upper_bound(payload);
         transport
             .stream_receive_window(window)
             .receive_window(window)
@@ -76,13 +97,27 @@ impl QuicConfig {
         Arc::new(transport)
     }
 
-    fn endpoint(&self) -> Result<quinn::EndpointConfig, ConnectError> {
-        let mut endpoint = quinn::EndpointConfig::default();
-        let payload = self.most_payload.max(1200);
-        endpoint
-            .max_udp_payload_size(payload)
-            .map_err(|_| ConnectError::Payload(payload))?;
-        Ok(endpoint)
+    /// An endpoint bound to `address`, which serves with `server`, if there is one.
+    ///
+    /// # Errors
+    /// [`ConnectError::Socket`]
+    pub fn endpoint(
+        &self,
+        address: SocketAddr,
+        server: Option<quinn::ServerConfig>,
+    ) -> Result<quinn::Endpoint, ConnectError> {
+        let failed = |error| ConnectError::Socket(address, error);
+        let socket = std::net::UdpSocket::bind(address).map_err(failed)?;
+        // What needs a privilege, and else what the kernel's limits allow of it.
+        if set_socket_recv_buffer_size_force(&socket, SOCKET_BUFFER).is_err() {
+            let _ = set_socket_recv_buffer_size(&socket, SOCKET_BUFFER);
+        }
+        let _ = set_socket_send_buffer_size(&socket, SOCKET_BUFFER);
+        let mut config = quinn::EndpointConfig::default();
+        let sized = config.max_udp_payload_size(LOOPBACK_PAYLOAD);
+        sized.map_err(|_| ConnectError::Payload)?;
+        let runtime = Arc::new(quinn::TokioRuntime);
+        quinn::Endpoint::new(config, server, socket, runtime).map_err(failed)
     }
 }
 
@@ -93,9 +128,9 @@ pub enum ConnectError {
     /// The socket cannot be had.
     #[error("{0}: no socket can be bound")]
     Socket(SocketAddr, #[source] io::Error),
-    /// UDP has no such payloads.
-    #[error("payloads of {0} bytes are not between 1200 and 65527")]
-    Payload(u16),
+    /// QUIC refuses the largest payload of UDP.
+    #[error("payloads of {LOOPBACK_PAYLOAD} bytes are refused")]
+    Payload,
     /// Certificates, keys, or what is trusted.
     #[error(transparent)]
     Tls(#[from] TlsError),
@@ -143,14 +178,15 @@ async fn receive(
     Ok(())
 }
 
-/// Until `at`, or for ever.
-async fn until(at: Option<std::time::Instant>) {
-    match at {
-        Some(at) => tokio::time::sleep_until(at.into()).await,
-        None => std::future::pending().await,
-    }
-}
-
+/// Bytes of UDP payload that are tried on a network: ten of them stay below 64 KiB.
+const MOST_PAYLOAD: u16 = 6500;
+/// And on a loopback device: what UDP has at most.
+const LOOPBACK_PAYLOAD: u16 = 65_527;
+/// Bytes that are sent there before the first acknowledgement: what fits the smallest buffers
+/// of sockets that are usual.
+const LOOPBACK_WINDOW: u64 = 256 << 10;
+/// Bytes that the kernel is to hold of what was not taken yet.
+const SOCKET_BUFFER: usize = 16 << 20;
 /// Pieces that are taken off a stream at once.
 const CHUNKS: usize = 64;
 /// What both ends name in TLS's handshake.

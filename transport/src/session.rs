@@ -47,7 +47,7 @@ mod holder;
 use std::time::Duration;
 
 pub use fetcher::{FailReason, FetchEvent, Fetcher, Progress};
-pub use frame::{Ask, Frame, FrameError, FrameReader, Hello};
+pub use frame::{Ask, Frame, FrameError, FrameReader, Hello, MAX_BODY};
 pub use holder::{Holder, HolderEvent, Read};
 
 /// The number of a request.
@@ -78,8 +78,8 @@ pub struct Config {
     pub piece: u64,
     /// Requests that a holder takes at once. Default: 256.
     pub requests: usize,
-    /// How long a holder keeps a request of which all was sent and which was not finished.
-    /// Default: 30 s.
+    /// How long a holder keeps a request of which nothing is taken, or all was sent and which
+    /// was not finished. Default: 30 s.
     pub linger: Duration,
 }
 
@@ -142,6 +142,8 @@ pub enum RefuseReason {
     Busy,
     /// It is shutting down.
     Draining,
+    /// It has ended it: its deadline has passed there, or nothing of it was taken for too long.
+    Idle,
 }
 
 /// What the other end may not do. The connection is to be closed.

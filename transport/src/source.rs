@@ -30,9 +30,19 @@ pub trait Thing: Send + Sync + 'static {
     /// What they are, as the fetcher understands it.
     fn description(&self) -> Bytes;
 
-    /// The bytes at some places, all of them.
+    /// The bytes at some places, all of them, in pieces one after the other.
     ///
     /// # Errors
-    /// Places, those asked for among them, that cannot be read.
-    fn read(&self, range: Range<u64>) -> impl Future<Output = Result<Bytes, Range<u64>>> + Send;
+    /// Places that cannot be read, some of those asked for among them; the others will be
+    /// asked for again.
+    fn read(&self, range: Range<u64>) -> impl Future<Output = Result<Vec<Bytes>, Lost>> + Send;
+}
+
+/// Bytes that cannot be read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Lost {
+    /// Their places.
+    pub ranges: Vec<Range<u64>>,
+    /// Why, as the fetcher understands it.
+    pub reason: u32,
 }

@@ -9,9 +9,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use kvasir_transport::quic::{Connection, Identity, Listener, QuicConfig, Trust};
+use kvasir_transport::quic::{self, Identity, Listener, QuicConfig, Trust};
 use kvasir_transport::session::{Config, FailReason, FetchEvent, RefuseReason};
-use kvasir_transport::{FetchError, FetchOptions, Source, Thing};
+use kvasir_transport::{DataPath, FetchError, FetchOptions, Lost, Source, Thing};
 
 const ANYWHERE: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
 const NAME: &str = "kvasir.test";
@@ -19,6 +19,7 @@ const NAME: &str = "kvasir.test";
 /// Of things with so many bytes, each read gives too few, or fails.
 const SHORT: u64 = 4242;
 const UNREADABLE: u64 = 4343;
+const REASON: u32 = 9;
 
 /// As many bytes as a body says, in decimal; the same ones every time.
 #[derive(Debug, Default)]
@@ -67,21 +68,27 @@ impl Thing for Number {
         Bytes::from(format!("{} bytes", self.total))
     }
 
-    async fn read(&self, range: Range<u64>) -> Result<Bytes, Range<u64>> {
+    async fn read(&self, range: Range<u64>) -> Result<Vec<Bytes>, Lost> {
         tokio::time::sleep(self.delay).await;
         self.read
             .fetch_add(range.end - range.start, Ordering::Relaxed);
         match self.total {
-            SHORT => Ok(bytes(range.start..range.end - 1)),
-            UNREADABLE => Err(range),
-            _ => Ok(bytes(range)),
+            SHORT => Ok(vec![bytes(range.start..range.end - 1)]),
+            UNREADABLE => Err(Lost {
+                ranges: vec![range],
+                reason: REASON,
+            }),
+            _ => {
+                let middle = range.start.midpoint(range.end);
+                Ok(vec![bytes(range.start..middle), bytes(middle..range.end)])
+            }
         }
     }
 }
 
 struct Pair {
     listener: Listener,
-    connection: Connection,
+    path: DataPath,
     identity: Identity,
     read: Arc<AtomicU64>,
 }
@@ -107,10 +114,10 @@ fn pair(delay: Duration) -> Pair {
     let read = Arc::clone(&source.read);
     let listener = Listener::new(ANYWHERE, &identity, None, Arc::new(source), config()).unwrap();
     let trust = identity.trust().unwrap();
-    let connection = Connection::new(listener.address(), NAME, &trust, None, config()).unwrap();
+    let path = quic::connect(listener.address(), NAME, &trust, None, config()).unwrap();
     Pair {
         listener,
-        connection,
+        path,
         identity,
         read,
     }
@@ -131,19 +138,14 @@ fn within(time: Duration) -> FetchOptions {
 async fn many_requests_come_whole_over_one_connection() {
     let pair = pair(Duration::ZERO);
     let sizes = [0, 1, 1000, 65_536, 65_537, 3_000_000, 40_000_000];
-    let requests = sizes.map(|size| {
-        (
-            size,
-            pair.connection.fetch(body(size), FetchOptions::default()),
-        )
-    });
+    let requests = sizes.map(|size| (size, pair.path.fetch(body(size), FetchOptions::default())));
     for (size, request) in requests {
         let (description, all) = request.all().await.unwrap();
         assert_eq!(description, format!("{size} bytes"));
         assert!(all == bytes(0..size), "{size}");
     }
     assert_eq!(pair.read.load(Ordering::Relaxed), sizes.iter().sum::<u64>());
-    let status = pair.connection.status();
+    let status = pair.path.status();
     assert!(status.connected && !status.draining && status.round_trip.is_some());
 }
 
@@ -151,7 +153,7 @@ async fn many_requests_come_whole_over_one_connection() {
 async fn a_refusal_says_why() {
     let pair = pair(Duration::ZERO);
     let options = FetchOptions::default();
-    let request = pair.connection.fetch(Bytes::from_static(b"many"), options);
+    let request = pair.path.fetch(Bytes::from_static(b"many"), options);
     let error = request.all().await.unwrap_err();
     assert_eq!(
         error,
@@ -164,7 +166,7 @@ async fn what_cannot_be_read_is_lost() {
     let pair = pair(Duration::ZERO);
     for total in [SHORT, UNREADABLE] {
         let options = within(Duration::from_secs(5));
-        let error = pair.connection.fetch(body(total), options).all().await;
+        let error = pair.path.fetch(body(total), options).all().await;
         assert!(error == Err(FetchError::Lost), "{total}");
     }
 }
@@ -172,16 +174,14 @@ async fn what_cannot_be_read_is_lost() {
 #[tokio::test]
 async fn what_matters_more_overtakes() {
     let pair = pair(Duration::from_millis(2));
-    let mut large = pair
-        .connection
-        .fetch(body(200_000_000), FetchOptions::default());
+    let mut large = pair.path.fetch(body(200_000_000), FetchOptions::default());
     // Under way.
     while !matches!(large.next().await.unwrap(), FetchEvent::Data { .. }) {}
     let urgent = FetchOptions {
         priority: 1,
         ..FetchOptions::default()
     };
-    let urgent = pair.connection.fetch(body(100_000), urgent);
+    let urgent = pair.path.fetch(body(100_000), urgent);
     urgent.all().await.unwrap();
     // The large one has not come meanwhile, and is given up.
     assert!(pair.read.load(Ordering::Relaxed) < 100_000_000);
@@ -202,13 +202,13 @@ async fn a_holder_that_is_not_there_costs_no_more_than_the_deadline() {
         // One that is not who it should be.
         (pair.listener.address(), stranger),
     ] {
-        let connection = Connection::new(address, NAME, &trust, None, config()).unwrap();
+        let path = quic::connect(address, NAME, &trust, None, config()).unwrap();
         let begun = Instant::now();
-        let request = connection.fetch(body(10), within(Duration::from_millis(300)));
+        let request = path.fetch(body(10), within(Duration::from_millis(300)));
         let error = request.all().await.unwrap_err();
         assert_eq!(error, FetchError::Failed(FailReason::Expired));
         assert!(begun.elapsed() >= Duration::from_millis(300));
-        assert!(!connection.status().connected);
+        assert!(!path.status().connected);
     }
 }
 
@@ -227,8 +227,8 @@ async fn a_holder_can_demand_certificates() {
         (None, false),
     ] {
         let address = listener.address();
-        let connection = Connection::new(address, NAME, &trust, identity, config()).unwrap();
-        let request = connection.fetch(body(10), within(Duration::from_millis(1000)));
+        let path = quic::connect(address, NAME, &trust, identity, config()).unwrap();
+        let request = path.fetch(body(10), within(Duration::from_millis(1000)));
         assert_eq!(request.all().await.is_ok(), serves);
     }
 }
@@ -237,7 +237,7 @@ async fn a_holder_can_demand_certificates() {
 async fn a_lost_connection_goes_on_with_what_is_missing() {
     let pair = pair(Duration::from_millis(1));
     let total = 100_000_000;
-    let mut request = pair.connection.fetch(body(total), FetchOptions::default());
+    let mut request = pair.path.fetch(body(total), FetchOptions::default());
     let (mut all, mut came) = (vec![0; usize::try_from(total).unwrap()], 0);
     let mut restarted = None;
     let address = pair.listener.address();
@@ -279,16 +279,14 @@ async fn a_lost_connection_goes_on_with_what_is_missing() {
 async fn draining_ends_what_is_under_way_and_takes_nothing_new() {
     let pair = pair(Duration::from_millis(1));
     let total = 50_000_000;
-    let mut first = pair.connection.fetch(body(total), FetchOptions::default());
+    let mut first = pair.path.fetch(body(total), FetchOptions::default());
     while !matches!(first.next().await.unwrap(), FetchEvent::Data { .. }) {}
     let drained = tokio::spawn(pair.listener.drain(Duration::from_secs(20)));
-    while !pair.connection.status().draining {
+    while !pair.path.status().draining {
         // Somebody has to take what is under way.
         first.next().await.unwrap();
     }
-    let mut second = pair
-        .connection
-        .fetch(body(10), within(Duration::from_secs(5)));
+    let mut second = pair.path.fetch(body(10), within(Duration::from_secs(5)));
     let event = second.next().await.unwrap();
     let reason = RefuseReason::Draining;
     assert!(matches!(event, FetchEvent::Refused { reason: found, .. } if found == reason));

@@ -1,13 +1,10 @@
 //! Timed loops, and the rows made of them.
 
-use std::fs;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::Context as _;
-use rustix::time::{ClockId, clock_gettime};
-
+use crate::cpu;
 use crate::report::{Row, median, percentile};
 
 /// How many objects are under way at once: one, and enough to saturate a device.
@@ -97,25 +94,12 @@ impl Work<'_> {
     }
 
     fn cpu(&self) -> anyhow::Result<Duration> {
-        let now = clock_gettime(ClockId::ProcessCPUTime);
-        let ours = Duration::new(now.tv_sec.try_into()?, now.tv_nsec.try_into()?);
+        let ours = cpu::here()?;
         Ok(match self.server {
-            Some(process) => ours + cpu_of(process)?,
+            Some(process) => ours + cpu::of(process)?,
             None => ours,
         })
     }
-}
-
-/// CPU time that the threads of another process used, in nanoseconds where
-/// `/proc/PID/stat` counts in hundredths of a second.
-fn cpu_of(process: u32) -> anyhow::Result<Duration> {
-    let mut total = Duration::ZERO;
-    for thread in fs::read_dir(format!("/proc/{process}/task"))? {
-        let text = fs::read_to_string(thread?.path().join("schedstat"))?;
-        let nanos = text.split(' ').next().and_then(|field| field.parse().ok());
-        total += Duration::from_nanos(nanos.context("unexpected form of schedstat")?);
-    }
-    Ok(total)
 }
 
 /// All rounds of one operation: the samples of each entry of [`IN_FLIGHT`].

@@ -16,6 +16,8 @@ pub(crate) struct Admission {
     streams: Arc<Semaphore>,
     limit: u32,
     watchers: Arc<Semaphore>,
+    /// Clients that follow where the data plane is.
+    clients: Arc<Semaphore>,
     /// Shutdown has begun: nothing new starts.
     pub(crate) draining: CancellationToken,
     /// Shutdown has waited long enough: what runs ends.
@@ -29,6 +31,7 @@ impl Admission {
             streams: semaphore(limit),
             limit,
             watchers: semaphore(limits.watchers.max(1)),
+            clients: semaphore(limits.connections.max(1)),
             draining: CancellationToken::new(),
             aborting: CancellationToken::new(),
         }
@@ -42,6 +45,11 @@ impl Admission {
     /// Admits one watch or listing, until the permit is dropped.
     pub(crate) fn watcher(&self) -> Result<OwnedSemaphorePermit, Status> {
         self.admit(&self.watchers, "too many watches and listings at once")
+    }
+
+    /// Admits one client that follows where the data plane is, until the permit is dropped.
+    pub(crate) fn client(&self) -> Result<OwnedSemaphorePermit, Status> {
+        self.admit(&self.clients, "too many clients at once")
     }
 
     fn admit(&self, gate: &Arc<Semaphore>, full: &str) -> Result<OwnedSemaphorePermit, Status> {

@@ -1,6 +1,7 @@
 //! What a server needs to know.
 
 use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use kvasir_store::StoreConfig;
@@ -16,6 +17,38 @@ pub struct ServerConfig {
     pub store: StoreConfig,
     /// What bounds the load.
     pub limits: Limits,
+    /// The data plane over QUIC.
+    pub quic: QuicSettings,
+}
+
+/// `[quic]` in `kvasird.toml`: the data plane between hosts, over TLS 1.3.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
+pub struct QuicSettings {
+    /// Whether to offer it. Without it, gets are answered over gRPC. Default: true.
+    pub enabled: bool,
+    /// Address and port of UDP. Default: those of the control calls.
+    pub listen: Option<SocketAddr>,
+    /// File of the daemon's certificate in PEM, with those that vouch for it. Default: one
+    /// that the daemon makes at every start, and tells clients over the control calls.
+    pub certificate: Option<PathBuf>,
+    /// File of its key in PEM. Default: as for `certificate`.
+    pub key: Option<PathBuf>,
+    /// File of certificates in PEM, one of which must vouch for every client. Default:
+    /// clients need none.
+    pub client_ca: Option<PathBuf>,
+}
+
+impl Default for QuicSettings {
+    fn default() -> Self {
+        Self {
+            enabled: true,
+            listen: None,
+            certificate: None,
+            key: None,
+            client_ca: None,
+        }
+    }
 }
 
 impl ServerConfig {
@@ -29,6 +62,7 @@ impl ServerConfig {
             listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
             store: StoreConfig::default(),
             limits: Limits::default(),
+            quic: QuicSettings::default(),
         }
     }
 }

@@ -7,14 +7,13 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::Duration;
 
 use bytes::Bytes;
 use futures::stream::{self, BoxStream, FuturesOrdered, StreamExt as _};
 use kvasir_proto::sequence::{Place, Sequence, Wanted};
 use kvasir_proto::{InvalidField, assembly, convert, v1};
-use kvasir_store::{Lease, LeaseId, ReadError};
-use kvasir_types::{Checksum, ChunkKey, ExtentIdx};
+use kvasir_store::{Lease, LeaseId};
+use kvasir_types::{Checksum, ChunkKey};
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 use tokio::time::timeout;
 use tokio_stream::wrappers::ReceiverStream;
@@ -24,7 +23,7 @@ use v1::get_response::Message;
 
 use crate::admission::shutting_down;
 use crate::service::{PARALLEL, Shared};
-use crate::wire;
+use crate::{read, wire};
 
 type Messages = BoxStream<'static, Result<v1::GetResponse, Status>>;
 
@@ -36,13 +35,7 @@ pub(crate) async fn serve(
     let keys = convert::keys("keys", &request.keys)?;
     let wanted = convert::wanted(request)?;
     let permit = shared.admission.transfer()?;
-    let leases = match request.lease_id.map(LeaseId::from_u64) {
-        Some(id) => held(&shared, id, &keys)?,
-        None => {
-            let leases = lease_in_time(&shared, &keys).await?;
-            leases.into_iter().map(Arc::new).collect()
-        }
-    };
+    let leases = leases(&shared, request, &keys).await?;
     let sequence = sequence(&leases, wanted)?;
 
     let (sender, receiver) = mpsc::channel(SEND_QUEUE);
@@ -61,6 +54,21 @@ pub(crate) async fn serve(
     });
     let last = stream::once(ended).filter_map(|status| async move { status.ok().map(Err) });
     Ok(ReceiverStream::new(receiver).map(Ok).chain(last).boxed())
+}
+
+/// What a get reads from.
+pub(crate) async fn leases(
+    shared: &Shared,
+    request: &v1::GetRequest,
+    keys: &[ChunkKey],
+) -> Result<Vec<Arc<Lease>>, Status> {
+    match request.lease_id.map(LeaseId::from_u64) {
+        Some(id) => held(shared, id, keys),
+        None => {
+            let leases = lease_in_time(shared, keys).await?;
+            Ok(leases.into_iter().map(Arc::new).collect())
+        }
+    }
 }
 
 /// The leading chunks that a named lease has. All of them are of one layout.
@@ -117,7 +125,7 @@ async fn lease_prefix(shared: &Shared, keys: &[ChunkKey]) -> Vec<Lease> {
 }
 
 /// What is sent of the chunks.
-fn sequence(leases: &[Arc<Lease>], wanted: Wanted) -> Result<Sequence, InvalidField> {
+pub(crate) fn sequence(leases: &[Arc<Lease>], wanted: Wanted) -> Result<Sequence, InvalidField> {
     let layout = leases.first().map(|first| *first.layout());
     let levels = leases.iter().map(|lease| lease.level()).collect();
     Sequence::new(wanted, layout, levels).map_err(|error| InvalidField::new("layers", error))
@@ -239,52 +247,15 @@ impl Transfer {
         }
     }
 
-    /// One extent and the checksum its header states, which the store has compared.
     async fn read(&self, place: Place) -> Result<(Bytes, Checksum), Reason> {
         let lease = self.leases.get(place.chunk).ok_or(Reason::Device)?;
-        let failed = match read_extent(lease, place.extent).await {
-            Ok(read) => return Ok(read),
-            Err(ReadError::Throttled(_)) => return Err(Reason::Throttled),
-            Err(error) => error,
-        };
-        let key = lease.key();
-        // The bad copy is gone; another tier may have a good one.
-        if matches!(failed, ReadError::Corrupt { .. })
-            && let Some(other) = self.shared.store.lease(*key).await
-            && other.layout() == lease.layout()
-            && other.level() == lease.level()
-            && let Ok(read) = read_extent(&other, place.extent).await
-        {
-            return Ok(read);
-        }
-        tracing::warn!(%key, extent = %place.extent, error = %failed, "a chunk was lost while being sent");
-        Err(match failed {
-            ReadError::Corrupt { .. } => Reason::Corrupt,
-            _ => Reason::Device,
-        })
+        read::extent(&self.shared.store, lease, &place).await
     }
 
-    /// Waits a little where memory is short: other receivers are about to let go.
     async fn read_patiently(&self, place: Place) -> Result<(Bytes, Checksum), Reason> {
-        for _ in 0..THROTTLED_WAITS {
-            match self.read(place).await {
-                Err(Reason::Throttled) => tokio::time::sleep(THROTTLED_WAIT).await,
-                read => return read,
-            }
-        }
-        self.read(place).await
+        let lease = self.leases.get(place.chunk).ok_or(Reason::Device)?;
+        read::extent_patiently(&self.shared.store, lease, &place).await
     }
-}
-
-async fn read_extent(lease: &Lease, extent: ExtentIdx) -> Result<(Bytes, Checksum), ReadError> {
-    let out_of_range = || ReadError::OutOfRange {
-        range: extent.alone(),
-        extents: lease.header().all().end(),
-    };
-    let entry = lease.header().extent(extent).ok_or_else(out_of_range)?;
-    let checksum = entry.checksum;
-    let data = lease.read_extents(extent.alone()).await?.pop();
-    Ok((data.ok_or_else(out_of_range)?, checksum))
 }
 
 pub(crate) fn info(lease: &Lease) -> v1::ChunkInfo {
@@ -304,6 +275,3 @@ fn wire_index(chunk: usize) -> u32 {
 const SEND_QUEUE: usize = 2;
 /// Most reads in progress for one get, however small the extents are.
 const MAX_READS: usize = 64;
-const THROTTLED_WAIT: Duration = Duration::from_millis(5);
-/// A quarter of a second in all.
-const THROTTLED_WAITS: u32 = 50;

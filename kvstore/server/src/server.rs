@@ -4,10 +4,11 @@ use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use kvasir_proto::v1::FILE_DESCRIPTOR_SET;
 use kvasir_proto::v1::cache_server::CacheServer;
+use kvasir_proto::v1::{self, FILE_DESCRIPTOR_SET};
 use kvasir_proto::{MAX_FRAME_BYTES, MAX_MESSAGE_BYTES};
 use kvasir_store::{Environment, OpenError, Store};
+use kvasir_transport::quic::Listener;
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
@@ -17,6 +18,7 @@ use tonic_health::server::HealthReporter;
 
 use crate::config::{Limits, ServerConfig};
 use crate::connections;
+use crate::quic::{self, QuicError};
 use crate::service::Service;
 
 /// Starts daemons.
@@ -32,6 +34,7 @@ pub struct Running {
     health: HealthReporter,
     serving: JoinHandle<()>,
     ended: CancellationToken,
+    quic: Option<Listener>,
     _abort: DropGuard,
 }
 
@@ -53,6 +56,9 @@ pub enum StartError {
     /// The store cannot be opened.
     #[error(transparent)]
     Store(#[from] OpenError),
+    /// The data plane cannot be offered.
+    #[error(transparent)]
+    Quic(#[from] QuicError),
     /// The protocol's descriptors cannot be served.
     #[error("cannot serve the protocol's descriptors")]
     Reflection(#[from] tonic_reflection::server::Error),
@@ -93,6 +99,18 @@ impl Server {
             .unwrap_or_default();
         let store = Store::open_in(environment, config.store).await?;
         let service = Service::new(store, config.limits.clone(), data_dir);
+        let shared = service.shared();
+        let mut paths = v1::PathsResponse::default();
+        let quic = if config.quic.enabled {
+            let any_port = config.listen.port() == 0;
+            let (listener, path) = quic::start(&config.quic, addr, any_port, shared)?;
+            paths.quic = Some(path);
+            Some(listener)
+        } else {
+            None
+        };
+        // Nobody can ask before.
+        let _ = shared.paths.set(paths);
 
         let (health, router) = router(&config.limits, service.clone()).await?;
         let incoming =
@@ -129,6 +147,7 @@ impl Server {
             health,
             serving,
             ended,
+            quic,
             _abort: stop.drop_guard(),
         })
     }
@@ -161,6 +180,11 @@ impl Running {
         let shared = self.service.shared().clone();
         self.health.set_not_serving::<CacheServer<Service>>().await;
         shared.admission.draining.cancel();
+        let within = shared.limits.drain();
+        // Its requests are transfers, too.
+        let data = self
+            .quic
+            .map(|listener| tokio::spawn(listener.drain(within)));
         tokio::select! {
             // Every peer has closed its connection.
             () = self.ended.cancelled() => (),
@@ -175,6 +199,10 @@ impl Running {
                     self.serving.abort();
                 }
             }
+        }
+        if let Some(data) = data {
+            // It ends by itself, and cannot fail.
+            let _ = data.await;
         }
         match timeout(CLOSE, shared.store.close()).await {
             Ok(Ok(())) => (),

@@ -1,6 +1,6 @@
 //! The calls.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use futures::stream::{self, BoxStream, StreamExt as _};
@@ -13,7 +13,7 @@ use tonic::{Request, Response, Status, Streaming};
 use crate::admission::Admission;
 use crate::config::Limits;
 use crate::counters::Counters;
-use crate::{get, hold, list, process, profiles, put, refusal, watch, wire};
+use crate::{get, hold, list, paths, process, profiles, put, refusal, watch, wire};
 
 /// Serves one store. Clones are handles to the same service.
 #[derive(Clone, Debug)]
@@ -26,6 +26,8 @@ pub(crate) struct Shared {
     pub(crate) limits: Limits,
     pub(crate) admission: Admission,
     pub(crate) counters: Counters,
+    /// Where the data plane is, once it is there.
+    pub(crate) paths: OnceLock<v1::PathsResponse>,
     data_dir: String,
     started: Instant,
 }
@@ -40,6 +42,7 @@ impl Service {
             admission: Admission::new(&limits),
             limits,
             counters: Counters::default(),
+            paths: OnceLock::new(),
             data_dir,
             started: Instant::now(),
         }))
@@ -57,6 +60,7 @@ impl Cache for Service {
     type ListStream = Messages<v1::ListResponse>;
     type WatchStream = Messages<v1::WatchResponse>;
     type HoldStream = Messages<v1::HoldResponse>;
+    type PathsStream = Messages<v1::PathsResponse>;
 
     async fn lookup(&self, request: Request<v1::LookupRequest>) -> Answer<v1::LookupResponse> {
         let keys = convert::keys("keys", &request.get_ref().keys)?;
@@ -197,6 +201,10 @@ impl Cache for Service {
 
     async fn stats(&self, _: Request<v1::StatsRequest>) -> Answer<v1::StatsResponse> {
         Ok(Response::new(self.0.stats()))
+    }
+
+    async fn paths(&self, _: Request<v1::PathsRequest>) -> Answer<Self::PathsStream> {
+        Ok(Response::new(paths::serve(Arc::clone(&self.0))?))
     }
 
     async fn watch(&self, _: Request<v1::WatchRequest>) -> Answer<Self::WatchStream> {

@@ -11,7 +11,7 @@ use kvasir_store::{ClassConfig, DiskConfig, MemoryConfig, ProfilesConfig, StoreC
 use kvasir_types::ByteSize;
 use serde::{Deserialize, Serialize};
 
-use crate::config::{Limits, ServerConfig};
+use crate::config::{Limits, QuicSettings, ServerConfig};
 
 /// The whole of `kvasird.toml`. Everything has a default, so that the daemon starts
 /// without any.
@@ -39,7 +39,7 @@ use crate::config::{Limits, ServerConfig};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub struct DaemonConfig {
-    /// Address and port to listen on; port 0 takes a free one. There is no
+    /// Address and port to listen on; port 0 takes a free one. Control calls have no
     /// authentication: expose it to trusted networks only.
     /// Default: `127.0.0.1:7420`.
     pub listen: SocketAddr,
@@ -56,6 +56,8 @@ pub struct DaemonConfig {
     pub class: Vec<ClassConfig>,
     /// What bounds the load.
     pub limits: Limits,
+    /// The data plane over QUIC.
+    pub quic: QuicSettings,
 }
 
 /// `[disk]` in `kvasird.toml`: chunks in the data directory.
@@ -102,6 +104,7 @@ impl Default for DaemonConfig {
             profiles: ProfilesConfig::default(),
             class: Vec::new(),
             limits: Limits::default(),
+            quic: QuicSettings::default(),
         }
     }
 }
@@ -205,6 +208,7 @@ impl DaemonConfig {
                 class: self.class.clone(),
             },
             limits: self.limits.clone(),
+            quic: self.quic.clone(),
         })
     }
 }

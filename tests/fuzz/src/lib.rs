@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use kvasir_codec::{CacheGen, ChunkDecoder, CirculatedCacheGen, CirculatedLevel, Object, Prelude};
+use kvasir_transport::Lost;
 use kvasir_transport::session::{Config, FetchEvent, Fetcher, FrameReader, Holder, HolderEvent};
 use kvasir_types::{Checksum, DType, KvLayout, LayerIdx, Level, Planes};
 
@@ -127,7 +128,13 @@ pub fn session(bytes: &[u8]) {
             assert!((1..=config.piece).contains(&length), "a piece is no longer");
             if length.is_multiple_of(7) {
                 let range = read.range.clone();
-                holder.lose(&read, range);
+                holder.lose(
+                    &read,
+                    Lost {
+                        ranges: vec![range],
+                        reason: 1,
+                    },
+                );
             } else {
                 let bytes = vec![0; usize::try_from(length).unwrap_or(0)];
                 holder.supply(read.request, read.range.start, bytes.into());

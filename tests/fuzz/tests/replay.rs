@@ -143,6 +143,7 @@ fn sessions() -> Vec<(&'static str, String, Vec<u8>)> {
         Frame::Lost {
             request,
             range: 240..300,
+            reason: 2,
         },
         Frame::Drain,
         data(150, 50),

@@ -7,11 +7,13 @@ use std::time::Duration;
 use kvasir_proto::sequence::Wanted;
 use kvasir_proto::v1::cache_client::CacheClient;
 use kvasir_proto::{InvalidField, MAX_FRAME_BYTES, MAX_KEYS, MAX_MESSAGE_BYTES, convert, v1};
+use kvasir_transport::{FetchOptions, Status as PathStatus};
 use kvasir_types::ChunkKey;
+use prost::Message as _;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
-use tonic::{Status, Streaming};
+use tonic::{Code, Status, Streaming};
 
 use crate::chunk::{Chunk, Put, PutOptions, check_count};
 use crate::config::ClientConfig;
@@ -20,6 +22,7 @@ use crate::error::{CallError, ConnectError, Origin, invalid};
 use crate::get::{GetOptions, LayerStream};
 use crate::hold::Hold;
 use crate::list::{ListOptions, Listing};
+use crate::paths::Paths;
 use crate::retry::{Attempts, Repeat};
 use crate::stats::{Stats, Tier};
 use crate::watch::Watch;
@@ -31,6 +34,7 @@ use crate::watch::Watch;
 pub struct Client {
     config: Arc<ClientConfig>,
     grpc: CacheClient<Channel>,
+    paths: Arc<Paths>,
 }
 
 /// Which of some keys a daemon has.
@@ -87,13 +91,15 @@ impl Client {
         Self::connect_with(config).await
     }
 
-    /// Connects with other settings and checks that the daemon answers.
+    /// Connects with other settings and checks that the daemon answers. Waits for its data
+    /// plane, [`ClientConfig::connect_timeout`] at most.
     ///
     /// # Errors
     /// No daemon answers.
     pub async fn connect_with(config: ClientConfig) -> Result<Self, ConnectError> {
         let client = Self::connect_lazy(config);
         client.stats().await?;
+        client.paths.settle(client.config.connect_timeout).await;
         Ok(client)
     }
 
@@ -133,10 +139,19 @@ impl Client {
         let grpc = CacheClient::new(channel)
             .max_decoding_message_size(MAX_MESSAGE_BYTES)
             .max_encoding_message_size(MAX_MESSAGE_BYTES);
+        let config = Arc::new(config);
+        let paths = Arc::new(Paths::follow(Arc::clone(&config), grpc.clone()));
         Self {
-            config: Arc::new(config),
+            config,
             grpc,
+            paths,
         }
+    }
+
+    /// How gets go at this moment: over which path of the data plane, and how that is. `None`
+    /// is gRPC.
+    pub fn data_path(&self) -> Option<PathStatus> {
+        self.paths.status()
     }
 
     /// The settings of this handle.
@@ -155,6 +170,7 @@ impl Client {
         Self {
             config: Arc::new(config),
             grpc: self.grpc.clone(),
+            paths: Arc::clone(&self.paths),
         }
     }
 
@@ -244,18 +260,54 @@ impl Client {
             levels: options.levels.iter().map(|it| it.code().into()).collect(),
             have: options.have.map(|level| level.code().into()),
         };
+        let wanted = Wanted {
+            layers: options.layers,
+            levels: options.levels,
+            have: options.have,
+        };
+        let fetch = FetchOptions {
+            priority: u32::from(!options.ahead),
+            deadline: Some(deadline.instant()),
+        };
+        let over_data_plane = self.get_over_data_plane(&request, &wanted, fetch, deadline);
+        if let Some(stream) = over_data_plane.await? {
+            return Ok(stream);
+        }
         let stream = self
             .call(deadline, Repeat::Always, |mut grpc| {
                 let request = request.clone();
                 async move { grpc.get(request).await }
             })
             .await?;
-        let wanted = Wanted {
-            layers: options.layers,
-            levels: options.levels,
-            have: options.have,
-        };
-        LayerStream::open(self.origin(), deadline, stream, keys.len(), wanted).await
+        LayerStream::over_grpc(self.origin(), deadline, stream, keys.len(), wanted).await
+    }
+
+    /// `None` where it has to go over gRPC.
+    async fn get_over_data_plane(
+        &self,
+        request: &v1::GetRequest,
+        wanted: &Wanted,
+        options: FetchOptions,
+        deadline: Deadline,
+    ) -> Result<Option<LayerStream>, CallError> {
+        let mut attempts = Attempts::new(self.config.retry, Repeat::Always);
+        while let Some((path, gone)) = self.paths.choose() {
+            let fetch = path.fetch(request.encode_to_vec().into(), options);
+            let (origin, keys) = (self.origin(), request.keys.len());
+            let stream =
+                LayerStream::over_data_plane(origin, deadline, fetch, gone, keys, wanted.clone());
+            let error = match stream.await {
+                Ok(stream) => return Ok(Some(stream)),
+                // Too much for one request there.
+                Err(CallError::Refused(status)) if status.code() == Code::OutOfRange => break,
+                Err(error) => error,
+            };
+            match attempts.after(&error) {
+                Some(wait) if deadline.allows(wait) => tokio::time::sleep(wait).await,
+                _ => return Err(error),
+            }
+        }
+        Ok(None)
     }
 
     /// Begins a session that holds chunks by name, for gets that must find the same

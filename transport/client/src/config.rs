@@ -1,6 +1,12 @@
 //! How a client behaves.
 
+use std::fs;
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
+
+use kvasir_transport::quic::{Identity, TlsError, Trust};
 
 use crate::Endpoint;
 
@@ -31,6 +37,10 @@ pub struct ClientConfig {
     pub transfer_timeout: Duration,
     /// When to repeat a call.
     pub retry: RetryConfig,
+    /// Which way gets go. Default: the best that the daemon offers.
+    pub data_plane: DataPlane,
+    /// Whom the data plane believes. Default: whom the control calls name.
+    pub tls: TlsConfig,
     /// Bytes the daemon may send ahead of the reader, per stream and per
     /// connection. The connection's share bounds the memory that all unread
     /// streams of this client hold together. Default: 16 MiB.
@@ -48,10 +58,89 @@ impl Default for ClientConfig {
             call_timeout: Duration::from_secs(5),
             transfer_timeout: Duration::from_secs(60),
             retry: RetryConfig::default(),
+            data_plane: DataPlane::default(),
+            tls: TlsConfig::default(),
             window_bytes: 16 << 20,
             keep_alive: Duration::from_secs(10),
         }
     }
+}
+
+/// Which way gets go.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DataPlane {
+    /// The best that the daemon offers and that can be reached: QUIC, else gRPC.
+    #[default]
+    Best,
+    /// gRPC, like all other calls.
+    Grpc,
+}
+
+/// Whom the data plane believes, and who this client is.
+#[derive(Clone, Debug, Default)]
+pub struct TlsConfig {
+    /// Who must vouch for the daemon. Default: the certificate that the daemon names over its
+    /// control calls, which is as good as these are.
+    pub trust: Option<Trust>,
+    /// The name in the daemon's certificate. Default: the host of the endpoint, or what the
+    /// daemon calls itself where its certificate vouches for itself.
+    pub server_name: Option<String>,
+    /// Who this client is, for daemons that ask. Default: nobody.
+    pub identity: Option<Arc<Identity>>,
+}
+
+impl TlsConfig {
+    /// Of files in PEM: certificates that must vouch for the daemon; this client's
+    /// certificate, and its key.
+    ///
+    /// # Errors
+    /// [`TlsFileError`]
+    pub fn from_files(
+        trust: Option<PathBuf>,
+        identity: Option<(PathBuf, PathBuf)>,
+    ) -> Result<Self, TlsFileError> {
+        let read = |path: &PathBuf| {
+            fs::read(path).map_err(|source| TlsFileError::Read {
+                path: path.clone(),
+                source,
+            })
+        };
+        let refused = |path: PathBuf| |source| TlsFileError::Tls { path, source };
+        let mut config = Self::default();
+        if let Some(path) = trust {
+            let trust = Trust::from_pem(&read(&path)?);
+            config.trust = Some(trust.map_err(refused(path))?);
+        }
+        if let Some((certificate, key)) = identity {
+            let identity = Identity::from_pem(&read(&certificate)?, &read(&key)?);
+            config.identity = Some(Arc::new(identity.map_err(refused(certificate))?));
+        }
+        Ok(config)
+    }
+}
+
+/// Why files do not make a [`TlsConfig`].
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TlsFileError {
+    /// One cannot be read.
+    #[error("cannot read {path}; `kvasir cert` makes certificates")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What happened.
+        #[source]
+        source: io::Error,
+    },
+    /// One holds no certificate or no key.
+    #[error("{path} cannot be used; `kvasir cert` makes certificates that can")]
+    Tls {
+        /// The file, or the certificate of a key.
+        path: PathBuf,
+        /// What is wrong with it.
+        #[source]
+        source: TlsError,
+    },
 }
 
 /// When and how often a call is repeated.

@@ -20,6 +20,10 @@ impl Deadline {
         Self(Instant::from_std(instant))
     }
 
+    pub(crate) fn instant(self) -> std::time::Instant {
+        self.0.into_std()
+    }
+
     pub(crate) fn has_passed(self) -> bool {
         Instant::now() >= self.0
     }

@@ -1,21 +1,31 @@
 //! Chunks on their way from the daemon, layer by layer.
+//!
+//! Over gRPC ([`messages`]) or the data plane ([`transfer`]); what comes is checked here.
+
+mod messages;
+mod transfer;
 
 use std::fmt;
 use std::time::Instant;
 
 use bytes::Bytes;
-use futures::{Stream, StreamExt as _};
-use kvasir_proto::assembly::Assembly;
+use futures::Stream;
 use kvasir_proto::sequence::{Place, Sequence, Wanted};
+use kvasir_proto::transfer::Line;
+use kvasir_proto::v1::chunk_lost::Reason;
 use kvasir_proto::{InvalidField, convert, v1};
-use kvasir_types::{KvLayout, LayerIdx, LayerRange, Level};
+use kvasir_transport::Fetch;
+use kvasir_types::{Checksum, KvLayout, LayerIdx, LayerRange, Level};
 use tonic::Status;
-use v1::get_response::Message;
 
 use crate::deadline::Deadline;
 use crate::error::{CallError, Origin, ProtocolError, broken};
 use crate::hold::LeaseId;
+use crate::paths::Gone;
 use crate::stats::Tier;
+
+use messages::Messages;
+use transfer::{Opening, Transfer};
 
 /// What to get, and by when.
 #[derive(Clone, Debug, Default)]
@@ -35,6 +45,9 @@ pub struct GetOptions {
     pub deadline: Option<Instant>,
     /// Read by the name of a lease: what it holds, and nothing else. Default: none.
     pub lease: Option<LeaseId>,
+    /// Whether nobody waits for it yet: on the data plane, gets that somebody waits for
+    /// overtake it. Default: false.
+    pub ahead: bool,
 }
 
 /// A chunk that the daemon holds for the stream.
@@ -106,77 +119,77 @@ impl fmt::Display for LostReason {
 /// that attention over layer 0 can start while layer 1 is on the wire. Dropping
 /// the stream ends it at the daemon too.
 pub struct LayerStream {
-    origin: Origin,
     deadline: Deadline,
-    messages: Messages,
+    wire: Wire,
     chunks: Vec<ChunkInfo>,
     sequence: Sequence,
-    assembly: Assembly,
     /// Parts of the layer that is due.
     parts: Vec<Bytes>,
 }
 
-type Messages = futures::stream::BoxStream<'static, Result<v1::GetResponse, Status>>;
+/// What extents come over.
+enum Wire {
+    Grpc(Messages),
+    Data(Transfer),
+}
+
+/// What came of the extent that is due.
+enum Arrival {
+    /// All of it, and the checksum that the daemon states for it.
+    Whole(Bytes, Checksum),
+    /// This chunk and every later one will not come.
+    Lost(usize, LostReason),
+    /// Not all of it, yet.
+    Nothing,
+}
 
 impl LayerStream {
     /// Waits for the header and checks it against the request.
-    pub(crate) async fn open(
+    pub(crate) async fn over_grpc(
         origin: Origin,
         deadline: Deadline,
         messages: impl Stream<Item = Result<v1::GetResponse, Status>> + Send + 'static,
         keys: usize,
         wanted: Wanted,
     ) -> Result<Self, CallError> {
-        let mut messages = messages.boxed();
-        let first = deadline
-            .bound(&origin, next_message(&mut messages))
-            .await?
-            .and_then(|response| response.message);
-        let Some(Message::Header(header)) = first else {
-            return Err(ProtocolError::Header.into());
-        };
-        let chunks = header
-            .chunks
-            .iter()
-            .map(chunk_info)
-            .collect::<Result<Vec<_>, _>>()
-            .map_err(broken)?;
-        if chunks.len() > keys {
-            return Err(ProtocolError::Count {
-                asked: keys,
-                got: chunks.len(),
-            }
-            .into());
-        }
-        let layout = chunks.first().map(|first| first.layout);
-        let differs = |chunk: &ChunkInfo| Some(chunk.layout) != layout;
-        if let Some(index) = chunks.iter().position(differs) {
-            return Err(ProtocolError::MixedLayouts(index).into());
-        }
-        let levels = chunks.iter().map(|chunk| chunk.level).collect();
-        let sequence = Sequence::new(wanted, layout, levels)
-            .map_err(|error| broken(InvalidField::new("layers", error)))?;
-        Ok(Self {
-            origin,
-            deadline,
-            messages,
-            chunks,
-            sequence,
-            assembly: Assembly::default(),
-            parts: Vec::new(),
-        })
+        let mut messages = Messages::new(origin, messages);
+        let header = messages.header(deadline).await?;
+        let (chunks, sequence) = announced(&header, keys, wanted)?;
+        Ok(Self::new(deadline, Wire::Grpc(messages), chunks, sequence))
+    }
+
+    /// Waits for the description and checks it against the request.
+    pub(crate) async fn over_data_plane(
+        origin: Origin,
+        deadline: Deadline,
+        fetch: Fetch,
+        gone: Gone,
+        keys: usize,
+        wanted: Wanted,
+    ) -> Result<Self, CallError> {
+        let mut opening = Opening::new(origin, fetch, gone);
+        let (total, described) = opening.description(deadline).await?;
+        let header = described.header.as_ref().ok_or(ProtocolError::Header)?;
+        let (chunks, sequence) = announced(header, keys, wanted)?;
+        let line = Line::parse(&described, &sequence).map_err(broken)?;
+        let transfer = opening.transfer(total, line)?;
+        Ok(Self::new(deadline, Wire::Data(transfer), chunks, sequence))
     }
 
     /// The answer to a request for nothing.
     pub(crate) fn empty(origin: Origin, deadline: Deadline) -> Self {
         let nothing = Sequence::new(Wanted::default(), None, Vec::new());
+        let nothing = nothing.expect("no layers are asked for");
+        let wire = Wire::Grpc(Messages::new(origin, futures::stream::empty()));
+        Self::new(deadline, wire, Vec::new(), nothing)
+    }
+
+    fn new(deadline: Deadline, wire: Wire, chunks: Vec<ChunkInfo>, sequence: Sequence) -> Self {
         Self {
-            origin,
             deadline,
-            messages: futures::stream::empty().boxed(),
-            chunks: Vec::new(),
-            sequence: nothing.expect("no layers are asked for"),
-            assembly: Assembly::default(),
+            wire,
+            chunks,
+            sequence,
             parts: Vec::new(),
         }
     }
@@ -198,35 +211,19 @@ impl LayerStream {
             let Some(due) = self.sequence.peek() else {
                 return Ok(None);
             };
-            let message = self
-                .deadline
-                .bound(&self.origin, next_message(&mut self.messages))
-                .await?
-                .ok_or(ProtocolError::Truncated {
-                    chunk: due.chunk,
-                    extent: due.extent,
-                })?
-                .message;
-            let event = match message.ok_or(ProtocolError::Empty)? {
-                Message::Header(_) => return Err(ProtocolError::Header.into()),
-                Message::Lost(lost) => self.lost(&lost)?,
-                Message::Piece(piece) => self.piece(due, piece)?,
+            let arrival = match &mut self.wire {
+                Wire::Grpc(messages) => messages.next(self.deadline, &due, &self.sequence).await?,
+                Wire::Data(transfer) => transfer.next(self.deadline, &due).await?,
+            };
+            let event = match arrival {
+                Arrival::Whole(data, checksum) => self.whole(&due, data, checksum),
+                Arrival::Lost(chunk, reason) => self.give_up(chunk, reason),
+                Arrival::Nothing => None,
             };
             if event.is_some() {
                 return Ok(event);
             }
         }
-    }
-
-    fn lost(&mut self, lost: &v1::ChunkLost) -> Result<Option<GetEvent>, CallError> {
-        use v1::chunk_lost::Reason;
-        let reason = match lost.reason() {
-            Reason::Corrupt => LostReason::Corrupt,
-            Reason::Throttled => LostReason::Throttled,
-            // A reason this version cannot name is still a loss.
-            Reason::Device | Reason::Unspecified => LostReason::Device,
-        };
-        Ok(self.give_up(lost.chunk as usize, reason))
     }
 
     fn give_up(&mut self, chunk: usize, reason: LostReason) -> Option<GetEvent> {
@@ -235,73 +232,78 @@ impl LayerStream {
             return None;
         }
         if self.sequence.peek() != before {
-            self.assembly = Assembly::default();
             self.parts.clear();
         }
         Some(GetEvent::Lost { chunk, reason })
     }
 
-    fn piece(&mut self, due: Place, piece: v1::ChunkPiece) -> Result<Option<GetEvent>, CallError> {
-        let chunk = piece.chunk as usize;
-        if chunk >= self.sequence.live() {
-            if chunk >= self.chunks.len() {
-                return Err(out_of_order(due, piece.chunk));
-            }
-            // Still under way when its loss was found.
-            return Ok(None);
-        }
-        if chunk != due.chunk {
-            return Err(out_of_order(due, piece.chunk));
-        }
-        let Some(piece) = piece.piece else {
-            return Err(ProtocolError::Empty.into());
-        };
-        let whole = self
-            .assembly
-            .push(piece, due.extent, self.sequence.bounds(&due))
-            .map_err(broken)?;
-        let Some(whole) = whole else {
-            return Ok(None);
-        };
-        if whole.verify().is_err() {
+    fn whole(&mut self, due: &Place, data: Bytes, checksum: Checksum) -> Option<GetEvent> {
+        let chunk = due.chunk;
+        if checksum != Checksum::of(&data) {
             tracing::warn!(chunk, extent = %due.extent, "an extent arrived corrupt");
-            return Ok(self.give_up(chunk, LostReason::Corrupt));
+            return self.give_up(chunk, LostReason::Corrupt);
         }
-        self.sequence.resume_after(&due);
+        self.sequence.resume_after(due);
         let Some(layer) = due.layer else {
-            let data = whole.data;
-            return Ok(Some(GetEvent::Prelude { chunk, data }));
+            return Some(GetEvent::Prelude { chunk, data });
         };
-        self.parts.push(whole.data);
-        Ok(due.last.then(|| GetEvent::Layer {
+        self.parts.push(data);
+        due.last.then(|| GetEvent::Layer {
             chunk,
             layer,
             parts: std::mem::take(&mut self.parts),
-        }))
+        })
     }
 }
 
-fn out_of_order(due: Place, got: u32) -> CallError {
-    ProtocolError::Order {
-        extent: due.extent,
-        got,
-        due: due.chunk,
+/// The chunks that a header announces, and what will come of them.
+fn announced(
+    header: &v1::GetHeader,
+    keys: usize,
+    wanted: Wanted,
+) -> Result<(Vec<ChunkInfo>, Sequence), CallError> {
+    let chunks = header
+        .chunks
+        .iter()
+        .map(chunk_info)
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(broken)?;
+    if chunks.len() > keys {
+        return Err(ProtocolError::Count {
+            asked: keys,
+            got: chunks.len(),
+        }
+        .into());
     }
-    .into()
+    let layout = chunks.first().map(|first| first.layout);
+    let differs = |chunk: &ChunkInfo| Some(chunk.layout) != layout;
+    if let Some(index) = chunks.iter().position(differs) {
+        return Err(ProtocolError::MixedLayouts(index).into());
+    }
+    let levels = chunks.iter().map(|chunk| chunk.level).collect();
+    let sequence = Sequence::new(wanted, layout, levels);
+    let sequence = sequence.map_err(|error| broken(InvalidField::new("layers", error)))?;
+    Ok((chunks, sequence))
+}
+
+impl LostReason {
+    fn from_wire(reason: Reason) -> Self {
+        match reason {
+            Reason::Corrupt => Self::Corrupt,
+            Reason::Throttled => Self::Throttled,
+            // A reason this version cannot name is still a loss.
+            Reason::Device | Reason::Unspecified => Self::Device,
+        }
+    }
 }
 
 impl fmt::Debug for LayerStream {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("LayerStream")
-            .field("origin", &self.origin)
             .field("deadline", &self.deadline)
             .field("sequence", &self.sequence)
             .finish_non_exhaustive()
     }
-}
-
-async fn next_message(messages: &mut Messages) -> Result<Option<v1::GetResponse>, Status> {
-    messages.next().await.transpose()
 }
 
 pub(crate) fn chunk_info(wire: &v1::ChunkInfo) -> Result<ChunkInfo, InvalidField> {

@@ -69,6 +69,13 @@
 //! it did nothing, because a second pin would hold the chunks twice. A stream
 //! that has begun is never restarted behind the caller's back.
 //!
+//! # The data plane
+//!
+//! Gets go over the data plane where the daemon offers one that can be reached, and over gRPC
+//! else; nothing but their speed differs. [`Client::connect`] waits until that is known;
+//! [`Client::data_path`] tells. A daemon that goes away is noticed by its control connection,
+//! so that a get ends with it, and not by its own silence.
+//!
 //! Not here: the wire format (`kvasir-proto`), what to fetch and when
 //! (`kvasir-plugin`).
 
@@ -84,6 +91,7 @@ mod error;
 mod get;
 mod hold;
 mod list;
+mod paths;
 mod profile;
 mod retry;
 mod stats;
@@ -91,7 +99,10 @@ mod watch;
 
 pub use chunk::{Chunk, Put, PutOptions, PutOutcome};
 pub use client::{Client, Found, Lookup, Pin, PinId};
-pub use config::{ClientConfig, RetryConfig};
+pub use config::{ClientConfig, DataPlane, RetryConfig, TlsConfig, TlsFileError};
+pub use kvasir_transport::quic::{Identity, TlsError, Trust};
+pub use kvasir_transport::{Carrier, Status as PathStatus};
+
 pub use endpoint::{Endpoint, ParseEndpointError};
 pub use error::{CallError, ConnectError, ProtocolError};
 pub use get::{ChunkInfo, GetEvent, GetOptions, LayerStream, LostReason};

@@ -8,9 +8,10 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use super::{CLOSED, receive, send, until};
+use super::{CLOSED, receive, send};
 use super::{ConnectError, Ended, Identity, QuicConfig, Trust, VIOLATED};
 use crate::holding::Shared;
+use crate::path::until;
 use crate::session::{Frame, RequestId};
 use crate::source::Source;
 
@@ -36,17 +37,13 @@ impl Listener {
         source: Arc<S>,
         config: QuicConfig,
     ) -> Result<Self, ConnectError> {
-        let socket = |error| ConnectError::Socket(address, error);
-        let mut server = quinn::ServerConfig::with_crypto(Arc::new(identity.serving(clients)?));
-        server.transport_config(config.transport());
-        let bound = std::net::UdpSocket::bind(address).map_err(socket)?;
-        let runtime = Arc::new(quinn::TokioRuntime);
-        let endpoint = quinn::Endpoint::new(config.endpoint()?, Some(server), bound, runtime);
-        let endpoint = endpoint.map_err(socket)?;
-        let address = endpoint.local_addr().map_err(socket)?;
+        let server = quinn::ServerConfig::with_crypto(Arc::new(identity.serving(clients)?));
+        let endpoint = config.endpoint(address, Some(server.clone()))?;
+        let bound = endpoint.local_addr();
+        let address = bound.map_err(|error| ConnectError::Socket(address, error))?;
         let (draining, drains) = watch::channel(false);
         let mut tasks = JoinSet::new();
-        tasks.spawn(accept(endpoint.clone(), source, config, drains));
+        tasks.spawn(accept(endpoint.clone(), server, source, config, drains));
         Ok(Self {
             endpoint,
             address,
@@ -82,6 +79,7 @@ impl Drop for Listener {
 
 async fn accept<S: Source>(
     endpoint: quinn::Endpoint,
+    server: quinn::ServerConfig,
     source: Arc<S>,
     config: QuicConfig,
     mut drains: watch::Receiver<bool>,
@@ -96,9 +94,12 @@ async fn accept<S: Source>(
             incoming = endpoint.accept() => {
                 let Some(incoming) = incoming else { return };
                 let (source, drains) = (Arc::clone(&source), drains.clone());
+                let peer = incoming.remote_address();
+                let mut server = server.clone();
+                server.transport_config(config.transport(peer.ip()));
                 connections.spawn(async move {
-                    let peer = incoming.remote_address();
-                    if let Err(error) = serve(incoming, source, config, drains).await {
+                    let connecting = incoming.accept_with(Arc::new(server));
+                    if let Err(error) = serve(connecting, source, config, drains).await {
                         let error = &error as &dyn std::error::Error;
                         tracing::debug!(%peer, error, "a fetcher's connection ended");
                     }
@@ -115,12 +116,12 @@ async fn accept<S: Source>(
 }
 
 async fn serve<S: Source>(
-    incoming: quinn::Incoming,
+    connecting: Result<quinn::Connecting, quinn::ConnectionError>,
     source: Arc<S>,
     config: QuicConfig,
     mut drains: watch::Receiver<bool>,
 ) -> Result<(), Ended> {
-    let connection = incoming.await?;
+    let connection = connecting?.await?;
     let (control, asks) = connection.accept_bi().await?;
     let shared = Shared::new(config.session, source);
     let draining = async {

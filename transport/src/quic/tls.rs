@@ -31,6 +31,9 @@ pub enum TlsError {
     /// They cannot be read.
     #[error("not a certificate or a key in PEM")]
     Pem(#[source] rustls::pki_types::pem::Error),
+    /// There are none.
+    #[error("no certificate in PEM")]
+    Nothing,
     /// They cannot be used.
     #[error("certificate and key cannot be used")]
     Unusable(#[from] rustls::Error),
@@ -73,6 +76,11 @@ impl Identity {
         })
     }
 
+    /// DER of its certificate, without those that vouch for it.
+    pub fn certificate(&self) -> &[u8] {
+        self.chain.first().map_or(&[], |certificate| certificate)
+    }
+
     /// What whoever pins it has to believe.
     ///
     /// # Errors
@@ -92,7 +100,10 @@ impl Identity {
     }
 
     /// For a holder; with `clients`, fetchers must have a certificate that these vouch for.
-    pub(super) fn serving(&self, clients: Option<&Trust>) -> Result<QuicServerConfig, TlsError> {
+    ///
+    /// # Errors
+    /// [`TlsError`]
+    pub fn serving(&self, clients: Option<&Trust>) -> Result<QuicServerConfig, TlsError> {
         let (chain, key) = self.parts();
         let builder = rustls::ServerConfig::builder_with_provider(provider())
             .with_protocol_versions(&[&rustls::version::TLS13])?;
@@ -115,22 +126,37 @@ impl Trust {
     /// Of PEM: certificates of authorities, or of a holder itself.
     ///
     /// # Errors
-    /// [`TlsError::Pem`], [`TlsError::Unusable`]
+    /// [`TlsError::Pem`], [`TlsError::Nothing`], [`TlsError::Unusable`]
     pub fn from_pem(certificates: &[u8]) -> Result<Self, TlsError> {
         let mut roots = RootCertStore::empty();
         for certificate in CertificateDer::pem_slice_iter(certificates) {
             roots.add(certificate.map_err(TlsError::Pem)?)?;
+        }
+        if roots.is_empty() {
+            return Err(TlsError::Nothing);
         }
         Ok(Self {
             roots: Arc::new(roots),
         })
     }
 
+    /// One certificate, of DER: that of a holder itself.
+    ///
+    /// # Errors
+    /// [`TlsError::Unusable`]
+    pub fn from_der(certificate: &[u8]) -> Result<Self, TlsError> {
+        let mut roots = RootCertStore::empty();
+        roots.add(CertificateDer::from_slice(certificate))?;
+        Ok(Self {
+            roots: Arc::new(roots),
+        })
+    }
+
     /// For a fetcher, which shows `identity` where it is asked to.
-    pub(super) fn fetching(
-        &self,
-        identity: Option<&Identity>,
-    ) -> Result<QuicClientConfig, TlsError> {
+    ///
+    /// # Errors
+    /// [`TlsError`]
+    pub fn fetching(&self, identity: Option<&Identity>) -> Result<QuicClientConfig, TlsError> {
         let builder = rustls::ClientConfig::builder_with_provider(provider())
             .with_protocol_versions(&[&rustls::version::TLS13])?
             .with_root_certificates(Arc::clone(&self.roots));

@@ -53,6 +53,8 @@ pub enum FetchEvent {
         request: RequestId,
         /// Their places.
         range: Range<u64>,
+        /// Why, in the holder's words.
+        reason: u32,
     },
     /// All bytes came, or are lost.
     Complete {
@@ -283,7 +285,11 @@ impl Fetcher {
                 offset,
                 bytes,
             } => self.on_data(now, request, offset, bytes)?,
-            Frame::Lost { request, range } => self.on_loss(now, request, range)?,
+            Frame::Lost {
+                request,
+                range,
+                reason,
+            } => self.on_loss(now, request, range, reason)?,
             Frame::Pong { nonce } => {
                 if let (Some(last), true) = (self.pings.last, nonce == self.pings.nonce)
                     && !std::mem::replace(&mut self.pings.answered, true)
@@ -372,6 +378,7 @@ impl Fetcher {
         now: Instant,
         request: RequestId,
         range: Range<u64>,
+        reason: u32,
     ) -> Result<(), Violation> {
         let Some(asked) = self.described(request, &range)? else {
             return Ok(());
@@ -380,7 +387,11 @@ impl Fetcher {
         let new: Vec<Range<u64>> = asked.settled.gaps(&range).collect();
         asked.settled.insert(range);
         for range in new {
-            self.events.push_back(FetchEvent::Lost { request, range });
+            self.events.push_back(FetchEvent::Lost {
+                request,
+                range,
+                reason,
+            });
         }
         self.complete(request);
         Ok(())
@@ -459,6 +470,11 @@ impl Fetcher {
     /// The next frame to send.
     pub fn poll_frame(&mut self) -> Option<Frame> {
         self.out.pop_front()
+    }
+
+    /// Whether there are any.
+    pub fn has_frames(&self) -> bool {
+        !self.out.is_empty()
     }
 
     /// What happened.

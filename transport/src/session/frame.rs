@@ -61,6 +61,8 @@ pub enum Frame {
         request: RequestId,
         /// The bytes.
         range: Range<u64>,
+        /// Why; the session does not look into it.
+        reason: u32,
     },
     /// How much a request matters, from now on.
     Prioritise {
@@ -196,6 +198,7 @@ impl Frame {
                         RefuseReason::Answer => 0,
                         RefuseReason::Busy => 1,
                         RefuseReason::Draining => 2,
+                        RefuseReason::Idle => 3,
                     },
                 }),
                 body,
@@ -211,11 +214,16 @@ impl Frame {
                 }),
                 bytes,
             ),
-            Self::Lost { request, range } => (
+            Self::Lost {
+                request,
+                range,
+                reason,
+            } => (
                 Kind::Lost(wire::Lost {
                     request: request.0,
                     start: range.start,
                     end: range.end,
+                    reason: *reason,
                 }),
                 &empty,
             ),
@@ -402,6 +410,7 @@ fn frame(kind: Kind, body: Bytes) -> Result<Frame, FrameError> {
             reason: match it.reason {
                 1 => RefuseReason::Busy,
                 2 => RefuseReason::Draining,
+                3 => RefuseReason::Idle,
                 _ => RefuseReason::Answer,
             },
             body,
@@ -414,6 +423,7 @@ fn frame(kind: Kind, body: Bytes) -> Result<Frame, FrameError> {
         Kind::Lost(it) => Frame::Lost {
             request: RequestId(it.request),
             range: range(it.start, it.end)?,
+            reason: it.reason,
         },
         Kind::Prioritise(it) => Frame::Prioritise {
             request: RequestId(it.request),
@@ -435,7 +445,7 @@ fn range(start: u64, end: u64) -> Result<Range<u64>, FrameError> {
 
 /// Bytes of data in one frame at most.
 const MAX_DATA: u64 = 16 << 20;
-/// Bytes of what a session does not look into: keys, headers of chunks.
-pub(super) const MAX_BODY: u64 = 4 << 20;
+/// Bytes of a body, which a session does not look into, at most.
+pub const MAX_BODY: u64 = 4 << 20;
 /// Ranges that an [`Ask`] has at most, so that its header stays below 64 KiB.
 pub(super) const MAX_RANGES: usize = 1024;

@@ -9,6 +9,7 @@ use bytes::Bytes;
 use rangemap::RangeSet;
 
 use super::{Agreement, Ask, Config, Frame, RefuseReason, RequestId, Violation};
+use crate::source::Lost;
 
 /// Answers one fetcher over one connection.
 #[derive(Debug)]
@@ -71,15 +72,6 @@ struct Serving {
     reading: u64,
     /// When it was asked for, or something of it was sent.
     moved: Instant,
-}
-
-impl Serving {
-    fn is_sent(&self) -> bool {
-        self.described.is_some()
-            && self.wanted.is_empty()
-            && self.ready.is_empty()
-            && self.reading == 0
-    }
 }
 
 impl Holder {
@@ -270,17 +262,28 @@ impl Holder {
         }
     }
 
-    /// Bytes, whether they were to be read or not, that cannot be.
-    pub fn lose(&mut self, read: &Read, range: Range<u64>) {
+    /// Some of what was to be read is lost, and so may be more, whether it was to be read or
+    /// not. What of it is not is to be read again; where all of it is not, all of it is lost.
+    pub fn lose(&mut self, read: &Read, lost: Lost) {
         let length = read.range.end - read.range.start;
         if let Some(serving) = self.requests.get_mut(&read.request) {
             serving.reading = serving.reading.saturating_sub(length);
             self.ahead = self.ahead.saturating_sub(length);
-            serving.wanted.remove(range.clone());
-            serving.ready.push_back(Frame::Lost {
-                request: read.request,
-                range,
-            });
+            let mut ranges = lost.ranges;
+            let concerns =
+                |range: &Range<u64>| range.start < read.range.end && read.range.start < range.end;
+            if !ranges.iter().any(concerns) {
+                ranges.push(read.range.clone());
+            }
+            serving.wanted.insert(read.range.clone());
+            for range in ranges.into_iter().filter(|range| !range.is_empty()) {
+                serving.wanted.remove(range.clone());
+                serving.ready.push_back(Frame::Lost {
+                    request: read.request,
+                    range,
+                    reason: lost.reason,
+                });
+            }
         }
     }
 
@@ -310,8 +313,8 @@ impl Holder {
     pub fn timeout(&self) -> Option<Instant> {
         let linger = self.config.linger;
         let ends = self.requests.values().flat_map(|serving| {
-            let sent = serving.is_sent().then(|| serving.moved + linger);
-            serving.deadline.into_iter().chain(sent)
+            let idle = serving.described.is_some().then(|| serving.moved + linger);
+            serving.deadline.into_iter().chain(idle)
         });
         ends.min()
     }
@@ -321,7 +324,7 @@ impl Holder {
         let linger = self.config.linger;
         let over = |serving: &Serving| {
             serving.deadline.is_some_and(|deadline| deadline <= now)
-                || (serving.is_sent() && serving.moved + linger <= now)
+                || (serving.described.is_some() && serving.moved + linger <= now)
         };
         let ended: Vec<RequestId> = self
             .requests
@@ -331,6 +334,12 @@ impl Holder {
             .collect();
         for request in ended {
             self.end(request);
+            // Somebody may wait all the same.
+            self.out.push_back(Frame::Refuse {
+                request,
+                reason: RefuseReason::Idle,
+                body: Bytes::new(),
+            });
         }
     }
 

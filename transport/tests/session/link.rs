@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use kvasir_transport::Lost;
 use kvasir_transport::session::{
     Config, FetchEvent, Fetcher, Frame, FrameReader, Holder, HolderEvent, Read, RequestId,
 };
@@ -203,7 +204,14 @@ impl Pair {
             && read.range.start < bad.end
         {
             let range = read.range.clone();
-            self.holder.lose(&read, range);
+            let reason = 7;
+            self.holder.lose(
+                &read,
+                Lost {
+                    ranges: vec![range],
+                    reason,
+                },
+            );
             return;
         }
         let place = |at: u64| usize::try_from(at).expect("a test's things are small");
@@ -265,7 +273,7 @@ impl Pair {
                     self.fetcher.consumed(bytes.len() as u64);
                 }
             }
-            FetchEvent::Lost { request, range } => {
+            FetchEvent::Lost { request, range, .. } => {
                 self.got.get_mut(request).expect("asked for").lost += range.end - range.start;
             }
             FetchEvent::Complete { request }

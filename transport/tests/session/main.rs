@@ -340,6 +340,7 @@ fn what_a_peer_may_not_do_ends_the_connection() {
     let lost = Frame::Lost {
         request,
         range: 0..501,
+        reason: 0,
     };
     assert_eq!(
         after(&[hello.clone(), describe, lost]),

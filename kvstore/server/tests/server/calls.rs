@@ -119,7 +119,7 @@ async fn stats_count_what_happened() {
     read_all(&client, &[1]).await;
     let stats = client.stats().await.unwrap();
     let bytes = layout().chunk_bytes();
-    assert_eq!((stats.received_bytes, stats.sent_bytes), (bytes, bytes));
+    assert_eq!((stats.received_bytes, stats.sent_bytes), (bytes, 2 * bytes));
     assert_eq!((stats.lookup_keys, stats.lookup_hits), (2, 1));
     assert_eq!(stats.version, env!("CARGO_PKG_VERSION"));
     assert!(stats.resident_bytes > 0 && stats.peak_resident_bytes >= stats.resident_bytes);

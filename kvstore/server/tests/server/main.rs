@@ -9,6 +9,7 @@
 mod calls;
 mod command;
 mod daemon;
+mod data_plane;
 mod holding;
 mod lifecycle;
 mod profiles;

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use kvasir_client::{Chunk, Client, GetEvent, GetOptions, LayerStream};
+use kvasir_client::{Chunk, Client, ClientConfig, DataPlane, GetEvent, GetOptions, LayerStream};
 use kvasir_proto::v1::cache_client::CacheClient;
 use kvasir_server::{Running, Server, ServerConfig};
 use kvasir_store::{DiskConfig, MemoryConfig};
@@ -71,8 +71,20 @@ pub(crate) async fn channel(server: &Running) -> Channel {
         .unwrap()
 }
 
-/// The chunks that a get completes, each compared with what [`chunk`] stored.
+/// The chunks that a get completes, each compared with what [`chunk`] stored; over the data
+/// plane, if the client has found it yet, and over gRPC.
 pub(crate) async fn read_all(client: &Client, numbers: &[u8]) -> usize {
+    let found = read_over_its_path(client, numbers).await;
+    let over_grpc = Client::connect_lazy(ClientConfig {
+        data_plane: DataPlane::Grpc,
+        ..client.config().clone()
+    });
+    assert_eq!(read_over_its_path(&over_grpc, numbers).await, found);
+    assert_eq!(over_grpc.data_path(), None);
+    found
+}
+
+async fn read_over_its_path(client: &Client, numbers: &[u8]) -> usize {
     let keys: Vec<_> = numbers.iter().copied().map(key).collect();
     let stream = client.get(&keys, GetOptions::default()).await.unwrap();
     let chunks = stream.chunks().len();

@@ -1,7 +1,9 @@
 use std::time::Duration;
 
+use futures::StreamExt as _;
 use kvasir_proto::assembly;
-use kvasir_types::{Checksum, DType, ExtentIdx, Planes};
+use kvasir_types::{DType, ExtentIdx, Planes};
+use v1::get_response::Message;
 
 use super::*;
 use crate::Endpoint;
@@ -51,7 +53,7 @@ async fn open(messages: Vec<Message>, wanted: Wanted) -> Result<LayerStream, Cal
     }));
     let origin = Origin(Endpoint::default());
     let deadline = Deadline::after(Duration::from_secs(5));
-    LayerStream::open(origin, deadline, stream, 3, wanted).await
+    LayerStream::over_grpc(origin, deadline, stream, 3, wanted).await
 }
 
 /// The events as text: `layer/chunk`, or `-chunk` for a loss.
@@ -170,7 +172,7 @@ async fn a_silent_daemon_does_not_outlast_the_deadline() {
     let stream = futures::stream::iter([Ok(first)]).chain(futures::stream::pending());
     let origin = Origin(Endpoint::default());
     let deadline = Deadline::after(Duration::from_millis(30));
-    let mut stream = LayerStream::open(origin, deadline, stream, 1, Wanted::default())
+    let mut stream = LayerStream::over_grpc(origin, deadline, stream, 1, Wanted::default())
         .await
         .unwrap();
     for _ in 0..2 {

@@ -59,7 +59,11 @@ fn frames() -> impl Strategy<Value = Frame> {
                 bytes,
             }
         }),
-        (request(), range()).prop_map(|(request, range)| Frame::Lost { request, range }),
+        (request(), range(), any::<u32>()).prop_map(|(request, range, reason)| Frame::Lost {
+            request,
+            range,
+            reason,
+        }),
         (request(), any::<u32>())
             .prop_map(|(request, priority)| Frame::Prioritise { request, priority }),
         request().prop_map(|request| Frame::Finish { request }),

@@ -98,6 +98,8 @@ pub(in crate::session) struct Lost {
     pub(in crate::session) start: u64,
     #[prost(uint64, tag = "3")]
     pub(in crate::session) end: u64,
+    #[prost(uint32, tag = "4")]
+    pub(in crate::session) reason: u32,
 }
 
 #[derive(Clone, Copy, PartialEq, prost::Message)]

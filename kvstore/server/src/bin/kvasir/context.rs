@@ -2,11 +2,12 @@
 
 use std::env;
 use std::io::{self, Write};
+use std::path::PathBuf;
 
 use anyhow::Context as _;
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
-use kvasir_client::{Client, ClientConfig, Endpoint};
+use kvasir_client::{Client, ClientConfig, Endpoint, TlsConfig};
 use serde::Serialize;
 
 /// Options of every command.
@@ -15,6 +16,28 @@ pub(crate) struct Global {
     /// Where the daemon listens [default: $KVASIR_ENDPOINT or 127.0.0.1:7420].
     #[arg(long, global = true, value_name = "HOST:PORT")]
     endpoint: Option<String>,
+    /// File of certificates in PEM, one of which must vouch for the daemon's data plane
+    /// [default: what the daemon says].
+    #[arg(long, global = true, value_name = "FILE", env = "KVASIR_CA")]
+    ca: Option<PathBuf>,
+    /// File of this client's certificate in PEM, for daemons that ask for one.
+    #[arg(
+        long,
+        global = true,
+        value_name = "FILE",
+        env = "KVASIR_CERT",
+        requires = "client_key"
+    )]
+    client_cert: Option<PathBuf>,
+    /// File of its key.
+    #[arg(
+        long,
+        global = true,
+        value_name = "FILE",
+        env = "KVASIR_KEY",
+        requires = "client_cert"
+    )]
+    client_key: Option<PathBuf>,
     /// Print JSON instead of text, and no progress.
     #[arg(long, global = true)]
     json: bool,
@@ -25,6 +48,7 @@ pub(crate) struct Global {
 pub(crate) struct Context {
     pub(crate) endpoint: Endpoint,
     pub(crate) json: bool,
+    tls: TlsConfig,
 }
 
 impl Context {
@@ -37,6 +61,7 @@ impl Context {
         Ok(Self {
             endpoint,
             json: global.json,
+            tls: TlsConfig::from_files(global.ca, global.client_cert.zip(global.client_key))?,
         })
     }
 
@@ -44,6 +69,7 @@ impl Context {
     pub(crate) async fn connect(&self) -> anyhow::Result<Client> {
         let config = ClientConfig {
             endpoint: self.endpoint.clone(),
+            tls: self.tls.clone(),
             ..ClientConfig::default()
         };
         Ok(Client::connect_with(config).await?)

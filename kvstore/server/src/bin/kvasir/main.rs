@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+mod cert;
 mod context;
 mod demo;
 mod get;
@@ -46,6 +47,8 @@ enum Command {
     Put(put::Arguments),
     /// Delete chunks.
     Rm(remove::Arguments),
+    /// Make certificates for the data plane between hosts.
+    Cert(cert::Arguments),
     /// List, store, fetch or delete codec profiles.
     Profiles(profiles::Arguments),
 }
@@ -99,6 +102,7 @@ async fn dispatch(context: &Context, command: Command) -> anyhow::Result<()> {
         Command::Get(arguments) => get::run(context, &arguments).await,
         Command::Put(arguments) => put::run(context, &arguments).await,
         Command::Rm(arguments) => remove::run(context, &arguments).await,
+        Command::Cert(arguments) => cert::run(context, &arguments),
         Command::Profiles(arguments) => profiles::run(context, &arguments).await,
     }
 }

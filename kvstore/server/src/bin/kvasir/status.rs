@@ -11,14 +11,23 @@ use crate::output::{duration, percent, size, times};
 #[derive(Serialize)]
 struct Report<'a> {
     endpoint: String,
+    /// What gets go over: `quic`, or `grpc`.
+    data_path: String,
+    /// Of the data path, once it was measured.
+    round_trip_us: Option<u64>,
     #[serde(flatten)]
     stats: &'a Stats,
 }
 
 pub(crate) async fn run(context: &Context) -> anyhow::Result<()> {
-    let stats = context.connect().await?.stats().await?;
+    let client = context.connect().await?;
+    let stats = client.stats().await?;
+    let path = client.data_path().filter(|path| path.connected);
+    let round_trip = path.and_then(|path| path.round_trip);
     let report = Report {
         endpoint: context.endpoint.to_string(),
+        data_path: path.map_or_else(|| "grpc".to_owned(), |path| path.carrier.to_string()),
+        round_trip_us: round_trip.and_then(|time| time.as_micros().try_into().ok()),
         stats: &stats,
     };
     context.print(&report, |out| print(out, &report))
@@ -28,6 +37,11 @@ fn print(out: &mut dyn Write, report: &Report<'_>) -> io::Result<()> {
     let stats = report.stats;
     writeln!(out, "kvasird {} at {}", stats.version, report.endpoint)?;
     writeln!(out, "up        {}", duration(stats.uptime_ms))?;
+    write!(out, "data path {}", report.data_path)?;
+    match report.round_trip_us {
+        Some(micros) => writeln!(out, ", {micros} us there and back")?,
+        None => writeln!(out)?,
+    }
     let data_dir = match stats.data_dir.as_str() {
         "" => "none (memory only)",
         path => path,

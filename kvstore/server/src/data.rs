@@ -1,0 +1,160 @@
+//! Gets over the data plane.
+//!
+//! A request's body is a [`v1::GetRequest`]; its bytes are the extents of the chunks, one
+//! after the other in the order in which a get streams them, and its description says where
+//! each begins and what its checksum is. The chunks are leased until the request ends.
+
+use std::num::NonZeroUsize;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use bytes::Bytes;
+use futures::future::try_join_all;
+use kvasir_proto::transfer::{Item, Line};
+use kvasir_proto::v1::chunk_lost::Reason;
+use kvasir_proto::{convert, status, v1};
+use kvasir_store::Lease;
+use kvasir_transport::session::MAX_BODY;
+use kvasir_transport::{Lost, Source, Thing};
+use lru::LruCache;
+use prost::Message as _;
+use tokio::sync::{OnceCell, OwnedSemaphorePermit};
+use tokio::time::timeout;
+use tonic::Status;
+
+use crate::service::Shared;
+use crate::{get, read};
+
+/// What the store has.
+#[derive(Debug)]
+pub(crate) struct Chunks(pub(crate) Arc<Shared>);
+
+/// The chunks of one request.
+#[derive(Debug)]
+pub(crate) struct Transfer {
+    shared: Arc<Shared>,
+    leases: Vec<Arc<Lease>>,
+    line: Line,
+    description: Bytes,
+    /// Extents of which not all is asked for at once, by their index.
+    parts: Mutex<LruCache<usize, Arc<Part>>>,
+    _permit: OwnedSemaphorePermit,
+}
+
+/// An extent, read once for all who wait for some of it.
+type Part = OnceCell<Result<Bytes, Reason>>;
+
+impl Source for Chunks {
+    type Thing = Transfer;
+
+    async fn open(&self, body: Bytes, _: Option<Instant>) -> Result<Transfer, Bytes> {
+        let opened = Transfer::open(&self.0, body).await;
+        opened.map_err(|refusal| status::to_refusal(&refusal).encode_to_vec().into())
+    }
+}
+
+impl Transfer {
+    async fn open(shared: &Arc<Shared>, body: Bytes) -> Result<Self, Status> {
+        let request = v1::GetRequest::decode(body)
+            .map_err(|error| Status::invalid_argument(format!("not a get: {error}")))?;
+        let keys = convert::keys("keys", &request.keys)?;
+        let wanted = convert::wanted(&request)?;
+        let permit = shared.admission.transfer()?;
+        let leases = get::leases(shared, &request, &keys).await?;
+        let sequence = get::sequence(&leases, wanted)?;
+        let mut line = Line::default();
+        for place in sequence {
+            let lease = leases.get(place.chunk);
+            let entry = lease.and_then(|lease| lease.header().extent(place.extent));
+            entry
+                .and_then(|entry| line.push(place, entry.len, entry.checksum))
+                .ok_or_else(|| Status::internal("a chunk has other extents than its level says"))?;
+        }
+        let chunks = leases.iter().map(|lease| get::info(lease)).collect();
+        let description = line.to_wire(v1::GetHeader { chunks }).encode_to_vec();
+        if description.len() as u64 > MAX_BODY {
+            let problem = "too many extents for one request of the data plane; get fewer chunks";
+            return Err(Status::out_of_range(problem));
+        }
+        Ok(Self {
+            shared: Arc::clone(shared),
+            leases,
+            line,
+            description: description.into(),
+            parts: Mutex::new(LruCache::new(PARTS)),
+            _permit: permit,
+        })
+    }
+
+    /// Some bytes of an extent.
+    async fn piece(&self, index: usize, item: Item, range: &Range<u64>) -> Result<Bytes, Failed> {
+        let whole = item.range();
+        let wanted = range.start.max(whole.start)..range.end.min(whole.end);
+        let failed = |reason| Failed { item, reason };
+        if wanted == whole {
+            return self.extent(&item).await.map_err(failed);
+        }
+        let part = {
+            let mut parts = self.parts.lock().unwrap_or_else(PoisonError::into_inner);
+            Arc::clone(parts.get_or_insert(index, Arc::default))
+        };
+        let read = part.get_or_init(|| self.extent(&item)).await.clone();
+        let place = |at: u64| usize::try_from(at - whole.start).unwrap_or(usize::MAX);
+        let read = read.map_err(failed)?;
+        Ok(read.slice(place(wanted.start)..place(wanted.end)))
+    }
+
+    /// An extent, of as many bytes as the line says.
+    async fn extent(&self, item: &Item) -> Result<Bytes, Reason> {
+        let lease = self.leases.get(item.place.chunk).ok_or(Reason::Device)?;
+        let read = read::extent_patiently(&self.shared.store, lease, &item.place);
+        // The device is waited for, but not for ever.
+        let read = timeout(self.shared.limits.read_timeout(), read).await;
+        let (bytes, _) = read.unwrap_or(Err(Reason::Device))?;
+        if bytes.len() as u64 == item.bytes {
+            Ok(bytes)
+        } else {
+            Err(Reason::Corrupt)
+        }
+    }
+}
+
+/// An extent that cannot be read.
+struct Failed {
+    item: Item,
+    reason: Reason,
+}
+
+impl Thing for Transfer {
+    fn total(&self) -> u64 {
+        self.line.total()
+    }
+
+    fn description(&self) -> Bytes {
+        self.description.clone()
+    }
+
+    async fn read(&self, range: Range<u64>) -> Result<Vec<Bytes>, Lost> {
+        let indices = self.line.within(&range);
+        let items = self.line.items().get(indices.clone()).unwrap_or(&[]);
+        let pieces = indices
+            .zip(items)
+            .map(|(index, item)| self.piece(index, *item, &range));
+        match try_join_all(pieces).await {
+            Ok(pieces) => {
+                let bytes = pieces.iter().map(Bytes::len).sum();
+                self.shared.counters.sent_bytes.add(bytes);
+                Ok(pieces)
+            }
+            // With a chunk, all that follow it are of no use; earlier ones go on.
+            Err(Failed { item, reason }) => Err(Lost {
+                ranges: self.line.after_loss(item.place.chunk, range.start),
+                reason: i32::from(reason).unsigned_abs(),
+            }),
+        }
+    }
+}
+
+/// Extents that pieces under way are parts of.
+const PARTS: NonZeroUsize = NonZeroUsize::new(64).expect("not zero");

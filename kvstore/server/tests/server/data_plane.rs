@@ -1,0 +1,270 @@
+//! Gets over the data plane.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use kvasir_client::{CallError, Carrier, Client, ClientConfig, DataPlane, GetOptions, TlsConfig};
+use kvasir_server::{QuicSettings, Server, ServerConfig, StartError};
+use kvasir_transport::quic::{Authority, Issued, Purpose};
+use kvasir_types::ByteSize;
+use rustix::process::Signal;
+
+use crate::daemon::Daemon;
+use crate::support::*;
+
+const LAYERS_OF_MANY: u16 = 2000;
+const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+
+fn carrier(client: &Client) -> Option<Carrier> {
+    let path = client.data_path()?;
+    path.connected.then_some(path.carrier)
+}
+
+#[tokio::test]
+async fn gets_go_over_quic_unless_they_are_told_not_to() {
+    let (server, client) = start(memory(ByteSize::mib(64))).await;
+    assert_eq!(carrier(&client), Some(Carrier::Quic));
+    client.put(&chunk(1)).await.unwrap();
+    let sent = || server.store().stats();
+    assert_eq!(sent().leases, 0);
+    assert_eq!(read_all(&client, &[1]).await, 1);
+    soon("leases end with their gets", || sent().leases == 0).await;
+    server.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_daemon_without_a_data_plane_serves_over_grpc() {
+    let config = ServerConfig {
+        quic: QuicSettings {
+            enabled: false,
+            ..QuicSettings::default()
+        },
+        ..memory(ByteSize::mib(64))
+    };
+    let (server, client) = start(config).await;
+    assert_eq!(client.data_path(), None);
+    client.put(&chunk(1)).await.unwrap();
+    assert_eq!(read_all(&client, &[1]).await, 1);
+    server.shutdown().await;
+}
+
+/// Keys enough that their extents cannot be described in one message.
+#[tokio::test]
+async fn what_is_too_much_for_one_request_goes_over_grpc() {
+    let (server, client) = start(memory(ByteSize::mib(256))).await;
+    let layout = kvasir_types::KvLayout::new(
+        LAYERS_OF_MANY,
+        1,
+        kvasir_types::Planes::symmetric(1),
+        1,
+        kvasir_types::DType::F8E4m3,
+    );
+    let layout = layout.unwrap();
+    let mut keys = Vec::new();
+    for number in 0..=255 {
+        let chunk = kvasir_client::Chunk {
+            key: key(number),
+            layout,
+            level: kvasir_types::Level::RAW,
+            extents: vec![vec![number; layout.layer_bytes()].into(); LAYERS_OF_MANY.into()],
+        };
+        client.put(&chunk).await.unwrap();
+        keys.push(chunk.key);
+    }
+    let stream = client.get(&keys, GetOptions::default()).await.unwrap();
+    assert_eq!(stream.chunks().len(), 256);
+    let layers = events(stream).await.layers;
+    assert_eq!(layers.len(), 256 * usize::from(LAYERS_OF_MANY));
+    assert!(
+        layers
+            .iter()
+            .all(|(chunk, _, data)| data.iter().all(|&byte| usize::from(byte) == *chunk))
+    );
+    server.shutdown().await;
+}
+
+/// A peer that was killed says nothing over UDP; the control connection tells.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_daemon_fails_a_get_at_once() {
+    let directory = tempfile::tempdir().unwrap();
+    let daemon = Daemon::start(&directory.path().join("data"), &[]);
+    let client = Client::connect(&daemon.endpoint).await.unwrap();
+    assert_eq!(carrier(&client), Some(Carrier::Quic));
+    // More than goes into windows that nobody empties.
+    let numbers: Vec<u8> = (0..200).collect();
+    for number in &numbers {
+        client.put(&chunk(*number)).await.unwrap();
+    }
+    let keys: Vec<_> = numbers.iter().copied().map(key).collect();
+    let mut stream = client.get(&keys, GetOptions::default()).await.unwrap();
+    assert!(stream.next().await.unwrap().is_some());
+    daemon.signal(Signal::KILL);
+    let begun = Instant::now();
+    let error = loop {
+        match stream.next().await {
+            Ok(event) => assert!(event.is_some(), "it ended as if nothing had happened"),
+            Err(error) => break error,
+        }
+    };
+    assert!(matches!(error, CallError::Unavailable { .. }), "{error}");
+    assert!(
+        begun.elapsed() < Duration::from_secs(4),
+        "{:?}",
+        begun.elapsed()
+    );
+}
+
+/// A daemon that is back with another certificate is found again.
+#[tokio::test]
+async fn the_data_plane_comes_back_with_the_daemon() {
+    let (server, client) = start(memory(ByteSize::mib(64))).await;
+    let addr = server.addr();
+    server.shutdown().await;
+    let mut config = memory(ByteSize::mib(64));
+    config.listen = addr;
+    let server = Server::start(config).await.unwrap();
+    client.put(&chunk(1)).await.unwrap();
+    let begun = Instant::now();
+    while carrier(&client) != Some(Carrier::Quic) {
+        assert!(begun.elapsed() < Duration::from_secs(10));
+        // Over gRPC meanwhile.
+        assert_eq!(read_all(&client, &[1]).await, 1);
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert_eq!(read_all(&client, &[1]).await, 1);
+    server.shutdown().await;
+}
+
+fn write(directory: &Path, name: &str, issued: &Issued) -> (PathBuf, PathBuf) {
+    let certificate = directory.join(format!("{name}.pem"));
+    let key = directory.join(format!("{name}.key"));
+    std::fs::write(&certificate, &issued.certificate).unwrap();
+    std::fs::write(&key, &issued.key).unwrap();
+    (certificate, key)
+}
+
+#[tokio::test]
+async fn certificates_of_an_authority_are_demanded_of_both_sides() {
+    let directory = tempfile::tempdir().unwrap();
+    let at = directory.path();
+    let (authority, own) = Authority::new(DAY).unwrap();
+    let (ca, _) = write(at, "ca", &own);
+    let names = ["127.0.0.1".to_owned(), "localhost".to_owned()];
+    let (certificate, key) = write(
+        at,
+        "server",
+        &authority.issue(&names, Purpose::Server, DAY).unwrap(),
+    );
+    let client = ["engine".to_owned()];
+    let identity = write(
+        at,
+        "client",
+        &authority.issue(&client, Purpose::Client, DAY).unwrap(),
+    );
+    // Known by its key alone; another one has another key.
+    let again = Authority::from_pem(&own.key).unwrap();
+    let late = write(
+        at,
+        "late",
+        &again.issue(&client, Purpose::Client, DAY).unwrap(),
+    );
+    let (other, others) = Authority::new(DAY).unwrap();
+    let (stranger, _) = write(at, "stranger-ca", &others);
+    let forged = write(
+        at,
+        "forged",
+        &other.issue(&client, Purpose::Client, DAY).unwrap(),
+    );
+
+    let config = ServerConfig {
+        quic: QuicSettings {
+            certificate: Some(certificate),
+            key: Some(key),
+            client_ca: Some(ca.clone()),
+            ..QuicSettings::default()
+        },
+        ..memory(ByteSize::mib(64))
+    };
+    let server = Server::start(config).await.unwrap();
+    for (trust, identity, connects) in [
+        (Some(&ca), Some(&identity), true),
+        (Some(&ca), Some(&late), true),
+        (Some(&ca), Some(&forged), false),
+        (Some(&ca), None, false),
+        (Some(&stranger), Some(&identity), false),
+        // The daemon's certificate has an issuer, so nothing is to be pinned.
+        (None, Some(&identity), false),
+    ] {
+        let client = Client::connect_with(ClientConfig {
+            endpoint: server.endpoint().parse().unwrap(),
+            tls: TlsConfig::from_files(trust.cloned(), identity.cloned()).unwrap(),
+            connect_timeout: Duration::from_secs(if connects { 10 } else { 1 }),
+            ..ClientConfig::default()
+        });
+        let client = client.await.unwrap();
+        // A client that is refused may take itself for connected until it hears of it.
+        if connects {
+            assert_eq!(carrier(&client), Some(Carrier::Quic));
+            client.put(&chunk(1)).await.unwrap();
+            assert_eq!(read_all(&client, &[1]).await, 1);
+        } else {
+            tokio::time::sleep(Duration::from_millis(200)).await;
+            let stays = (0..50).all(|_| carrier(&client).is_some());
+            assert!(!stays, "{trust:?} {identity:?}");
+        }
+    }
+    server.shutdown().await;
+}
+
+#[tokio::test]
+async fn wrong_settings_are_told_apart() {
+    let start = async |quic| {
+        let config = ServerConfig {
+            quic,
+            ..ServerConfig::in_memory()
+        };
+        let error = Server::start(config).await.map(drop).unwrap_err();
+        assert!(matches!(error, StartError::Quic(_)), "{error}");
+        error.to_string()
+    };
+    let half = QuicSettings {
+        key: Some("/nonexistent".into()),
+        ..QuicSettings::default()
+    };
+    assert!(start(half.clone()).await.contains("only one of"));
+    let absent = QuicSettings {
+        certificate: Some("/nonexistent".into()),
+        ..half
+    };
+    assert!(start(absent).await.contains("cannot read /nonexistent"));
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let empty = QuicSettings {
+        client_ca: Some(file.path().into()),
+        ..QuicSettings::default()
+    };
+    assert!(start(empty).await.contains("kvasir cert"));
+    assert!(TlsConfig::from_files(Some("/nonexistent".into()), None).is_err());
+}
+
+#[tokio::test]
+async fn a_client_that_takes_nothing_is_let_go() {
+    let mut config = memory(ByteSize::mib(256));
+    config.limits.stream_idle_ms = 300;
+    let (server, client) = start(config).await;
+    let numbers: Vec<u8> = (0..200).collect();
+    for number in &numbers {
+        client.put(&chunk(*number)).await.unwrap();
+    }
+    let keys: Vec<_> = numbers.iter().copied().map(key).collect();
+    let mut stream = client.get(&keys, GetOptions::default()).await.unwrap();
+    soon("its leases end", || server.store().stats().leases == 0).await;
+    let error = loop {
+        match stream.next().await {
+            Ok(event) => assert!(event.is_some()),
+            Err(error) => break error,
+        }
+    };
+    assert!(matches!(error, CallError::DeadlineExceeded), "{error}");
+    assert_eq!(client.config().data_plane, DataPlane::Best);
+    server.shutdown().await;
+}

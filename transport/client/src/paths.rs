@@ -1,0 +1,185 @@
+//! Which way gets go: over the data plane, where the daemon offers one that can be reached,
+//! and over gRPC else.
+//!
+//! A task follows what the daemon says of its data plane, in a call that lasts as long as the
+//! daemon serves: its end says at once that the daemon is gone, where a datagram's peer would
+//! have to be waited for.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use kvasir_proto::v1;
+use kvasir_proto::v1::cache_client::CacheClient;
+use kvasir_transport::quic::{self, QuicConfig, Trust};
+use kvasir_transport::session::Config;
+use kvasir_transport::{DataPath, Status};
+use tokio::net::lookup_host;
+use tokio::sync::{Notify, watch};
+use tokio::task::JoinSet;
+use tonic::Code;
+use tonic::transport::Channel;
+
+use crate::{ClientConfig, DataPlane};
+
+/// What is known of the daemon's data plane.
+#[derive(Debug)]
+pub(crate) struct Paths {
+    chosen: watch::Receiver<Chosen>,
+    /// Somebody would like to know more.
+    asked: Arc<Notify>,
+    _task: JoinSet<()>,
+}
+
+#[derive(Clone, Debug)]
+enum Chosen {
+    /// The daemon has not said.
+    Unknown,
+    /// There is none.
+    Grpc,
+    Path(DataPath, Gone),
+}
+
+/// Whether the daemon behind a path is gone.
+#[derive(Clone, Debug)]
+pub(crate) struct Gone(watch::Receiver<()>);
+
+impl Gone {
+    pub(crate) async fn wait(&mut self) {
+        // Nothing is ever sent; it ends with its sender.
+        while self.0.changed().await.is_ok() {}
+    }
+}
+
+impl Paths {
+    /// Follows what the daemon says.
+    pub(crate) fn follow(config: Arc<ClientConfig>, grpc: CacheClient<Channel>) -> Self {
+        let (state, chosen) = watch::channel(Chosen::Unknown);
+        let asked = Arc::new(Notify::new());
+        let mut task = JoinSet::new();
+        task.spawn(follow(config, grpc, state, Arc::clone(&asked)));
+        Self {
+            chosen,
+            asked,
+            _task: task,
+        }
+    }
+
+    /// The way that a get goes now; `None` is gRPC.
+    pub(crate) fn choose(&self) -> Option<(DataPath, Gone)> {
+        let chosen = self.chosen.borrow();
+        match &*chosen {
+            Chosen::Path(path, gone) => {
+                let status = path.status();
+                let there = status.connected && !status.draining;
+                there.then(|| (path.clone(), gone.clone()))
+            }
+            Chosen::Unknown => {
+                self.asked.notify_one();
+                None
+            }
+            Chosen::Grpc => None,
+        }
+    }
+
+    /// How the chosen path is; `None` is gRPC.
+    pub(crate) fn status(&self) -> Option<Status> {
+        match &*self.chosen.borrow() {
+            Chosen::Path(path, _) => Some(path.status()),
+            Chosen::Unknown | Chosen::Grpc => None,
+        }
+    }
+
+    /// Waits until there is a choice, and what was chosen is connected, for `longest`.
+    pub(crate) async fn settle(&self, longest: Duration) {
+        let settled = async {
+            let mut chosen = self.chosen.clone();
+            let known = chosen.wait_for(|it| !matches!(it, Chosen::Unknown)).await;
+            let path = match known.as_deref() {
+                Ok(Chosen::Path(path, _)) => path.clone(),
+                _ => return,
+            };
+            drop(known);
+            path.connected().await;
+        };
+        // Late is as good as never: gets go over gRPC until then.
+        let _ = tokio::time::timeout(longest, settled).await;
+    }
+}
+
+async fn follow(
+    config: Arc<ClientConfig>,
+    mut grpc: CacheClient<Channel>,
+    state: watch::Sender<Chosen>,
+    asked: Arc<Notify>,
+) {
+    loop {
+        match grpc.paths(v1::PathsRequest {}).await {
+            Ok(response) => {
+                let mut responses = response.into_inner();
+                // In-flight gets see the daemon go when this is dropped.
+                let (_here, gone) = watch::channel(());
+                while let Ok(Some(paths)) = responses.message().await {
+                    state.send_replace(match reach(&config, &paths).await {
+                        Some(path) => Chosen::Path(path, Gone(gone.clone())),
+                        None => Chosen::Grpc,
+                    });
+                }
+                state.send_replace(Chosen::Unknown);
+            }
+            // A daemon without a data plane.
+            Err(status) if status.code() == Code::Unimplemented => {
+                state.send_replace(Chosen::Grpc);
+            }
+            Err(_) => {}
+        }
+        tokio::time::sleep(PAUSE).await;
+        // Nobody is kept busy by a daemon that nobody uses.
+        let _ = tokio::time::timeout(LONG_PAUSE, asked.notified()).await;
+    }
+}
+
+/// A path that the daemon offers and the configuration allows.
+async fn reach(config: &ClientConfig, paths: &v1::PathsResponse) -> Option<DataPath> {
+    let offered = paths.quic.as_ref()?;
+    if config.data_plane == DataPlane::Grpc {
+        return None;
+    }
+    let uri = config.endpoint.uri();
+    let host = uri.host()?.trim_start_matches('[').trim_end_matches(']');
+    let port = u16::try_from(offered.port).ok()?;
+    let address = lookup_host((host, port)).await.ok()?.next()?;
+    let tls = &config.tls;
+    let trust = match &tls.trust {
+        Some(trust) => Ok(trust.clone()),
+        None => Trust::from_der(&offered.certificate),
+    };
+    let name = match (&tls.server_name, offered.name.as_str()) {
+        (Some(name), _) => name,
+        (None, "") => host,
+        (None, name) => name,
+    };
+    let quic = QuicConfig {
+        session: Config {
+            credit: config.window_bytes.into(),
+            ..Config::default()
+        },
+        ..QuicConfig::default()
+    };
+    let identity = tls.identity.as_deref();
+    let path = trust
+        .map_err(Into::into)
+        .and_then(|trust| quic::connect(address, name, &trust, identity, quic));
+    path.inspect_err(|error| {
+        let error = error as &dyn std::error::Error;
+        tracing::warn!(
+            error,
+            "the daemon's data plane cannot be used; gets go over gRPC"
+        );
+    })
+    .ok()
+}
+
+/// After a daemon was lost.
+const PAUSE: Duration = Duration::from_millis(100);
+/// Until it is looked for again, where nobody asks.
+const LONG_PAUSE: Duration = Duration::from_secs(10);
