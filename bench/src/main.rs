@@ -106,7 +106,7 @@ enum Suite {
     },
     /// A server of bare QUIC and TCP that only sends constant bytes.
     #[command(hide = true)]
-    RawSockets,
+    RawSockets { socket: PathBuf },
     /// A gRPC server that only streams constant bytes.
     #[command(hide = true)]
     RawStream {
@@ -163,7 +163,7 @@ async fn run(suite: Suite, json: bool, quick: bool) -> anyhow::Result<()> {
         Suite::Reference { model } => reference::run(&model),
         Suite::Prefill { python } => prefill::run(quick, python.as_deref())?.print(json),
         Suite::Transport => transport::run(quick).await?.print(json),
-        Suite::RawSockets => transport::raw::serve().await,
+        Suite::RawSockets { socket } => transport::raw::serve(&socket).await,
         Suite::Page(options) => Ok(page::run(&options)?),
         Suite::Daemon { .. } => Ok(()),
         Suite::RawStream { layer_bytes } => raw_stream::serve(layer_bytes).await,

@@ -3,23 +3,32 @@
 //! # What is compared
 //! | rows | ours | limit |
 //! |---|---|---|
+//! | `shm_get` | a request of the data plane over shared memory: all bytes are there to be read, and were not touched | copying as many |
+//! | `shm_get/SIZE/verified` | [`Client::get`] over shared memory: the same, and checksums compared | copying as many |
+//! | `descriptor` | a descriptor of SIZE comes over a Unix socket, is mapped and unmapped | |
 //! | `quic_get` | [`Client::get`] over QUIC, all layers, checksums compared | a stream of a bare quinn connection that is tuned the same way |
 //! | `grpc_get` | the same over gRPC | one TCP socket |
-//! | `tcp`, `quinn` | the limits themselves | |
+//! | `tcp`, `quinn`, `memcpy` | the limits themselves | |
 //!
 //! All chunks are in the daemon's memory. `OP/SIZE` is one get of SIZE after the other,
 //! `OP/bulk` gets of 64 MiB, `OP/bulk/c8` these over eight connections at once. `/p50` and
-//! `/p99` are times of gets of 64 KiB. `/cpu` is CPU time of both processes per GB.
+//! `/p99` are times of single gets. `/cpu` is CPU time of both processes per GB.
 //! Throughputs are medians of rounds in which all take turns.
 
 pub(crate) mod raw;
 
 use std::time::{Duration, Instant};
 
-use anyhow::ensure;
+use anyhow::{Context as _, ensure};
 use bytes::Bytes;
 use kvasir_client::{Carrier, Chunk, Client, ClientConfig, DataPlane, GetEvent, GetOptions};
+use kvasir_proto::v1::cache_client::CacheClient;
+use kvasir_proto::{convert, v1};
+use kvasir_transport::session::FetchEvent;
+use kvasir_transport::shm::{self, ShmConfig};
+use kvasir_transport::{DataPath, FetchOptions};
 use kvasir_types::{ByteSize, ChunkKey, DType, KvLayout, Level, Planes};
+use prost::Message as _;
 use rand::{RngCore as _, SeedableRng as _};
 use rand_chacha::ChaCha8Rng;
 use tokio::net::TcpStream;
@@ -70,9 +79,28 @@ const SIZES: [Size; 4] = [
 /// A way that bytes come.
 enum Way {
     Get(Client, Vec<ChunkKey>),
+    /// Without the client: a path, and a request.
+    Lent(DataPath, Bytes),
+    Descriptor(tokio::net::UnixStream),
+    /// From many places, into one.
+    Copy(Vec<u8>, Vec<u8>, u64),
     Quinn(raw::Quic),
     Tcp(TcpStream, Vec<u8>),
 }
+
+const NAMES: [&str; 8] = [
+    "shm_get",
+    "shm_verified",
+    "memcpy",
+    "descriptor",
+    "quic_get",
+    "quinn",
+    "grpc_get",
+    "tcp",
+];
+
+/// More than caches hold.
+const COPIED_BYTES: usize = 256 << 20;
 
 /// Rounds of one way at one size.
 #[derive(Debug, Default)]
@@ -93,20 +121,19 @@ pub(crate) async fn run(quick: bool) -> anyhow::Result<Report> {
     let daemon = Daemon::start(dir.path(), ByteSize::mib(512), "127.0.0.1:0")?;
     let raw = Raw::start()?;
     let processes = [daemon.process(), raw.process()];
-    let names = ["quic_get", "grpc_get", "quinn", "tcp"];
     for size in SIZES {
         let keys = store(&daemon.client().await?, &size).await?;
         let connections: &[usize] = if size.name == "bulk" { &[1, 8] } else { &[1] };
         for &count in connections {
             let mut ways = Vec::new();
-            for name in names {
+            for name in NAMES {
                 let mut all = Vec::new();
                 for _ in 0..count {
-                    all.push(way(name, &daemon, &raw, &keys).await?);
+                    all.push(way(name, &daemon, &raw, &keys, &size).await?);
                 }
                 ways.push(all);
             }
-            let mut series: Vec<Series> = names.map(|_| Series::default()).into();
+            let mut series: Vec<Series> = NAMES.map(|_| Series::default()).into();
             // The first round opens windows and warms everything up.
             for round in 0..=rounds {
                 for (all, series) in ways.iter_mut().zip(&mut series) {
@@ -123,44 +150,85 @@ pub(crate) async fn run(quick: bool) -> anyhow::Result<Report> {
             } else {
                 String::new()
             };
-            rows(
-                &mut report,
-                &names,
-                &mut series,
-                &format!("{}{suffix}", size.name),
-            );
+            rows(&mut report, &mut series, &format!("{}{suffix}", size.name));
         }
     }
     Ok(report)
 }
 
-fn rows(report: &mut Report, names: &[&str; 4], series: &mut [Series], size: &str) {
+fn rows(report: &mut Report, series: &mut [Series], size: &str) {
     let rates: Vec<f64> = series.iter_mut().map(|it| median(&mut it.rates)).collect();
-    for (index, (name, series)) in names.iter().zip(series).enumerate() {
-        let row = Row::new(format!("{name}/{size}"), rates[index], "GB/s");
-        report.push(match *name {
-            "quic_get" => row.against(rates[2], rates[index] / rates[2]),
-            "grpc_get" | "quinn" => row.against(rates[3], rates[index] / rates[3]),
-            _ => row,
+    let rate = |name: &str| {
+        let names = NAMES.iter().zip(&rates);
+        names
+            .filter(|(it, _)| **it == name)
+            .map(|(_, rate)| *rate)
+            .sum::<f64>()
+    };
+    for (name, series) in NAMES.iter().zip(series) {
+        let (ours, suffix) = match *name {
+            "shm_verified" => ("shm_get", "/verified"),
+            name => (name, ""),
+        };
+        let ours = format!("{ours}/{size}{suffix}");
+        let value = rate(name);
+        let row = Row::new(&ours, value, "GB/s");
+        let limit = match *name {
+            "shm_get" | "shm_verified" => Some(rate("memcpy")),
+            "quic_get" => Some(rate("quinn")),
+            "grpc_get" | "quinn" => Some(rate("tcp")),
+            _ => None,
+        };
+        report.push(match limit {
+            Some(limit) => row.against(limit, value / limit),
+            None => row,
         });
         let cpu = median(&mut series.cpu);
-        report.push(Row::new(format!("{name}/{size}/cpu"), cpu, "s/GB"));
-        if size == "64KiB" {
-            for (quantile, share) in [("p50", 0.5), ("p99", 0.99)] {
-                let value = percentile(&mut series.micros, share);
-                report.push(Row::new(format!("{name}/{size}/{quantile}"), value, "us"));
-            }
+        report.push(Row::new(format!("{ours}/cpu"), cpu, "s/GB"));
+        for (quantile, share) in [("p50", 0.5), ("p99", 0.99)] {
+            let value = percentile(&mut series.micros, share);
+            report.push(Row::new(format!("{ours}/{quantile}"), value, "us"));
         }
     }
 }
 
-async fn way(name: &str, daemon: &Daemon, raw: &Raw, keys: &[ChunkKey]) -> anyhow::Result<Way> {
+async fn way(
+    name: &str,
+    daemon: &Daemon,
+    raw: &Raw,
+    keys: &[ChunkKey],
+    size: &Size,
+) -> anyhow::Result<Way> {
     Ok(match name {
         "quinn" => Way::Quinn(raw.quic().await?),
         "tcp" => Way::Tcp(raw.tcp().await?, vec![0; 1 << 20]),
+        "memcpy" => Way::Copy(vec![1; COPIED_BYTES], vec![1; size.bytes().try_into()?], 0),
+        "descriptor" => Way::Descriptor(raw.descriptors(size.bytes()).await?),
+        "shm_get" => {
+            let endpoint = format!("http://{}", daemon.address());
+            let channel = tonic::transport::Endpoint::from_shared(endpoint)?;
+            let mut grpc = CacheClient::new(channel.connect().await?);
+            let paths = grpc
+                .paths(v1::PathsRequest {})
+                .await?
+                .into_inner()
+                .message()
+                .await?;
+            let offered = paths.and_then(|paths| paths.shared_memory);
+            let offered = offered.context("the daemon shares no memory")?;
+            let token = shm::Token::try_from(&offered.token[..])?;
+            let path = shm::connect(offered.socket, token, ShmConfig::default());
+            path.connected().await;
+            let request = v1::GetRequest {
+                keys: keys.iter().map(convert::key_to_wire).collect(),
+                ..v1::GetRequest::default()
+            };
+            Way::Lent(path, request.encode_to_vec().into())
+        }
         name => {
             let (data_plane, carrier) = match name {
-                "quic_get" => (DataPlane::Best, Some(Carrier::Quic)),
+                "shm_verified" => (DataPlane::Best, Some(Carrier::SharedMemory)),
+                "quic_get" => (DataPlane::Quic, Some(Carrier::Quic)),
                 _ => (DataPlane::Grpc, None),
             };
             let client = Client::connect_with(ClientConfig {
@@ -228,6 +296,27 @@ impl Way {
                     }
                 }
                 ensure!(received == size.bytes(), "{received} bytes came");
+                Ok(())
+            }
+            Self::Lent(path, request) => {
+                let mut fetch = path.fetch(request.clone(), FetchOptions::default());
+                let mut received = 0;
+                while let Some(event) = fetch.next().await {
+                    if let FetchEvent::Data { bytes, .. } = event {
+                        received += bytes.len() as u64;
+                    }
+                }
+                ensure!(received == size.bytes(), "{received} bytes came");
+                Ok(())
+            }
+            Self::Descriptor(stream) => raw::map_descriptor(stream).await,
+            Self::Copy(from, to, at) => {
+                let (length, places) = (to.len(), from.len() / to.len());
+                let place = usize::try_from(*at)? % places * length;
+                *at += 1;
+                to.copy_from_slice(std::hint::black_box(&from[place..place + length]));
+                std::hint::black_box(to);
+                tokio::task::yield_now().await;
                 Ok(())
             }
             Self::Quinn(connection) => connection.get(size.bytes()).await,

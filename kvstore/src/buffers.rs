@@ -14,18 +14,23 @@ use std::collections::HashMap;
 use std::io;
 use std::sync::PoisonError;
 
+use kvasir_mem::Arena;
 #[cfg(not(all(test, kvasir_loom)))]
-use kvasir_mem::AlignedBuffer;
+use kvasir_mem::Memory;
 
 use crate::budget::{Reservation, Throttled};
 #[cfg(all(test, kvasir_loom))]
-use crate::models::Memory as AlignedBuffer;
+use crate::models::Memory;
 use crate::sync::{Arc, Mutex, MutexGuard};
 use crate::tier::{DeviceError, ReadError};
 
 /// Buffers that wait for their next use.
 #[derive(Clone, Debug)]
-pub(crate) struct Buffers(Arc<Mutex<Idle>>);
+pub(crate) struct Buffers {
+    idle: Arc<Mutex<Idle>>,
+    /// Where new ones lie.
+    arena: Option<std::sync::Arc<Arena>>,
+}
 
 #[derive(Debug)]
 struct Idle {
@@ -38,7 +43,7 @@ struct Idle {
 /// freed before the budget hears of it.
 #[derive(Debug)]
 struct Paid {
-    memory: AlignedBuffer,
+    memory: Memory,
     reservation: Reservation,
 }
 
@@ -70,13 +75,21 @@ impl From<BufferError> for ReadError {
 }
 
 impl Buffers {
-    /// Keeps at most `limit` bytes that nobody uses.
-    pub(crate) fn new(limit: u64) -> Self {
-        Self(Arc::new(Mutex::new(Idle {
-            by_len: HashMap::new(),
-            bytes: 0,
-            limit,
-        })))
+    /// Keeps at most `limit` bytes that nobody uses; new ones lie in `arena`, if there is one.
+    pub(crate) fn new(limit: u64, arena: Option<std::sync::Arc<Arena>>) -> Self {
+        Self {
+            idle: Arc::new(Mutex::new(Idle {
+                by_len: HashMap::new(),
+                bytes: 0,
+                limit,
+            })),
+            arena,
+        }
+    }
+
+    /// Where new ones lie.
+    pub(crate) fn arena(&self) -> Option<&std::sync::Arc<Arena>> {
+        self.arena.as_ref()
     }
 
     /// A buffer of exactly `len` bytes that waits for use.
@@ -93,7 +106,7 @@ impl Buffers {
     /// The system has no memory left.
     pub(crate) fn create(&self, reservation: Reservation) -> io::Result<Buffer> {
         let len = usize::try_from(reservation.bytes()).map_err(|_| io::ErrorKind::OutOfMemory)?;
-        let memory = AlignedBuffer::zeroed(len)?;
+        let memory = Memory::zeroed(len, self.arena.as_ref())?;
         Ok(self.lend(Paid {
             memory,
             reservation,
@@ -123,7 +136,7 @@ impl Buffers {
     }
 
     fn lock(&self) -> MutexGuard<'_, Idle> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -166,7 +179,7 @@ mod tests {
     #[test]
     fn buffers_are_used_again_and_stay_charged() {
         let budget = Budget::new(100 << 10);
-        let buffers = Buffers::new(8 << 10);
+        let buffers = Buffers::new(8 << 10, None);
         let reserve = |bytes| budget.try_reserve(bytes).unwrap();
         assert!(buffers.reuse(8192).is_none());
         let mut first = buffers.create(reserve(8192)).unwrap();
@@ -189,7 +202,7 @@ mod tests {
     #[test]
     fn a_buffer_may_outlive_the_pool() {
         let budget = Budget::new(100 << 10);
-        let buffers = Buffers::new(8 << 10);
+        let buffers = Buffers::new(8 << 10, None);
         let buffer = buffers.create(budget.try_reserve(4096).unwrap()).unwrap();
         drop(buffers);
         assert_eq!(buffer.as_ref().len(), 4096);

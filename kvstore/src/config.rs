@@ -59,6 +59,10 @@ pub struct MemoryConfig {
     pub pin_limit: Option<ByteSize>,
     /// Which chunks go first. Default: `reuse`.
     pub policy: PolicyKind,
+    /// Whether payload lies where other processes of the host can be allowed to read it.
+    /// Default: false.
+    #[serde(skip)]
+    pub shared: bool,
 }
 
 impl MemoryConfig {
@@ -71,6 +75,7 @@ impl MemoryConfig {
             capacity,
             pin_limit: None,
             policy: PolicyKind::default(),
+            shared: false,
         }
     }
 

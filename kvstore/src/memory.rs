@@ -11,7 +11,7 @@ use std::time::Instant;
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use kvasir_codec::{ExtentError, Object, ObjectHeader};
-use kvasir_mem::ALIGNMENT;
+use kvasir_mem::{ALIGNMENT, Arena};
 use kvasir_types::{ChunkKey, Class, ExtentIdx, ExtentRange, Hints};
 
 use crate::blocking::blocking;
@@ -179,7 +179,13 @@ impl Entry for Arc<Chunk> {
 impl MemoryTier {
     /// An empty tier.
     pub fn new(config: &MemoryConfig, clock: Clock, events: EventLog) -> Self {
-        warn_of_few_mappings(config.capacity.as_u64());
+        let arena = config
+            .shared
+            .then(|| arena(config.capacity.as_u64()))
+            .flatten();
+        if arena.is_none() {
+            warn_of_few_mappings(config.capacity.as_u64());
+        }
         Self(Arc::new(Shared {
             budget: Budget::new(config.capacity.as_u64()),
             index: Mutex::new(Index::new(
@@ -191,7 +197,7 @@ impl MemoryTier {
                 clock.now(),
             )),
             promotions: Promotions::new(config.capacity.as_u64()),
-            buffers: Buffers::new(config.capacity.as_u64() / IDLE_SHARE),
+            buffers: Buffers::new(config.capacity.as_u64() / IDLE_SHARE, arena),
             counters: Counters::default(),
             clock,
         }))
@@ -256,6 +262,11 @@ impl MemoryTier {
             Ok(buffer) => Ok(buffer),
             Err(reservation) => buffers.create(reservation).map_err(BufferError::Io),
         }
+    }
+
+    /// Memory that others may read, in which payload lies.
+    pub(crate) fn arena(&self) -> Option<&Arc<Arena>> {
+        self.0.buffers.arena()
     }
 
     pub(crate) fn promotions(&self) -> &Promotions {
@@ -475,6 +486,12 @@ pub(crate) struct MemoryReader {
 }
 
 impl MemoryReader {
+    /// Extents as they lie in memory, not verified.
+    pub(crate) fn share(&self, range: ExtentRange) -> Vec<Bytes> {
+        let extents = self.chunk.in_range(range).iter();
+        extents.map(ChargedBytes::share).collect()
+    }
+
     async fn read(&self, range: ExtentRange) -> Result<Vec<Bytes>, ReadError> {
         let header = &self.chunk.header;
         let entries = header.range(range).ok_or(ReadError::OutOfRange {
@@ -509,7 +526,17 @@ impl ChunkReader for MemoryReader {
     }
 }
 
-/// Every buffer is a mapping of its own, and a system that has no more of them gives no
+/// Memory that others may read. It is longer than what is ever used of it, so that buffers
+/// of all sizes find a place.
+fn arena(capacity: u64) -> Option<Arc<Arena>> {
+    let len = usize::try_from(capacity.checked_mul(ARENA_SHARE)?).ok()?;
+    let arena = Arena::new(len);
+    arena
+        .inspect_err(|error| tracing::warn!(%error, "memory cannot be shared with other processes"))
+        .ok()
+}
+
+/// Where there is no arena, every buffer is a mapping of its own, and a system that has no more of them gives no
 /// more memory.
 fn warn_of_few_mappings(capacity: u64) {
     let limit = fs::read_to_string("/proc/sys/vm/max_map_count").ok();
@@ -525,6 +552,9 @@ fn warn_of_few_mappings(capacity: u64) {
         );
     }
 }
+
+/// Bytes of address space for each that may be used.
+const ARENA_SHARE: u64 = 4;
 
 /// About the least that a extent of a chunk takes in models of today.
 const USUAL_BUFFER_BYTES: u64 = 256 << 10;

@@ -28,6 +28,8 @@ use loom::sync::atomic::AtomicU64;
 use loom::thread;
 
 use crate::budget::{Budget, ChargedBytes};
+use kvasir_mem::Arena;
+
 use crate::buffers::Buffers;
 use crate::claims::Claims;
 use crate::clock::Clock;
@@ -61,7 +63,7 @@ impl Memory {
         clippy::unnecessary_wraps,
         reason = "has the signature of what it stands for"
     )]
-    pub(crate) fn zeroed(len: usize) -> io::Result<Self> {
+    pub(crate) fn zeroed(len: usize, _: Option<&std::sync::Arc<Arena>>) -> io::Result<Self> {
         Ok(Self::filled(len, 0))
     }
 
@@ -157,7 +159,7 @@ fn press(tier: &MemoryTier, bytes: u64) -> bool {
     let Ok(reservation) = tier.reserve(bytes) else {
         return false;
     };
-    drop(Memory::zeroed(usize::try_from(bytes).unwrap()));
+    drop(Memory::zeroed(usize::try_from(bytes).unwrap(), None));
     drop(reservation);
     true
 }
@@ -244,7 +246,7 @@ fn a_buffer_has_one_user_and_idle_ones_make_room() {
     check(|| {
         let budget = Budget::new(CAPACITY);
         // Room for one that waits.
-        let buffers = Buffers::new(BYTES as u64);
+        let buffers = Buffers::new(BYTES as u64, None);
         let users = [1, 2].map(|fill| {
             let (budget, buffers) = (budget.clone(), buffers.clone());
             thread::spawn(move || {
@@ -263,7 +265,7 @@ fn a_buffer_has_one_user_and_idle_ones_make_room() {
         // Somebody needs the memory for something else.
         buffers.trim();
         if let Some(reservation) = budget.try_reserve(CAPACITY) {
-            drop(Memory::zeroed(4096));
+            drop(Memory::zeroed(4096, None));
             drop(reservation);
         }
         for user in users {

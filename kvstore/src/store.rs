@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use kvasir_codec::{Object, ObjectHeader};
+use kvasir_mem::Arena;
 use kvasir_types::{ChunkKey, Durability, Hints, KvLayout, LayoutDigest, Level, ProfileDigest};
 use tokio::sync::broadcast;
 
@@ -460,6 +461,12 @@ impl Store {
                 tiers,
             })
             .collect()
+    }
+
+    /// Memory that other processes may be allowed to read, in which payload lies; see
+    /// [`MemoryConfig::shared`](crate::MemoryConfig::shared).
+    pub fn arena(&self) -> Option<&Arc<Arena>> {
+        self.0.memory.arena()
     }
 
     /// Counters and fill levels.

@@ -15,7 +15,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("kvasir-codec", &["kvasir-types"]),
     ("kvasir-cuda", &["kvasir-types", "kvasir-codec"]),
     ("kvasir-mem", &[]),
-    ("kvasir-transport", &[]),
+    ("kvasir-transport", &["kvasir-mem"]),
     (
         "kvasir-store",
         &["kvasir-types", "kvasir-codec", "kvasir-mem"],

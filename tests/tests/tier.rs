@@ -14,12 +14,16 @@ use kvasir_types::ByteSize;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn memory() {
-    for policy in PolicyKind::ALL {
+    let both = PolicyKind::ALL
+        .into_iter()
+        .flat_map(|it| [(it, false), (it, true)]);
+    for (policy, shared) in both {
         run(policy, |setup: Setup| async move {
             let config = MemoryConfig {
                 capacity: setup.capacity,
                 pin_limit: Some(setup.pin_limit),
                 policy: setup.policy,
+                shared,
             };
             Fixture {
                 tier: Arc::new(MemoryTier::new(&config, setup.clock, EventLog::new())),

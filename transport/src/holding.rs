@@ -7,6 +7,7 @@ use std::time::Instant;
 use futures::stream::{FuturesUnordered, StreamExt as _};
 use tokio::sync::Notify;
 
+use crate::path::until;
 use crate::session::{Config, Frame, Holder, HolderEvent, Read, RequestId, Violation};
 use crate::source::{Lost, Source, Thing};
 
@@ -207,5 +208,16 @@ fn all_of(read: &Read) -> Lost {
     Lost {
         ranges: vec![read.range.clone()],
         reason: 0,
+    }
+}
+
+/// Keeps a holder's timers.
+pub(crate) async fn expire<S: Source>(shared: &Shared<S>) -> std::convert::Infallible {
+    loop {
+        let at = shared.timeout();
+        tokio::select! {
+            () = until(at) => shared.on_timeout(),
+            () = shared.timers.notified() => {}
+        }
     }
 }

@@ -5,11 +5,12 @@
 //! are [`Fetch`]es.
 //!
 //! * [`quic`]: between hosts, over TLS 1.3.
+//! * [`shm`]: on one host, without a copy.
 //!
 //! Not here: what requests ask for and what bytes mean (`kvasir-proto`), control calls
 //! (`kvasir-client`, `kvasir-server`).
 
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 #[cfg(feature = "quic")]
 mod fetching;
@@ -20,6 +21,9 @@ mod path;
 #[cfg(feature = "quic")]
 pub mod quic;
 pub mod session;
+#[cfg(feature = "quic")]
+#[allow(unsafe_code, reason = "memory of another process; see the module")]
+pub mod shm;
 mod source;
 
 #[cfg(feature = "quic")]

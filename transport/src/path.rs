@@ -30,6 +30,8 @@ pub struct DataPath {
 pub enum Carrier {
     /// QUIC over UDP; see [`quic`](crate::quic).
     Quic,
+    /// Memory of the holder, on the same host; see [`shm`](crate::shm).
+    SharedMemory,
 }
 
 /// How a connection is.
@@ -131,6 +133,7 @@ impl fmt::Display for Carrier {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match self {
             Self::Quic => "quic",
+            Self::SharedMemory => "shared memory",
         })
     }
 }

@@ -47,7 +47,7 @@ mod holder;
 use std::time::Duration;
 
 pub use fetcher::{FailReason, FetchEvent, Fetcher, Progress};
-pub use frame::{Ask, Frame, FrameError, FrameReader, Hello, MAX_BODY};
+pub use frame::{Ask, Frame, FrameError, FrameReader, Hello, Loan, MAX_BODY};
 pub use holder::{Holder, HolderEvent, Read};
 
 /// The number of a request.
@@ -170,6 +170,9 @@ pub enum Violation {
     /// Data, or a loss, beyond what was described.
     #[error("the peer sent bytes {0} and on, beyond what it described")]
     Beyond(u64),
+    /// It lends what it does not have, or gives back what was not lent.
+    #[error("the peer speaks of a loan that cannot be")]
+    Loan,
     /// These are no frames.
     #[error(transparent)]
     Frame(#[from] FrameError),

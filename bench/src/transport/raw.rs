@@ -1,28 +1,88 @@
 //! What carries gets, without them: a stream of a bare QUIC connection that is tuned as ours,
 //! and a TCP socket.
 
+use std::io::{IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
 use std::net::{Ipv4Addr, SocketAddr};
+use std::os::fd::AsFd as _;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
 use anyhow::{Context as _, ensure};
 use bytes::Bytes;
+use kvasir_mem::{Arena, View};
 use kvasir_server::child::ListeningChild;
 use kvasir_transport::quic::{Identity, QuicConfig, Trust};
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::{TcpListener, TcpStream};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, Interest};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+
+/// Takes a descriptor off a socket, maps what it is of, and unmaps it.
+pub(super) async fn map_descriptor(stream: &mut UnixStream) -> anyhow::Result<()> {
+    stream.write_all(b"?").await?;
+    let descriptor = stream.async_io(Interest::READABLE, || {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
+        let mut byte = [0];
+        let mut parts = [IoSliceMut::new(&mut byte)];
+        recvmsg(&*stream, &mut parts, &mut control, flags)?;
+        let mut messages = control.drain();
+        Ok(messages.find_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
+            _ => None,
+        }))
+    });
+    let descriptor = descriptor.await?.context("no descriptor came")?;
+    ensure!(!View::new(descriptor)?.is_empty(), "an empty file came");
+    Ok(())
+}
+
+/// Hands out a descriptor of so many bytes whenever it is asked for one.
+async fn serve_descriptors(mut stream: UnixStream) -> anyhow::Result<()> {
+    let bytes = usize::try_from(stream.read_u64_le().await?)?;
+    let arena = Arena::new(bytes)?;
+    let _block = arena.block(bytes)?;
+    let descriptor = arena.descriptor()?;
+    loop {
+        stream.read_u8().await?;
+        let fds = [descriptor.as_fd()];
+        stream
+            .async_io(Interest::WRITABLE, || {
+                let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+                let mut control = SendAncillaryBuffer::new(&mut space);
+                control.push(SendAncillaryMessage::ScmRights(&fds));
+                let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+                Ok(sendmsg(
+                    &stream,
+                    &[IoSlice::new(b"!")],
+                    &mut control,
+                    flags,
+                )?)
+            })
+            .await?;
+    }
+}
 
 /// A process that sends as many bytes as it is asked for.
 pub(super) struct Raw {
     child: ListeningChild,
     quic: SocketAddr,
     trust: Trust,
+    socket: PathBuf,
+    _directory: tempfile::TempDir,
 }
 
 impl Raw {
     pub(super) fn start() -> anyhow::Result<Self> {
+        let directory = tempfile::tempdir()?;
+        let socket = directory.path().join("socket");
         let mut command = Command::new(std::env::current_exe()?);
-        command.arg("raw-sockets");
+        command.arg("raw-sockets").arg(&socket);
         let child = ListeningChild::start(command)?;
         // Its certificate comes in the address, because that is all that a child tells.
         let (tcp, rest) = child.address().split_once('/').context("no QUIC address")?;
@@ -37,6 +97,8 @@ impl Raw {
         Ok(Self {
             quic,
             trust: Trust::from_der(&certificate)?,
+            socket,
+            _directory: directory,
             child,
         })
     }
@@ -55,6 +117,13 @@ impl Raw {
         let connection = endpoint.connect(self.quic, NAME)?.await?;
         let (asks, _) = connection.open_bi().await?;
         Ok(Quic { connection, asks })
+    }
+
+    /// A socket over which descriptors of so many bytes come.
+    pub(super) async fn descriptors(&self, bytes: u64) -> anyhow::Result<UnixStream> {
+        let mut stream = UnixStream::connect(&self.socket).await?;
+        stream.write_u64_le(bytes).await?;
+        Ok(stream)
     }
 
     pub(super) async fn tcp(&self) -> anyhow::Result<TcpStream> {
@@ -106,7 +175,8 @@ pub(super) async fn tcp_get(
 }
 
 /// Serves until killed; prints its addresses.
-pub(crate) async fn serve() -> anyhow::Result<()> {
+pub(crate) async fn serve(socket: &Path) -> anyhow::Result<()> {
+    let unix = UnixListener::bind(socket)?;
     let identity = Identity::self_signed(&[NAME])?;
     let config = QuicConfig::default();
     let address = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
@@ -124,6 +194,9 @@ pub(crate) async fn serve() -> anyhow::Result<()> {
         tokio::select! {
             Some(incoming) = endpoint.accept() => {
                 tokio::spawn(async move { serve_quic(incoming.await?, data).await });
+            }
+            accepted = unix.accept() => {
+                tokio::spawn(serve_descriptors(accepted?.0));
             }
             accepted = tcp.accept() => {
                 let (stream, _) = accepted?;

@@ -19,6 +19,30 @@ pub struct ServerConfig {
     pub limits: Limits,
     /// The data plane over QUIC.
     pub quic: QuicSettings,
+    /// The data plane on one host.
+    pub shared_memory: SharedMemorySettings,
+}
+
+/// `[shared-memory]` in `kvasird.toml`: the data plane between processes of one user on one
+/// host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
+pub struct SharedMemorySettings {
+    /// Whether to offer it. Default: true.
+    pub enabled: bool,
+    /// Path of the socket, in a directory that only this user can enter. Default: named after
+    /// the port of the control calls, in `$XDG_RUNTIME_DIR/kvasir`, else in `kvasir-UID` of
+    /// the directory for temporary files.
+    pub socket: Option<PathBuf>,
+}
+
+impl Default for SharedMemorySettings {
+    fn default() -> Self {
+        Self {
+            enabled: true,
+            socket: None,
+        }
+    }
 }
 
 /// `[quic]` in `kvasird.toml`: the data plane between hosts, over TLS 1.3.
@@ -63,6 +87,7 @@ impl ServerConfig {
             store: StoreConfig::default(),
             limits: Limits::default(),
             quic: QuicSettings::default(),
+            shared_memory: SharedMemorySettings::default(),
         }
     }
 }

@@ -64,10 +64,12 @@ mod refusal;
 mod server;
 mod service;
 mod settings;
+mod shared_memory;
 mod watch;
 mod wire;
 
-pub use config::{Limits, QuicSettings, ServerConfig};
+pub use config::{Limits, QuicSettings, ServerConfig, SharedMemorySettings};
+pub use kvasir_transport::shm::ListenError;
 pub use quic::QuicError;
 pub use server::{Running, Server, StartError};
 pub use settings::{DaemonConfig, DiskSettings, SettingsError};

@@ -77,7 +77,7 @@ pub(crate) fn start(
         ..QuicConfig::default()
     };
     let listen = |address| {
-        let source = Arc::new(Chunks(Arc::clone(shared)));
+        let source = Arc::new(Chunks::new(Arc::clone(shared)));
         Listener::new(address, &identity, clients.as_ref(), source, config)
     };
     let listener = match listen(settings.listen.unwrap_or(control)) {

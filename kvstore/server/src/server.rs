@@ -4,11 +4,13 @@ use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use futures::future::OptionFuture;
 use kvasir_proto::v1::cache_server::CacheServer;
 use kvasir_proto::v1::{self, FILE_DESCRIPTOR_SET};
 use kvasir_proto::{MAX_FRAME_BYTES, MAX_MESSAGE_BYTES};
 use kvasir_store::{Environment, OpenError, Store};
 use kvasir_transport::quic::Listener;
+use kvasir_transport::shm::{self, ListenError};
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
@@ -20,6 +22,7 @@ use crate::config::{Limits, ServerConfig};
 use crate::connections;
 use crate::quic::{self, QuicError};
 use crate::service::Service;
+use crate::shared_memory;
 
 /// Starts daemons.
 #[derive(Debug)]
@@ -35,6 +38,7 @@ pub struct Running {
     serving: JoinHandle<()>,
     ended: CancellationToken,
     quic: Option<Listener>,
+    memory: Option<shm::Listener>,
     _abort: DropGuard,
 }
 
@@ -59,6 +63,9 @@ pub enum StartError {
     /// The data plane cannot be offered.
     #[error(transparent)]
     Quic(#[from] QuicError),
+    /// Memory cannot be shared as it was asked for.
+    #[error(transparent)]
+    SharedMemory(#[from] ListenError),
     /// The protocol's descriptors cannot be served.
     #[error("cannot serve the protocol's descriptors")]
     Reflection(#[from] tonic_reflection::server::Error),
@@ -97,7 +104,9 @@ impl Server {
             .as_ref()
             .map(|disk| disk.path.display().to_string())
             .unwrap_or_default();
-        let store = Store::open_in(environment, config.store).await?;
+        let mut store = config.store;
+        store.memory.shared = config.shared_memory.enabled;
+        let store = Store::open_in(environment, store).await?;
         let service = Service::new(store, config.limits.clone(), data_dir);
         let shared = service.shared();
         let mut paths = v1::PathsResponse::default();
@@ -108,6 +117,20 @@ impl Server {
             Some(listener)
         } else {
             None
+        };
+        let memory = match shared_memory::start(&config.shared_memory, addr, shared) {
+            Ok(None) => None,
+            Ok(Some((listener, path))) => {
+                paths.shared_memory = Some(path);
+                Some(listener)
+            }
+            // What was not asked for need not work.
+            Err(error) if config.shared_memory.socket.is_none() => {
+                let error = &error as &dyn std::error::Error;
+                tracing::warn!(error, "memory is not shared with other processes");
+                None
+            }
+            Err(error) => return Err(error.into()),
         };
         // Nobody can ask before.
         let _ = shared.paths.set(paths);
@@ -148,6 +171,7 @@ impl Server {
             serving,
             ended,
             quic,
+            memory,
             _abort: stop.drop_guard(),
         })
     }
@@ -182,9 +206,12 @@ impl Running {
         shared.admission.draining.cancel();
         let within = shared.limits.drain();
         // Its requests are transfers, too.
-        let data = self
-            .quic
-            .map(|listener| tokio::spawn(listener.drain(within)));
+        let quic = self.quic.map(|listener| listener.drain(within));
+        let memory = self.memory.map(|listener| listener.drain(within));
+        let data = tokio::spawn(async {
+            let quic = OptionFuture::from(quic);
+            futures::join!(quic, OptionFuture::from(memory))
+        });
         tokio::select! {
             // Every peer has closed its connection.
             () = self.ended.cancelled() => (),
@@ -200,10 +227,8 @@ impl Running {
                 }
             }
         }
-        if let Some(data) = data {
-            // It ends by itself, and cannot fail.
-            let _ = data.await;
-        }
+        // It ends by itself, and cannot fail.
+        let _ = data.await;
         match timeout(CLOSE, shared.store.close()).await {
             Ok(Ok(())) => (),
             Ok(Err(error)) => tracing::error!(

@@ -11,7 +11,7 @@ use kvasir_store::{ClassConfig, DiskConfig, MemoryConfig, ProfilesConfig, StoreC
 use kvasir_types::ByteSize;
 use serde::{Deserialize, Serialize};
 
-use crate::config::{Limits, QuicSettings, ServerConfig};
+use crate::config::{Limits, QuicSettings, ServerConfig, SharedMemorySettings};
 
 /// The whole of `kvasird.toml`. Everything has a default, so that the daemon starts
 /// without any.
@@ -58,6 +58,8 @@ pub struct DaemonConfig {
     pub limits: Limits,
     /// The data plane over QUIC.
     pub quic: QuicSettings,
+    /// The data plane on one host.
+    pub shared_memory: SharedMemorySettings,
 }
 
 /// `[disk]` in `kvasird.toml`: chunks in the data directory.
@@ -105,6 +107,7 @@ impl Default for DaemonConfig {
             class: Vec::new(),
             limits: Limits::default(),
             quic: QuicSettings::default(),
+            shared_memory: SharedMemorySettings::default(),
         }
     }
 }
@@ -209,6 +212,7 @@ impl DaemonConfig {
             },
             limits: self.limits.clone(),
             quic: self.quic.clone(),
+            shared_memory: self.shared_memory.clone(),
         })
     }
 }

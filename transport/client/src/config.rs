@@ -69,9 +69,12 @@ impl Default for ClientConfig {
 /// Which way gets go.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum DataPlane {
-    /// The best that the daemon offers and that can be reached: QUIC, else gRPC.
+    /// The best that the daemon offers and that can be reached: shared memory on one host,
+    /// else QUIC, else gRPC.
     #[default]
     Best,
+    /// QUIC, also on one host, else gRPC.
+    Quic,
     /// gRPC, like all other calls.
     Grpc,
 }

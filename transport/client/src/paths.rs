@@ -12,6 +12,7 @@ use kvasir_proto::v1;
 use kvasir_proto::v1::cache_client::CacheClient;
 use kvasir_transport::quic::{self, QuicConfig, Trust};
 use kvasir_transport::session::Config;
+use kvasir_transport::shm::{self, ShmConfig};
 use kvasir_transport::{DataPath, Status};
 use tokio::net::lookup_host;
 use tokio::sync::{Notify, watch};
@@ -138,12 +139,31 @@ async fn follow(
     }
 }
 
-/// A path that the daemon offers and the configuration allows.
+/// The best path that the daemon offers, the configuration allows, and that can be reached.
 async fn reach(config: &ClientConfig, paths: &v1::PathsResponse) -> Option<DataPath> {
-    let offered = paths.quic.as_ref()?;
-    if config.data_plane == DataPlane::Grpc {
-        return None;
+    if config.data_plane == DataPlane::Best
+        && let Some(offered) = &paths.shared_memory
+        && let Some(path) = reach_memory(offered).await
+    {
+        return Some(path);
     }
+    match (config.data_plane, &paths.quic) {
+        (DataPlane::Best | DataPlane::Quic, Some(offered)) => {
+            reach_over_quic(config, offered).await
+        }
+        _ => None,
+    }
+}
+
+/// On another host, or as another user, there is no such socket.
+async fn reach_memory(offered: &v1::SharedMemoryPath) -> Option<DataPath> {
+    let token = shm::Token::try_from(&offered.token[..]).ok()?;
+    let path = shm::connect(&offered.socket, token, ShmConfig::default());
+    let connected = tokio::time::timeout(SAME_HOST, path.connected()).await;
+    connected.is_ok().then_some(path)
+}
+
+async fn reach_over_quic(config: &ClientConfig, offered: &v1::QuicPath) -> Option<DataPath> {
     let uri = config.endpoint.uri();
     let host = uri.host()?.trim_start_matches('[').trim_end_matches(']');
     let port = u16::try_from(offered.port).ok()?;
@@ -179,6 +199,8 @@ async fn reach(config: &ClientConfig, paths: &v1::PathsResponse) -> Option<DataP
     .ok()
 }
 
+/// How long it may take to connect on one host.
+const SAME_HOST: Duration = Duration::from_millis(200);
 /// After a daemon was lost.
 const PAUSE: Duration = Duration::from_millis(100);
 /// Until it is looked for again, where nobody asks.

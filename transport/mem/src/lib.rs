@@ -5,13 +5,22 @@
 //! copying (every page is a fault), so who needs speed keeps buffers and uses them
 //! again; this crate does not decide which.
 //!
-//! All of the crate's `unsafe` is in this file.
+//! An [`Arena`] is memory that other processes of the host read through a [`View`], without a
+//! copy: what is lent to them is a range of it.
+//!
+//! All of the project's `unsafe` that concerns such memory is here.
+
+mod arena;
+mod view;
 
 use std::fmt;
 use std::io;
 use std::num::NonZeroUsize;
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
+
+pub use arena::{Arena, Block, Memory};
+pub use view::{Lent, View};
 
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 

@@ -10,8 +10,7 @@ use tokio::task::JoinSet;
 
 use super::{CLOSED, receive, send};
 use super::{ConnectError, Ended, Identity, QuicConfig, Trust, VIOLATED};
-use crate::holding::Shared;
-use crate::path::until;
+use crate::holding::{Shared, expire};
 use crate::session::{Frame, RequestId};
 use crate::source::Source;
 
@@ -188,17 +187,6 @@ async fn sending<S: Source>(
             return Ok(());
         }
         shared.work.notified().await;
-    }
-}
-
-/// Keeps a holder's timers.
-async fn expire<S: Source>(shared: &Shared<S>) -> std::convert::Infallible {
-    loop {
-        let at = shared.timeout();
-        tokio::select! {
-            () = until(at) => shared.on_timeout(),
-            () = shared.timers.notified() => {}
-        }
     }
 }
 

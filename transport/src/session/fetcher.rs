@@ -310,7 +310,9 @@ impl Fetcher {
             | Frame::Prioritise { .. }
             | Frame::Finish { .. }
             | Frame::Credit { .. }
-            | Frame::Ping { .. } => return Err(Violation::Role),
+            | Frame::Ping { .. }
+            | Frame::Lend(_)
+            | Frame::Return { .. } => return Err(Violation::Role),
         }
         Ok(())
     }

@@ -93,6 +93,29 @@ pub enum Frame {
     },
     /// The holder will take no further requests, and end those it has.
     Drain,
+    /// Some of the bytes, where the fetcher finds them itself. Carriers make these of
+    /// [`Frame::Data`], and data of these: a session knows of none.
+    Lend(Loan),
+    /// A loan is over.
+    Return {
+        /// Which.
+        loan: u64,
+    },
+}
+
+/// Bytes that stay where they are until they are given back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Loan {
+    /// Which request.
+    pub request: RequestId,
+    /// Place of the first byte.
+    pub offset: u64,
+    /// A number that no other loan of the connection has.
+    pub loan: u64,
+    /// Where the holder has them.
+    pub at: u64,
+    /// How many there are.
+    pub length: u64,
 }
 
 /// Who speaks, and what it can do.
@@ -241,6 +264,17 @@ impl Frame {
             Self::Ping { nonce } => (Kind::Ping(wire::Number { number: *nonce }), &empty),
             Self::Pong { nonce } => (Kind::Pong(wire::Number { number: *nonce }), &empty),
             Self::Drain => (Kind::Drain(wire::Number { number: 0 }), &empty),
+            Self::Lend(loan) => (
+                Kind::Lend(wire::Lend {
+                    request: loan.request.0,
+                    offset: loan.offset,
+                    loan: loan.loan,
+                    at: loan.at,
+                    length: loan.length,
+                }),
+                &empty,
+            ),
+            Self::Return { loan } => (Kind::Return(wire::Number { number: *loan }), &empty),
         };
         let header = wire::Header {
             payload: payload.len() as u64,
@@ -436,6 +470,18 @@ fn frame(kind: Kind, body: Bytes) -> Result<Frame, FrameError> {
         Kind::Ping(it) => Frame::Ping { nonce: it.number },
         Kind::Pong(it) => Frame::Pong { nonce: it.number },
         Kind::Drain(_) => Frame::Drain,
+        Kind::Lend(it) => {
+            it.offset.checked_add(it.length).ok_or(FrameError::Range)?;
+            it.at.checked_add(it.length).ok_or(FrameError::Range)?;
+            Frame::Lend(Loan {
+                request: RequestId(it.request),
+                offset: it.offset,
+                loan: it.loan,
+                at: it.at,
+                length: it.length,
+            })
+        }
+        Kind::Return(it) => Frame::Return { loan: it.number },
     })
 }
 

@@ -127,7 +127,9 @@ impl Holder {
             | Frame::Data { .. }
             | Frame::Lost { .. }
             | Frame::Pong { .. }
-            | Frame::Drain => return Err(Violation::Role),
+            | Frame::Drain
+            | Frame::Lend(_)
+            | Frame::Return { .. } => return Err(Violation::Role),
         }
         Ok(())
     }

@@ -64,6 +64,16 @@ fn frames() -> impl Strategy<Value = Frame> {
             range,
             reason,
         }),
+        (request(), any::<[u32; 4]>()).prop_map(|(request, [offset, loan, at, length])| {
+            Frame::Lend(Loan {
+                request,
+                offset: offset.into(),
+                loan: loan.into(),
+                at: at.into(),
+                length: length.into(),
+            })
+        }),
+        any::<u64>().prop_map(|loan| Frame::Return { loan }),
         (request(), any::<u32>())
             .prop_map(|(request, priority)| Frame::Prioritise { request, priority }),
         request().prop_map(|request| Frame::Finish { request }),

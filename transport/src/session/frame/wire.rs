@@ -4,7 +4,10 @@
 pub(in crate::session) struct Header {
     #[prost(uint64, tag = "1")]
     pub(in crate::session) payload: u64,
-    #[prost(oneof = "Kind", tags = "2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13")]
+    #[prost(
+        oneof = "Kind",
+        tags = "2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15"
+    )]
     pub(in crate::session) kind: Option<Kind>,
 }
 
@@ -34,6 +37,24 @@ pub(in crate::session) enum Kind {
     Pong(Number),
     #[prost(message, tag = "13")]
     Drain(Number),
+    #[prost(message, tag = "14")]
+    Lend(Lend),
+    #[prost(message, tag = "15")]
+    Return(Number),
+}
+
+#[derive(Clone, Copy, PartialEq, prost::Message)]
+pub(in crate::session) struct Lend {
+    #[prost(uint64, tag = "1")]
+    pub(in crate::session) request: u64,
+    #[prost(uint64, tag = "2")]
+    pub(in crate::session) offset: u64,
+    #[prost(uint64, tag = "3")]
+    pub(in crate::session) loan: u64,
+    #[prost(uint64, tag = "4")]
+    pub(in crate::session) at: u64,
+    #[prost(uint64, tag = "5")]
+    pub(in crate::session) length: u64,
 }
 
 #[derive(Clone, Copy, PartialEq, prost::Message)]

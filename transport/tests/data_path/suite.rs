@@ -1,20 +1,43 @@
-//! Transfers over QUIC, over real sockets.
+//! What every carrier owes.
 
-#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
-
-use std::net::{Ipv4Addr, SocketAddr};
+use std::future::Future;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use kvasir_transport::quic::{self, Identity, Listener, QuicConfig, Trust};
+use kvasir_mem::Arena;
 use kvasir_transport::session::{Config, FailReason, FetchEvent, RefuseReason};
 use kvasir_transport::{DataPath, FetchError, FetchOptions, Lost, Source, Thing};
 
-const ANYWHERE: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
-const NAME: &str = "kvasir.test";
+/// A holder over one carrier, and how to reach it.
+pub(crate) trait Carrier: Sized {
+    /// One that serves `source`, with its data in an arena, where it lends.
+    fn serve(source: Numbers) -> Self;
+
+    /// The arena that data may lie in.
+    fn arena() -> Option<Arc<Arena>>;
+
+    /// A path to it.
+    fn connect(&self) -> DataPath;
+
+    /// A path that leads nowhere, and one to a holder that is somebody else.
+    fn astray(&self) -> [DataPath; 2];
+
+    /// Ends it at once, and serves `source` at the same place.
+    fn restart(self, source: Numbers) -> impl Future<Output = Self>;
+
+    fn drain(self, within: Duration) -> impl Future<Output = ()> + Send + 'static;
+}
+
+/// Sessions of the suite.
+pub(crate) fn config() -> Config {
+    Config {
+        piece: 64 << 10,
+        ..Config::default()
+    }
+}
 
 /// Of things with so many bytes, each read gives too few, or fails.
 const SHORT: u64 = 4242;
@@ -22,18 +45,40 @@ const UNREADABLE: u64 = 4343;
 const REASON: u32 = 9;
 
 /// As many bytes as a body says, in decimal; the same ones every time.
-#[derive(Debug, Default)]
-struct Numbers {
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Numbers {
     read: Arc<AtomicU64>,
     /// How long a read takes.
     delay: Duration,
+    /// Where every other piece lies.
+    arena: Option<Arc<Arena>>,
+}
+
+impl Numbers {
+    /// Where data may lie.
+    pub(crate) fn arena(&self) -> Option<&Arc<Arena>> {
+        self.arena.as_ref()
+    }
+
+    /// A piece, in the arena if there is one.
+    fn placed(&self, range: Range<u64>) -> Bytes {
+        let bytes = bytes(range);
+        let block = self
+            .arena
+            .as_ref()
+            .map(|arena| arena.block(bytes.len()).unwrap());
+        let Some(mut block) = block.flatten() else {
+            return bytes;
+        };
+        block[..bytes.len()].copy_from_slice(&bytes);
+        Bytes::from_owner(block).slice(..bytes.len())
+    }
 }
 
 #[derive(Debug)]
-struct Number {
+pub(crate) struct Number {
     total: u64,
-    read: Arc<AtomicU64>,
-    delay: Duration,
+    source: Numbers,
 }
 
 fn byte(at: u64) -> u8 {
@@ -53,8 +98,7 @@ impl Source for Numbers {
         let total = text.and_then(|text| text.parse().ok());
         Ok(Number {
             total: total.ok_or_else(|| Bytes::from_static(b"not a number"))?,
-            read: Arc::clone(&self.read),
-            delay: self.delay,
+            source: self.clone(),
         })
     }
 }
@@ -69,9 +113,9 @@ impl Thing for Number {
     }
 
     async fn read(&self, range: Range<u64>) -> Result<Vec<Bytes>, Lost> {
-        tokio::time::sleep(self.delay).await;
-        self.read
-            .fetch_add(range.end - range.start, Ordering::Relaxed);
+        tokio::time::sleep(self.source.delay).await;
+        let length = range.end - range.start;
+        self.source.read.fetch_add(length, Ordering::Relaxed);
         match self.total {
             SHORT => Ok(vec![bytes(range.start..range.end - 1)]),
             UNREADABLE => Err(Lost {
@@ -80,63 +124,48 @@ impl Thing for Number {
             }),
             _ => {
                 let middle = range.start.midpoint(range.end);
-                Ok(vec![bytes(range.start..middle), bytes(middle..range.end)])
+                let placed = self.source.placed(range.start..middle);
+                Ok(vec![placed, bytes(middle..range.end)])
             }
         }
     }
 }
 
-struct Pair {
-    listener: Listener,
+struct Pair<C> {
+    holder: C,
     path: DataPath,
-    identity: Identity,
     read: Arc<AtomicU64>,
 }
 
-fn config() -> QuicConfig {
-    QuicConfig {
-        session: Config {
-            piece: 64 << 10,
-            ..Config::default()
-        },
-        idle: Duration::from_millis(600),
-        most_backoff: Duration::from_millis(50),
-        ..QuicConfig::default()
-    }
-}
-
-fn pair(delay: Duration) -> Pair {
-    let identity = Identity::self_signed(&[NAME]).unwrap();
-    let source = Numbers {
+fn numbers<C: Carrier>(delay: Duration) -> Numbers {
+    Numbers {
         delay,
+        arena: C::arena(),
         ..Numbers::default()
-    };
-    let read = Arc::clone(&source.read);
-    let listener = Listener::new(ANYWHERE, &identity, None, Arc::new(source), config()).unwrap();
-    let trust = identity.trust().unwrap();
-    let path = quic::connect(listener.address(), NAME, &trust, None, config()).unwrap();
-    Pair {
-        listener,
-        path,
-        identity,
-        read,
     }
 }
 
-fn body(total: u64) -> Bytes {
+fn pair<C: Carrier>(delay: Duration) -> Pair<C> {
+    let source = numbers::<C>(delay);
+    let read = Arc::clone(&source.read);
+    let holder = C::serve(source);
+    let path = holder.connect();
+    Pair { holder, path, read }
+}
+
+pub(crate) fn body(total: u64) -> Bytes {
     Bytes::from(total.to_string())
 }
 
-fn within(time: Duration) -> FetchOptions {
+pub(crate) fn within(time: Duration) -> FetchOptions {
     FetchOptions {
         deadline: Some(Instant::now() + time),
         ..FetchOptions::default()
     }
 }
 
-#[tokio::test]
-async fn many_requests_come_whole_over_one_connection() {
-    let pair = pair(Duration::ZERO);
+pub(crate) async fn many_requests_come_whole_over_one_connection<C: Carrier>() {
+    let pair = pair::<C>(Duration::ZERO);
     let sizes = [0, 1, 1000, 65_536, 65_537, 3_000_000, 40_000_000];
     let requests = sizes.map(|size| (size, pair.path.fetch(body(size), FetchOptions::default())));
     for (size, request) in requests {
@@ -149,9 +178,8 @@ async fn many_requests_come_whole_over_one_connection() {
     assert!(status.connected && !status.draining && status.round_trip.is_some());
 }
 
-#[tokio::test]
-async fn a_refusal_says_why() {
-    let pair = pair(Duration::ZERO);
+pub(crate) async fn a_refusal_says_why<C: Carrier>() {
+    let pair = pair::<C>(Duration::ZERO);
     let options = FetchOptions::default();
     let request = pair.path.fetch(Bytes::from_static(b"many"), options);
     let error = request.all().await.unwrap_err();
@@ -161,9 +189,8 @@ async fn a_refusal_says_why() {
     );
 }
 
-#[tokio::test]
-async fn what_cannot_be_read_is_lost() {
-    let pair = pair(Duration::ZERO);
+pub(crate) async fn what_cannot_be_read_is_lost<C: Carrier>() {
+    let pair = pair::<C>(Duration::ZERO);
     for total in [SHORT, UNREADABLE] {
         let options = within(Duration::from_secs(5));
         let error = pair.path.fetch(body(total), options).all().await;
@@ -171,9 +198,8 @@ async fn what_cannot_be_read_is_lost() {
     }
 }
 
-#[tokio::test]
-async fn what_matters_more_overtakes() {
-    let pair = pair(Duration::from_millis(2));
+pub(crate) async fn what_matters_more_overtakes<C: Carrier>() {
+    let pair = pair::<C>(Duration::from_millis(2));
     let mut large = pair.path.fetch(body(200_000_000), FetchOptions::default());
     // Under way.
     while !matches!(large.next().await.unwrap(), FetchEvent::Data { .. }) {}
@@ -192,17 +218,9 @@ async fn what_matters_more_overtakes() {
     assert_eq!(pair.read.load(Ordering::Relaxed), before);
 }
 
-#[tokio::test]
-async fn a_holder_that_is_not_there_costs_no_more_than_the_deadline() {
-    let pair = pair(Duration::ZERO);
-    let stranger = Identity::self_signed(&[NAME]).unwrap().trust().unwrap();
-    let nobody = SocketAddr::new(ANYWHERE.ip(), 9);
-    for (address, trust) in [
-        (nobody, pair.identity.trust().unwrap()),
-        // One that is not who it should be.
-        (pair.listener.address(), stranger),
-    ] {
-        let path = quic::connect(address, NAME, &trust, None, config()).unwrap();
+pub(crate) async fn a_holder_that_is_not_there_costs_no_more_than_the_deadline<C: Carrier>() {
+    let pair = pair::<C>(Duration::ZERO);
+    for path in pair.holder.astray() {
         let begun = Instant::now();
         let request = path.fetch(body(10), within(Duration::from_millis(300)));
         let error = request.all().await.unwrap_err();
@@ -212,36 +230,54 @@ async fn a_holder_that_is_not_there_costs_no_more_than_the_deadline() {
     }
 }
 
-#[tokio::test]
-async fn a_holder_can_demand_certificates() {
-    let server = Identity::self_signed(&[NAME]).unwrap();
-    let client = Identity::self_signed(&["client"]).unwrap();
-    let stranger = Identity::self_signed(&["client"]).unwrap();
-    let clients = client.trust().unwrap();
-    let source = Arc::new(Numbers::default());
-    let listener = Listener::new(ANYWHERE, &server, Some(&clients), source, config()).unwrap();
-    let trust: Trust = server.trust().unwrap();
-    for (identity, serves) in [
-        (Some(&client), true),
-        (Some(&stranger), false),
-        (None, false),
-    ] {
-        let address = listener.address();
-        let path = quic::connect(address, NAME, &trust, identity, config()).unwrap();
-        let request = path.fetch(body(10), within(Duration::from_millis(1000)));
-        assert_eq!(request.all().await.is_ok(), serves);
+/// The first word of a holder may be behind what it says next.
+pub(crate) async fn a_connection_serves_from_its_first_moment<C: Carrier>() {
+    let pair = pair::<C>(Duration::ZERO);
+    for size in 0..50 {
+        let path = pair.holder.connect();
+        let begun = Instant::now();
+        let request = path.fetch(body(size * 5000), within(Duration::from_secs(20)));
+        assert!(request.all().await.is_ok());
+        // Another connection would have come after a pause.
+        assert!(begun.elapsed() < Duration::from_secs(10));
+        assert!(path.status().connected);
     }
 }
 
-#[tokio::test]
-async fn a_lost_connection_goes_on_with_what_is_missing() {
-    let pair = pair(Duration::from_millis(1));
+/// What was handed out stays as it is, also when the session is over.
+pub(crate) async fn bytes_outlive_their_connection<C: Carrier>() {
+    let pair = pair::<C>(Duration::ZERO);
+    let mut request = pair.path.fetch(body(1_000_000), FetchOptions::default());
+    let mut kept = Vec::new();
+    while let Some(event) = request.next().await {
+        if let FetchEvent::Data { offset, bytes, .. } = event {
+            kept.push((offset, bytes));
+        }
+    }
+    drop((request, pair.path));
+    // Whoever holds it may want its memory for something else.
+    let other = pair.holder.connect();
+    for _ in 0..10 {
+        let request = other.fetch(body(2_000_000), FetchOptions::default());
+        request.all().await.unwrap();
+    }
+    drop((other, pair.holder));
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    for (offset, found) in kept {
+        assert!(
+            found == bytes(offset..offset + found.len() as u64),
+            "{offset}"
+        );
+    }
+}
+
+pub(crate) async fn a_lost_connection_goes_on_with_what_is_missing<C: Carrier>() {
+    let pair = pair::<C>(Duration::from_millis(1));
     let total = 100_000_000;
     let mut request = pair.path.fetch(body(total), FetchOptions::default());
     let (mut all, mut came) = (vec![0; usize::try_from(total).unwrap()], 0);
     let mut restarted = None;
-    let address = pair.listener.address();
-    let mut listener = Some(pair.listener);
+    let mut holder = Some(pair.holder);
     let ended = loop {
         match request.next().await.unwrap() {
             FetchEvent::Data { offset, bytes, .. } => {
@@ -253,35 +289,24 @@ async fn a_lost_connection_goes_on_with_what_is_missing() {
             ended => break ended,
         }
         if came > total / 2 && restarted.is_none() {
-            drop(listener.take());
-            let again = Numbers::default();
+            let again = numbers::<C>(Duration::from_millis(1));
             let read = Arc::clone(&again.read);
-            let again = Arc::new(again);
-            // The port is free once the old endpoint is gone.
-            let new = loop {
-                let again = Arc::clone(&again);
-                match Listener::new(address, &pair.identity, None, again, config()) {
-                    Ok(new) => break new,
-                    Err(_) => tokio::time::sleep(Duration::from_millis(10)).await,
-                }
-            };
-            restarted = Some((new, read));
+            restarted = Some((holder.take().unwrap().restart(again).await, read));
         }
     };
     assert!(matches!(ended, FetchEvent::Complete { .. }), "{ended:?}");
     assert!(all == bytes(0..total));
     assert_eq!(came, total);
-    let (_listener, read) = restarted.unwrap();
+    let (_holder, read) = restarted.unwrap();
     assert!(read.load(Ordering::Relaxed) < total / 2);
 }
 
-#[tokio::test]
-async fn draining_ends_what_is_under_way_and_takes_nothing_new() {
-    let pair = pair(Duration::from_millis(1));
+pub(crate) async fn draining_ends_what_is_under_way_and_takes_nothing_new<C: Carrier>() {
+    let pair = pair::<C>(Duration::from_millis(1));
     let total = 50_000_000;
     let mut first = pair.path.fetch(body(total), FetchOptions::default());
     while !matches!(first.next().await.unwrap(), FetchEvent::Data { .. }) {}
-    let drained = tokio::spawn(pair.listener.drain(Duration::from_secs(20)));
+    let drained = tokio::spawn(pair.holder.drain(Duration::from_secs(20)));
     while !pair.path.status().draining {
         // Somebody has to take what is under way.
         first.next().await.unwrap();

@@ -1,0 +1,61 @@
+//! The data plane on one host.
+
+use std::env;
+use std::hash::{BuildHasher as _, RandomState};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use kvasir_proto::v1;
+use kvasir_transport::session::Config;
+use kvasir_transport::shm::{ListenError, Listener, ShmConfig, Token};
+use rustix::process::geteuid;
+
+use crate::config::SharedMemorySettings;
+use crate::data::Chunks;
+use crate::service::Shared;
+
+/// Listens as `settings` say. `None` where payload does not lie in memory that can be shared.
+pub(crate) fn start(
+    settings: &SharedMemorySettings,
+    control: SocketAddr,
+    shared: &Arc<Shared>,
+) -> Result<Option<(Listener, v1::SharedMemoryPath)>, ListenError> {
+    let Some(arena) = shared.store.arena().cloned() else {
+        return Ok(None);
+    };
+    let socket = settings.socket.clone();
+    let socket = socket.unwrap_or_else(|| directory().join(format!("{}.sock", control.port())));
+    let token = token();
+    let defaults = ShmConfig::default();
+    let config = ShmConfig {
+        session: Config {
+            linger: shared.limits.stream_idle(),
+            ..defaults.session
+        },
+        // Writers need the other half.
+        most_lent: shared.store.stats().memory.capacity / 2,
+        ..defaults
+    };
+    let source = Arc::new(Chunks::unverified(Arc::clone(shared)));
+    let listener = Listener::new(socket, token, arena, source, config)?;
+    let path = v1::SharedMemoryPath {
+        socket: listener.path().display().to_string(),
+        token: token.to_vec().into(),
+    };
+    Ok(Some((listener, path)))
+}
+
+/// Nobody guesses it by accident, and that is all that it is for.
+fn token() -> Token {
+    let [low, high] = [(); 2].map(|()| RandomState::new().hash_one(std::process::id()));
+    (u128::from(high) << 64 | u128::from(low)).to_le_bytes()
+}
+
+/// Where only this user can enter.
+fn directory() -> PathBuf {
+    match env::var_os("XDG_RUNTIME_DIR").filter(|path| !path.is_empty()) {
+        Some(runtime) => PathBuf::from(runtime).join("kvasir"),
+        None => env::temp_dir().join(format!("kvasir-{}", geteuid().as_raw())),
+    }
+}

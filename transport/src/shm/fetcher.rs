@@ -1,0 +1,128 @@
+//! The end that connects.
+
+use std::convert::Infallible;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bytes::{Bytes, BytesMut};
+use kvasir_mem::{Lent, View};
+use tokio::net::UnixStream;
+
+use super::wire::{greeted, put, receive, send};
+use super::{Ended, Loan, ShmConfig, Token};
+use crate::fetching::Shared;
+use crate::path::{Carrier, DataPath};
+use crate::session::{Frame, Violation};
+
+/// A path to the holder that listens at `path` and calls itself `token`. It may be there
+/// later; requests wait for it until their deadlines.
+///
+/// # Panics
+/// Outside of a Tokio runtime.
+pub fn connect(path: impl Into<PathBuf>, token: Token, config: ShmConfig) -> DataPath {
+    let path: Arc<Path> = path.into().into();
+    let shared = Shared::new(config.session);
+    let one = move |shared| one(Arc::clone(&path), token, shared);
+    DataPath::carried_by(Carrier::SharedMemory, shared, config.most_backoff, one)
+}
+
+/// One connection, until it ends.
+async fn one(path: Arc<Path>, token: Token, shared: Arc<Shared>) -> Result<Infallible, Ended> {
+    let stream = UnixStream::connect(&path).await?;
+    let (theirs, descriptor) = greeted(&stream).await?;
+    if theirs != token {
+        return Err(Ended::Stranger);
+    }
+    let view = View::new(descriptor)?;
+    let home = Arc::new(Home {
+        stream,
+        shared: Arc::clone(&shared),
+        over: Mutex::default(),
+    });
+    let stream = &home.stream;
+    shared.connect();
+    let sending = async {
+        let mut out = BytesMut::new();
+        loop {
+            for loan in std::mem::take(&mut *home.over()) {
+                put(&mut out, &Frame::Return { loan });
+            }
+            while let Some(frame) = shared.next_frame() {
+                put(&mut out, &frame);
+            }
+            if out.is_empty() {
+                shared.work.notified().await;
+            } else {
+                send(stream, &mut out).await?;
+            }
+        }
+    };
+    let receiving = async {
+        let take = |frames: &mut Vec<Frame>| {
+            for frame in frames.iter_mut() {
+                if let Frame::Lend(loan) = frame {
+                    *frame = lent(&view, &home, *loan)?;
+                }
+            }
+            shared.take(frames.drain(..))
+        };
+        receive(stream, take).await?;
+        Err(Ended::Closed)
+    };
+    tokio::select! {
+        ended = sending => ended,
+        ended = receiving => ended,
+    }
+}
+
+/// Data, where it lies.
+fn lent(view: &Arc<View>, home: &Arc<Home>, loan: Loan) -> Result<Frame, Violation> {
+    // SAFETY: a holder does not write to what it has lent until it is given back, which
+    // happens when the last handle on it is dropped, or until the socket is closed, which
+    // `home` keeps open for as long as there is one.
+    let bytes = unsafe { view.lent(loan.at, loan.length) }.ok_or(Violation::Loan)?;
+    let borrowed = Borrowed {
+        bytes,
+        loan: loan.loan,
+        home: Arc::clone(home),
+    };
+    Ok(Frame::Data {
+        request: loan.request,
+        offset: loan.offset,
+        bytes: Bytes::from_owner(borrowed),
+    })
+}
+
+/// Where loans go back to: a connection, which lasts as long as anything lent.
+struct Home {
+    stream: UnixStream,
+    shared: Arc<Shared>,
+    /// Loans that are over, and were not given back.
+    over: Mutex<Vec<u64>>,
+}
+
+/// Something lent. Dropping it gives it back.
+struct Borrowed {
+    bytes: Lent,
+    loan: u64,
+    home: Arc<Home>,
+}
+
+impl Home {
+    fn over(&self) -> MutexGuard<'_, Vec<u64>> {
+        self.over.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl AsRef<[u8]> for Borrowed {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+impl Drop for Borrowed {
+    fn drop(&mut self) {
+        self.home.over().push(self.loan);
+        self.home.shared.work.notify_one();
+    }
+}
