@@ -32,6 +32,7 @@ use prost::Message as _;
 use rand::{RngCore as _, SeedableRng as _};
 use rand_chacha::ChaCha8Rng;
 use tokio::net::TcpStream;
+use tokio::task::JoinSet;
 
 use crate::cpu;
 use crate::daemon::Daemon;
@@ -99,6 +100,9 @@ const NAMES: [&str; 8] = [
     "tcp",
 ];
 
+/// The first one over sockets.
+const OVER_SOCKETS: usize = 4;
+
 /// More than caches hold.
 const COPIED_BYTES: usize = 256 << 20;
 
@@ -126,14 +130,19 @@ pub(crate) async fn run(quick: bool) -> anyhow::Result<Report> {
         let connections: &[usize] = if size.name == "bulk" { &[1, 8] } else { &[1] };
         for &count in connections {
             let mut ways = Vec::new();
-            for name in NAMES {
+            let names = if count > 1 {
+                &NAMES[OVER_SOCKETS..]
+            } else {
+                &NAMES
+            };
+            for name in names {
                 let mut all = Vec::new();
                 for _ in 0..count {
                     all.push(way(name, &daemon, &raw, &keys, &size).await?);
                 }
                 ways.push(all);
             }
-            let mut series: Vec<Series> = NAMES.map(|_| Series::default()).into();
+            let mut series: Vec<Series> = names.iter().map(|_| Series::default()).collect();
             // The first round opens windows and warms everything up.
             for round in 0..=rounds {
                 for (all, series) in ways.iter_mut().zip(&mut series) {
@@ -150,22 +159,27 @@ pub(crate) async fn run(quick: bool) -> anyhow::Result<Report> {
             } else {
                 String::new()
             };
-            rows(&mut report, &mut series, &format!("{}{suffix}", size.name));
+            rows(
+                &mut report,
+                names,
+                &mut series,
+                &format!("{}{suffix}", size.name),
+            );
         }
     }
     Ok(report)
 }
 
-fn rows(report: &mut Report, series: &mut [Series], size: &str) {
+fn rows(report: &mut Report, names: &[&str], series: &mut [Series], size: &str) {
     let rates: Vec<f64> = series.iter_mut().map(|it| median(&mut it.rates)).collect();
     let rate = |name: &str| {
-        let names = NAMES.iter().zip(&rates);
+        let names = names.iter().zip(&rates);
         names
             .filter(|(it, _)| **it == name)
             .map(|(_, rate)| *rate)
             .sum::<f64>()
     };
-    for (name, series) in NAMES.iter().zip(series) {
+    for (name, series) in names.iter().zip(series) {
         let (ours, suffix) = match *name {
             "shm_verified" => ("shm_get", "/verified"),
             name => (name, ""),
@@ -250,7 +264,7 @@ type Sample = (f64, f64, Vec<f64>);
 /// One operation after the other, on all connections at once.
 #[expect(clippy::cast_precision_loss, reason = "a benchmark's result")]
 async fn drive(
-    all: &mut [Way],
+    all: &mut Vec<Way>,
     size: &Size,
     window: Duration,
     processes: &[u32],
@@ -264,16 +278,26 @@ async fn drive(
         Ok(total)
     };
     let (cpu_before, begun) = (cpu()?, Instant::now());
-    let drives = all.iter_mut().map(|way| async move {
-        let mut micros = Vec::new();
-        while begun.elapsed() < window {
-            let start = Instant::now();
-            way.get(size).await?;
-            micros.push(start.elapsed().as_secs_f64() * 1e6);
-        }
-        anyhow::Ok(micros)
-    });
-    let micros = futures::future::try_join_all(drives).await?.concat();
+    // In tasks, as engines fetch.
+    let mut drives = JoinSet::new();
+    for mut way in std::mem::take(all) {
+        let size = *size;
+        drives.spawn(async move {
+            let mut micros = Vec::new();
+            while begun.elapsed() < window {
+                let start = Instant::now();
+                way.get(&size).await?;
+                micros.push(start.elapsed().as_secs_f64() * 1e6);
+            }
+            anyhow::Ok((way, micros))
+        });
+    }
+    let mut micros = Vec::new();
+    while let Some(done) = drives.join_next().await {
+        let (way, took) = done??;
+        all.push(way);
+        micros.extend(took);
+    }
     let wall = begun.elapsed();
     let cpu = cpu()?.saturating_sub(cpu_before);
     let gigabytes = (micros.len() as u64 * size.bytes()) as f64 / 1e9;

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod link;
+mod recorded;
 
 use std::time::Duration;
 
