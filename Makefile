@@ -16,7 +16,7 @@ MODEL   ?= models/reader-9m
 RUN     ?= target/reader
 VENV    ?= .venv
 
-.PHONY: help deps deps-neon deps-bench deps-cuda build demo test crash soak check check-deep test-neon test-cuda rocksdb loom asan fuzz bench quality venv train
+.PHONY: help deps deps-neon deps-bench deps-cuda deps-rdma build demo test crash soak check check-deep test-neon test-cuda test-rdma rocksdb loom asan fuzz bench quality venv train
 
 help:
 	@echo "make demo    build, then answer questions with a computed and a fetched prefill"
@@ -27,6 +27,7 @@ help:
 	@echo "make check-deep  models of the store's concurrency; unsafe code under AddressSanitizer"
 	@echo "make test-neon   the codec's tests as an ARM CPU runs them, under qemu"
 	@echo "make test-cuda   the CUDA kernel, compiled for every GPU that NVRTC knows; no GPU needed"
+	@echo "make test-rdma   one-sided reads over soft-RoCE, in an emulated machine; no adapter needed"
 	@echo "make fuzz    hostile bytes for codec and data plane, a minute a target (SECONDS=1200: twenty)"
 	@echo "make bench   run the benchmarks (ARGS='ttft --quick --json' picks one)"
 	@echo "make quality ask the shipped model, write docs/quality.md (an hour; ARGS=--quick: minutes)"
@@ -41,6 +42,9 @@ DEPS := g++ clang libclang-dev python3
 DEPS_NEON := gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user
 # What fetches the CUDA compiler's library.
 DEPS_CUDA := python3-pip
+# To build with RDMA, and to run that where there is no adapter.
+DEPS_RDMA := cmake pkg-config libibverbs-dev ibverbs-providers perftest qemu-system-x86 \
+  busybox-static cpio kmod iproute2 python3
 # What the suite `store` is measured beside; no other needs them.
 DEPS_BENCH := fio redis-server
 
@@ -48,8 +52,9 @@ deps:       PACKAGES = $(DEPS)
 deps-neon:  PACKAGES = $(DEPS_NEON)
 deps-bench: PACKAGES = $(DEPS_BENCH)
 deps-cuda:  PACKAGES = $(DEPS_CUDA)
+deps-rdma:  PACKAGES = $(DEPS_RDMA)
 
-deps deps-neon deps-bench deps-cuda:
+deps deps-neon deps-bench deps-cuda deps-rdma:
 	@missing=""; for package in $(PACKAGES); do \
 	  dpkg -s $$package >/dev/null 2>&1 || missing="$$missing $$package"; done; \
 	if [ -n "$$missing" ]; then \
@@ -133,6 +138,12 @@ $(NVRTC): | deps-cuda
 test-cuda: deps $(NVRTC)
 	LD_LIBRARY_PATH=$(NVRTC)/nvidia/cuda_nvrtc/lib:$$LD_LIBRARY_PATH KVASIR_REQUIRE_NVRTC=1 \
 	  $(CARGO) test $(PROFILE) --locked -p kvasir-cuda -- --nocapture
+
+# The feature `rdma` of kvasir-transport: a kernel with soft-RoCE runs in QEMU, so the numbers
+# tell how near ib_read_bw it comes in the same machine, and nothing of adapters.
+test-rdma: deps deps-rdma
+	$(CARGO) test $(PROFILE) --locked -p kvasir-transport --features rdma --lib -- rdma::
+	tests/rdma/run $(abspath $(BUILDS))/rdma
 
 # Each target for SECONDS, from its seeds in the repository; what is found lies in
 # target/fuzz. libFuzzer's instrumentation needs the compiler's unstable flags, which the

@@ -15,7 +15,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("kvasir-codec", &["kvasir-types"]),
     ("kvasir-cuda", &["kvasir-types", "kvasir-codec"]),
     ("kvasir-mem", &[]),
-    ("kvasir-transport", &[]),
+    ("kvasir-transport", &["kvasir-mem"]),
     (
         "kvasir-store",
         &["kvasir-types", "kvasir-codec", "kvasir-mem"],
@@ -65,6 +65,8 @@ const CONFINED: &[(&str, &[&str])] = &[
     ),
     ("rocksdb", &["kvasir-store"]),
     ("cudarc", &["kvasir-cuda"]),
+    ("ibverbs", &["kvasir-transport"]),
+    ("ibverbs-sys", &["kvasir-transport"]),
 ];
 
 /// External crates that must never appear in some of our packages.

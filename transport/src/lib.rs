@@ -4,11 +4,12 @@
 //! holder gives out what its [`Source`] has; a fetcher's requests are [`Fetch`]es.
 //!
 //! * [`quic`]: between hosts, over TLS 1.3.
+//! * `rdma`, with the feature of that name: one-sided reads of another host's memory.
 //!
 //! Not here: what requests ask for and what bytes mean (`kvasir-proto`), control calls
 //! (`kvasir-client`, `kvasir-server`).
 
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 #[cfg(feature = "quic")]
 mod fetching;
@@ -16,6 +17,12 @@ mod fetching;
 mod holding;
 #[cfg(feature = "quic")]
 pub mod quic;
+#[cfg(feature = "rdma")]
+#[allow(
+    unsafe_code,
+    reason = "verbs are calls of a C library, and a device writes into memory that it was given"
+)]
+pub mod rdma;
 pub mod session;
 mod source;
 
