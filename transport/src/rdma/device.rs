@@ -274,9 +274,11 @@ impl Shared {
         self.queue_pairs().room += depth;
     }
 
-    /// Completions with that number are its.
-    pub(super) fn insert(&self, number: u32, connection: Arc<Connection>) {
-        self.queue_pairs().by_number.insert(number, connection);
+    /// Completions with that number are its. Whether anybody takes them.
+    pub(super) fn insert(&self, number: u32, connection: Arc<Connection>) -> bool {
+        let mut queue_pairs = self.queue_pairs();
+        queue_pairs.by_number.insert(number, connection);
+        !queue_pairs.broken
     }
 
     /// All its completions were taken. Before it is destroyed: then another one may get its
