@@ -31,6 +31,7 @@ impl Poller {
             .name("rdma".to_owned())
             .spawn(move || {
                 if let Err(error) = run(&shared, &stop) {
+                    // What is outstanding may still be done: what it needs is kept for good.
                     tracing::error!(%error, "completions of the RDMA device cannot be taken");
                     for connection in shared.break_down() {
                         connection.fail(QueuePairError::Completions);
@@ -64,7 +65,10 @@ fn run(shared: &Shared, stop: &OwnedFd) -> io::Result<()> {
         };
         stopping |= !ready[1].revents().is_empty();
         if !event.is_empty() {
-            shared.completions.take_event()?;
+            match shared.completions.take_event() {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                taken => taken?,
+            }
             // Before the queue is emptied: what comes after that raises an event.
             shared.completions.request_notification()?;
             pass_on(shared)?;

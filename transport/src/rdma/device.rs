@@ -22,7 +22,8 @@ pub struct DeviceConfig {
     /// Default: RoCEv2 over IPv4, or else over IPv6, or else InfiniBand.
     pub gid_index: Option<u8>,
     /// Requests of all queue pairs together that may be outstanding, fewer if the device has no
-    /// room for them. Default: 4096.
+    /// room for them; some 64 bytes each. With queue pairs as they are by default, room for 128 of
+    /// these. Default: 16,384.
     pub outstanding: u32,
 }
 
@@ -31,7 +32,7 @@ impl Default for DeviceConfig {
         Self {
             name: None,
             gid_index: None,
-            outstanding: 4096,
+            outstanding: 16_384,
         }
     }
 }

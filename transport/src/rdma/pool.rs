@@ -45,7 +45,7 @@ struct Slots {
 
 impl Pool {
     /// Buffers of so many bytes at least, rounded up to whole pages: one of one page at least.
-    /// All their memory is taken and locked at once.
+    /// All their memory is taken and locked at once, which takes a while.
     ///
     /// # Errors
     /// There is no memory, or the device does not take it.

@@ -111,7 +111,8 @@ pub enum RegisterError {
 }
 
 impl Region {
-    /// Registers memory, and keeps it.
+    /// Registers memory, and keeps it. That takes a system call, and as long as it takes to read
+    /// in and lock all of it: not for a thread that others wait for.
     ///
     /// # Errors
     /// It is nothing to be registered, or the device does not take it.

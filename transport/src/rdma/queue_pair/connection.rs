@@ -33,6 +33,8 @@ pub(in crate::rdma) struct Connection {
 struct State {
     /// `None` after it was destroyed.
     live: Option<Live>,
+    /// Bounded, since every read in it has a buffer of a pool, and every other operation is one
+    /// of a loan.
     pending: Pending<Operation>,
     lent: HashMap<u64, Lent>,
     next_loan: u64,
@@ -300,7 +302,7 @@ impl Connection {
                     range: buffer.place() + part.start..buffer.place() + part.end,
                     key: from.key.0,
                     // What is beyond the last address is beyond any loan too.
-                    from: from.offset.wrapping_add(part.start),
+                    from: from.offset.saturating_add(part.start),
                 },
                 Operation::Bind { lent, .. } => Request::Bind {
                     window: &mut lent.window,
