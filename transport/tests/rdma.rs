@@ -362,13 +362,18 @@ async fn a_dropped_read_keeps_its_buffer_until_the_device_is_done() {
     assert_eq!(pool.free(), 2, "the device may still write into it");
     let late = late.connect(&endpoint).unwrap();
     // The key is of another session.
-    assert_eq!(fetcher.failed().await, QueuePairError::RemoteAccess);
+    let failed = timeout(NOTICED, fetcher.failed()).await;
+    assert_eq!(failed, Ok(QueuePairError::RemoteAccess));
     eventually(|| pool.free() == 3).await;
     drop((late, fetcher));
 
-    // Together with everything else.
+    // Together with everything else: then the device is told to stop, and does not try on.
+    let patient = QueuePairConfig {
+        timeout: Duration::from_secs(10),
+        ..config
+    };
     let late = device.prepare(&config).unwrap();
-    let fetcher = device.prepare(&config).unwrap();
+    let fetcher = device.prepare(&patient).unwrap();
     let fetcher = fetcher.connect(late.endpoint()).unwrap();
     drop_polled(fetcher.read(&pool, loan.range()));
     assert_eq!(pool.free(), 2);

@@ -249,9 +249,9 @@ mod tests {
 
         #[test]
         fn cuts_leave_parts_within_pieces(
-            start in 0u64..1 << 20,
-            len in 1u64..1 << 20,
-            bytes in 1u64 << 12..1 << 20,
+            start in 0u64..100,
+            len in 1u64..100,
+            bytes in 1u64..20,
         ) {
             let mut from = start;
             for to in cuts(start..start + len, bytes).chain([start + len]) {
