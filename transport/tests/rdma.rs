@@ -616,7 +616,7 @@ async fn another_process_is_read_from_until_it_ends_the_session() {
     }
     assert!(reads.join_all().await.into_iter().all(|same| same));
 
-    // The peer drops its queue pair, and does not answer that any more.
+    // The peer ends its loan, drops its queue pair, and does not answer that any more.
     drop(session);
     let start = Instant::now();
     let error = loop {
@@ -625,7 +625,9 @@ async fn another_process_is_read_from_until_it_ends_the_session() {
             Err(error) => break error,
         }
     };
-    assert_eq!(error, ReadError::Failed(QueuePairError::RetryExceeded));
+    // The loan ends first, so the last read may come between the two.
+    let ended = [QueuePairError::RetryExceeded, QueuePairError::RemoteAccess];
+    assert!(ended.map(ReadError::Failed).contains(&error), "{error:?}");
 
     // Of another session, the key opens nothing; that session's own does.
     let (fetcher, new, _session) = peer.connect(&device);
