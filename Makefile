@@ -16,7 +16,7 @@ MODEL   ?= models/reader-9m
 RUN     ?= target/reader
 VENV    ?= .venv
 
-.PHONY: help deps deps-neon deps-bench deps-cuda build demo test crash soak check check-deep test-neon test-cuda rocksdb loom asan fuzz bench quality venv train
+.PHONY: help deps deps-neon deps-bench deps-cuda deps-rdma deps-ibverbs build demo test crash soak check check-deep test-neon test-cuda test-rdma rocksdb loom asan fuzz bench quality venv train
 
 help:
 	@echo "make demo    build, then answer questions with a computed and a fetched prefill"
@@ -27,6 +27,7 @@ help:
 	@echo "make check-deep  models of the store's concurrency; unsafe code under AddressSanitizer"
 	@echo "make test-neon   the codec's tests as an ARM CPU runs them, under qemu"
 	@echo "make test-cuda   the CUDA kernel, compiled for every GPU that NVRTC knows; no GPU needed"
+	@echo "make test-rdma   one-sided reads over soft-RoCE, in an emulated machine; no adapter needed"
 	@echo "make fuzz    hostile bytes for codec and data plane, a minute a target (SECONDS=1200: twenty)"
 	@echo "make bench   run the benchmarks (ARGS='ttft --quick --json' picks one)"
 	@echo "make quality ask the shipped model, write docs/quality.md (an hour; ARGS=--quick: minutes)"
@@ -41,6 +42,11 @@ DEPS := g++ clang libclang-dev python3
 DEPS_NEON := gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user
 # What fetches the CUDA compiler's library.
 DEPS_CUDA := python3-pip
+# To build with RDMA, and to run that where there is no adapter. QEMU replaces newer tools of
+# its kind, if they came from elsewhere.
+DEPS_IBVERBS := cmake pkg-config libibverbs-dev
+DEPS_RDMA := $(DEPS_IBVERBS) ibverbs-providers perftest qemu-system-x86 busybox-static cpio kmod \
+  iproute2 python3
 # What the suite `store` is measured beside; no other needs them.
 DEPS_BENCH := fio redis-server
 
@@ -48,8 +54,10 @@ deps:       PACKAGES = $(DEPS)
 deps-neon:  PACKAGES = $(DEPS_NEON)
 deps-bench: PACKAGES = $(DEPS_BENCH)
 deps-cuda:  PACKAGES = $(DEPS_CUDA)
+deps-rdma:  PACKAGES = $(DEPS_RDMA)
+deps-ibverbs: PACKAGES = $(DEPS_IBVERBS)
 
-deps deps-neon deps-bench deps-cuda:
+deps deps-neon deps-bench deps-cuda deps-rdma deps-ibverbs:
 	@missing=""; for package in $(PACKAGES); do \
 	  dpkg -s $$package >/dev/null 2>&1 || missing="$$missing $$package"; done; \
 	if [ -n "$$missing" ]; then \
@@ -77,11 +85,14 @@ crash: build
 soak: deps
 	$(CARGO) run $(PROFILE) --locked -p kvasir-bench -- soak --minutes $(MINUTES) $(ARGS)
 
-# cargo-deny is installed on first use: it is a tool, not a dependency.
-check: deps
+# cargo-deny is installed on first use: it is a tool, not a dependency. The feature `rdma` costs
+# two minutes of a CPU the first time, for the bindings of libibverbs.
+check: deps deps-ibverbs
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy $(PROFILE) --locked --workspace --all-targets -- -D warnings
+	$(CARGO) clippy $(PROFILE) --locked -p kvasir-transport --features rdma --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc $(PROFILE) --locked --workspace --no-deps
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc $(PROFILE) --locked -p kvasir-transport --features rdma --no-deps
 	@command -v cargo-deny >/dev/null || $(CARGO) install --locked cargo-deny@0.20.2
 	$(CARGO) deny --all-features check bans licenses sources
 
@@ -104,8 +115,8 @@ loom: rocksdb
 	  -p kvasir-store --lib models::
 
 # Every crate with unsafe code but kvasir-cuda, where it is calls of NVIDIA's libraries (its
-# kernel runs under the sanitizer in `make test`), and the store, whose buffers devices write
-# into. Not valgrind: under it no CPU has AVX-512, and the kernels for that would go untested. The
+# kernel runs under the sanitizer in `make test`), and kvasir-transport, where it is calls of
+# libibverbs; and the store, whose buffers devices write into. Not valgrind: under it no CPU has AVX-512, and the kernels for that would go untested. The
 # stable compiler has the sanitizer behind RUSTC_BOOTSTRAP; --target keeps it out of build
 # scripts. RocksDB and std run as they are, and leaks are not looked for: safe code may leak.
 asan: rocksdb
@@ -133,6 +144,12 @@ $(NVRTC): | deps-cuda
 test-cuda: deps $(NVRTC)
 	LD_LIBRARY_PATH=$(NVRTC)/nvidia/cuda_nvrtc/lib:$$LD_LIBRARY_PATH KVASIR_REQUIRE_NVRTC=1 \
 	  $(CARGO) test $(PROFILE) --locked -p kvasir-cuda -- --nocapture
+
+# The feature `rdma` of kvasir-transport: a kernel with soft-RoCE runs in QEMU, so the numbers
+# tell how near ib_read_bw it comes in the same machine, and nothing of adapters.
+test-rdma: deps deps-rdma
+	$(CARGO) test $(PROFILE) --locked -p kvasir-transport --features rdma --lib -- rdma::
+	tests/rdma/run $(abspath $(BUILDS))/rdma
 
 # Each target for SECONDS, from its seeds in the repository; what is found lies in
 # target/fuzz. libFuzzer's instrumentation needs the compiler's unstable flags, which the

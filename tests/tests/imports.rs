@@ -71,6 +71,8 @@ const CONFINED: &[(&str, &[&str])] = &[
     ),
     ("rocksdb", &["kvasir-store"]),
     ("cudarc", &["kvasir-cuda"]),
+    ("ibverbs", &["kvasir-transport"]),
+    ("ibverbs-sys", &["kvasir-transport"]),
 ];
 
 /// External crates that must never appear in some of our packages.

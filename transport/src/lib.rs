@@ -6,6 +6,7 @@
 //!
 //! * [`quic`]: between hosts, over TLS 1.3.
 //! * [`shm`]: on one host, without a copy.
+//! * `rdma`, with the feature of that name: one-sided reads of another host's memory.
 //!
 //! Not here: what requests ask for and what bytes mean (`kvasir-proto`), control calls
 //! (`kvasir-client`, `kvasir-server`).
@@ -20,6 +21,12 @@ mod holding;
 mod path;
 #[cfg(feature = "quic")]
 pub mod quic;
+#[cfg(feature = "rdma")]
+#[allow(
+    unsafe_code,
+    reason = "verbs are calls of a C library, and a device writes into memory that it was given"
+)]
+pub mod rdma;
 pub mod session;
 #[cfg(feature = "quic")]
 #[allow(unsafe_code, reason = "memory of another process; see the module")]

@@ -1,0 +1,89 @@
+//! One-sided reads of another host's memory: RDMA over RoCE or InfiniBand.
+//!
+//! A holder lends bytes that lie in registered memory; a fetcher reads them from there into a
+//! buffer of its own, and no CPU of the holder has a part in it. What is here is that
+//! mechanism: who asks for what, and which bytes are lent when, is the session's affair, whose
+//! frames travel over another carrier.
+//!
+//! ```text
+//! holder                                    fetcher
+//!   Device::find                              Device::find
+//!   Region::register(memory)                  Pool::new
+//!   Device::prepare → endpoint  ◀───────────▶ Device::prepare → endpoint
+//!   connect(their endpoint)                   connect(their endpoint)
+//!   lend(bytes) → Loan::range   ────────────▶ read(range) → Bytes
+//!   drop the loan               ◀──────────── done with it
+//! ```
+//!
+//! # Keys
+//! Registered memory is open to nobody. A [`Loan`] is a memory window of type 2, bound by the
+//! session's queue pair to the bytes lent and no others: its key opens these, for reading, to
+//! that queue pair's peer alone, and nothing once the loan or the queue pair has ended
+//! (InfiniBand Architecture Specification, volume 1, 10.6.7; `ibv_alloc_mw(3)`). To bind one is
+//! a request like a read, without a system call, where a registration for every session would
+//! pin and map all memory each time. Addresses on the wire are places in the region, since
+//! that is registered with byte 0 at address 0 (`ibv_reg_mr(3)`); no process's addresses are
+//! told.
+//!
+//! Adapters check a window's own bounds. Soft-RoCE checks its key, queue pair and access, but
+//! the bounds of its region only (`check_rkey` in Linux's `rxe_resp.c`): it is for tests.
+//!
+//! # Who owns what
+//! * A [`Device`] has the context, one protection domain, and one completion queue with a
+//!   thread, which sleeps in the completion channel, takes what is done, and wakes who waits.
+//! * A [`Region`] has memory and its registrations; while either is used it stays.
+//! * A [`QueuePair`] has its requests. What a request needs (the buffer that a device writes
+//!   into, the bytes that are lent, registrations and windows) belongs to the request until its
+//!   completion has come. So a dropped future frees nothing under a device's hands: the bytes
+//!   arrive and are thrown away.
+//! * Handles may be dropped in any order: what depends on something keeps it.
+//!
+//! # How a queue pair ends
+//! It fails as a whole (`IBV_QPS_ERR`, `ibv_modify_qp(3)`): a read that the peer's device
+//! refuses, a peer that does not answer within the retry time, or its handle dropped. Then all
+//! that is outstanding fails at once with the reason, later requests fail with it too, no loan
+//! is readable any more, and when every request has been flushed its windows and the queue
+//! pair itself are destroyed, by whoever took the last completion. There is no way back: prepare
+//! another one, or use another carrier.
+//!
+//! # What it needs
+//! Programs built with this link with `libibverbs.so.1`, which has to be there when they start;
+//! its providers are in `ibverbs-providers` or `rdma-core`. Devices are looked for at run time:
+//! none is no error. Registered memory is locked: `ulimit -l`, or `LimitMEMLOCK` of a service,
+//! has to allow for it.
+//!
+//! `unsafe` is in `verbs` (calls of libibverbs), in [`pool`](Pool) (bytes that the device
+//! wrote), in [`region`](Region) (what memory promises), and where requests are posted.
+
+mod completions;
+mod device;
+mod endpoint;
+mod pending;
+mod pool;
+mod queue_pair;
+mod region;
+mod verbs;
+
+pub use device::{Device, DeviceConfig, FindError, Limits};
+pub use endpoint::{Endpoint, EndpointError, Mtu};
+pub use pool::{Buffer, Pool};
+pub use queue_pair::{
+    ConnectError, LendError, Loan, PrepareError, PreparedQueuePair, QueuePair, QueuePairConfig,
+    QueuePairError, ReadError,
+};
+pub use region::{Memory, Region, RegisterError};
+
+/// Bytes of a peer, while they are lent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RemoteRange {
+    /// What opens them.
+    pub key: RemoteKey,
+    /// Where they are in the peer's region.
+    pub offset: u64,
+    /// How many.
+    pub length: u64,
+}
+
+/// Opens bytes to one queue pair's peer, as long as they are lent: an `R_Key`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct RemoteKey(pub u32);
