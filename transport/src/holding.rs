@@ -161,10 +161,13 @@ impl<S: Source> Shared<S> {
                 }
             }
         }
-        while let Some(read) = state.holder.poll_read() {
-            match state.open.get(&read.request) {
+        let State { holder, open } = &mut *state;
+        let end =
+            |request: RequestId, at: u64| open.get(&request).map_or(at, |thing| thing.end_of(at));
+        while let Some(read) = holder.poll_read(end) {
+            match open.get(&read.request) {
                 Some(thing) => reads.push((read, Arc::clone(thing))),
-                None => state.holder.lose(&read, all_of(&read)),
+                None => holder.lose(&read, all_of(&read)),
             }
         }
         (asked, reads)
@@ -184,15 +187,16 @@ impl<S: Source> Shared<S> {
             Job::Opened(request, Err(body)) => state.holder.refuse(request, body),
             Job::Read(read, Ok(pieces)) => {
                 let all = pieces.iter().map(|piece| piece.len() as u64).sum::<u64>();
-                if all == read.range.end - read.range.start {
-                    let mut at = read.range.start;
+                let mut rest = read.clone();
+                if (1..=read.range.end - read.range.start).contains(&all) {
                     for piece in pieces {
                         let length = piece.len() as u64;
-                        state.holder.supply(read.request, at, piece);
-                        at += length;
+                        state.holder.supply(read.request, rest.range.start, piece);
+                        rest.range.start += length;
                     }
+                    state.holder.put_off(&rest);
                 } else {
-                    // A thing owes all of them; the fetcher is not to wait for the rest.
+                    // A thing owes some of them; the fetcher is not to wait for ever.
                     state.holder.lose(&read, all_of(&read));
                 }
             }
@@ -200,6 +204,8 @@ impl<S: Source> Shared<S> {
         }
         drop(state);
         self.work.notify_one();
+        // Something may have been put off.
+        self.reads.notify_one();
     }
 }
 

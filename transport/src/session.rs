@@ -76,6 +76,9 @@ pub struct Config {
     pub read_ahead: u64,
     /// Bytes of one frame of data at most. Default: 256 KiB.
     pub piece: u64,
+    /// Whether pieces end where the thing has an end, if there is room for as much, and may be
+    /// longer for that. Default: false.
+    pub whole: bool,
     /// Requests that a holder takes at once. Default: 256.
     pub requests: usize,
     /// How long a holder keeps a request of which nothing is taken, or all was sent and which
@@ -93,6 +96,7 @@ impl Default for Config {
             ping_every: Duration::from_secs(1),
             read_ahead: 16 << 20,
             piece: 256 << 10,
+            whole: false,
             requests: 256,
             linger: Duration::from_secs(30),
         }

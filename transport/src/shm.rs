@@ -51,11 +51,10 @@ pub struct ShmConfig {
 impl Default for ShmConfig {
     fn default() -> Self {
         let session = Config {
-            // Nothing is under way: credit is for what waits to be taken, and pieces are as
-            // long as what lies together.
+            // Nothing is under way: credit is for what waits to be taken, and a piece that is
+            // whole is never put together again.
             credit: 1 << 30,
-            read_ahead: 1 << 30,
-            piece: 64 << 20,
+            whole: true,
             ..Config::default()
         };
         Self {
@@ -82,6 +81,9 @@ pub enum ListenError {
     /// Others can enter the directory of the socket.
     #[error("{0} belongs to another user, or can be entered by others; choose another directory")]
     Directory(PathBuf),
+    /// The system gives no random bytes.
+    #[error("no token can be made")]
+    Token(#[source] io::Error),
     /// Another process listens there.
     #[error("{0}: another process listens there; stop it, or choose another path")]
     InUse(PathBuf),

@@ -30,7 +30,11 @@ pub trait Thing: Send + Sync + 'static {
     /// What they are, as the fetcher understands it.
     fn description(&self) -> Bytes;
 
-    /// The bytes at some places, all of them, in pieces one after the other.
+    /// Where the part ends that has a place: what is better read, and sent, as one.
+    fn end_of(&self, at: u64) -> u64;
+
+    /// The bytes at some places, in pieces one after the other, from the first on. Fewer where
+    /// the rest would have to be waited for: it is asked for again.
     ///
     /// # Errors
     /// Places that cannot be read, some of those asked for among them; the others will be

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use bytes::Bytes;
-use futures::future::try_join_all;
+use futures::future::join_all;
 use kvasir_proto::transfer::{Item, Line};
 use kvasir_proto::v1::chunk_lost::Reason;
 use kvasir_proto::{convert, status, v1};
@@ -61,11 +61,13 @@ pub(crate) struct Transfer {
     description: Bytes,
     /// Extents of which not all is asked for at once, by their index.
     parts: Mutex<LruCache<usize, Arc<Part>>>,
+    /// Held by whoever waits for memory.
+    patient: tokio::sync::Mutex<()>,
     _permit: OwnedSemaphorePermit,
 }
 
 /// An extent, read once for all who wait for some of it.
-type Part = OnceCell<Result<Bytes, Reason>>;
+type Part = OnceCell<Bytes>;
 
 impl Source for Chunks {
     type Thing = Transfer;
@@ -107,30 +109,37 @@ impl Transfer {
             line,
             description: description.into(),
             parts: Mutex::new(LruCache::new(PARTS)),
+            patient: tokio::sync::Mutex::default(),
             _permit: permit,
         })
     }
 
     /// Some bytes of an extent.
-    async fn piece(&self, index: usize, item: Item, range: &Range<u64>) -> Result<Bytes, Failed> {
+    async fn piece(
+        &self,
+        index: usize,
+        item: Item,
+        range: &Range<u64>,
+        patience: Patience,
+    ) -> Result<Bytes, Failed> {
         let whole = item.range();
         let wanted = range.start.max(whole.start)..range.end.min(whole.end);
         let failed = |reason| Failed { item, reason };
         if wanted == whole {
-            return self.extent(&item).await.map_err(failed);
+            return self.extent(&item, patience).await.map_err(failed);
         }
         let part = {
             let mut parts = self.parts.lock().unwrap_or_else(PoisonError::into_inner);
             Arc::clone(parts.get_or_insert(index, Arc::default))
         };
-        let read = part.get_or_init(|| self.extent(&item)).await.clone();
+        let read = part.get_or_try_init(|| self.extent(&item, patience)).await;
         let place = |at: u64| usize::try_from(at - whole.start).unwrap_or(usize::MAX);
         let read = read.map_err(failed)?;
         Ok(read.slice(place(wanted.start)..place(wanted.end)))
     }
 
     /// An extent, of as many bytes as the line says.
-    async fn extent(&self, item: &Item) -> Result<Bytes, Reason> {
+    async fn extent(&self, item: &Item, patience: Patience) -> Result<Bytes, Reason> {
         let lease = self.leases.get(item.place.chunk).ok_or(Reason::Device)?;
         if !self.verifies
             && let Some(mut extents) = lease.share_extents(item.place.extent.alone())
@@ -138,7 +147,17 @@ impl Transfer {
         {
             return Ok(extent);
         }
-        let read = read::extent_patiently(&self.shared.store, lease, &item.place);
+        let store = &self.shared.store;
+        let read = async {
+            match patience {
+                Patience::No => read::extent(store, lease, &item.place).await,
+                Patience::Yes => {
+                    // One after the other: memory that comes back is not fought for.
+                    let _turn = self.patient.lock().await;
+                    read::extent_patiently(store, lease, &item.place).await
+                }
+            }
+        };
         // The device is waited for, but not for ever.
         let read = timeout(self.shared.limits.read_timeout(), read).await;
         let (bytes, _) = read.unwrap_or(Err(Reason::Device))?;
@@ -148,6 +167,13 @@ impl Transfer {
             Err(Reason::Corrupt)
         }
     }
+}
+
+/// Whether memory that is short is waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Patience {
+    No,
+    Yes,
 }
 
 /// An extent that cannot be read.
@@ -165,24 +191,51 @@ impl Thing for Transfer {
         self.description.clone()
     }
 
+    fn end_of(&self, at: u64) -> u64 {
+        let index = self.line.within(&(at..at.saturating_add(1))).start;
+        let item = self.line.items().get(index);
+        item.map_or(at, |item| item.range().end)
+    }
+
     async fn read(&self, range: Range<u64>) -> Result<Vec<Bytes>, Lost> {
         let indices = self.line.within(&range);
         let items = self.line.items().get(indices.clone()).unwrap_or(&[]);
         let pieces = indices
+            .clone()
             .zip(items)
-            .map(|(index, item)| self.piece(index, *item, &range));
-        match try_join_all(pieces).await {
-            Ok(pieces) => {
-                let bytes = pieces.iter().map(Bytes::len).sum();
-                self.shared.counters.sent_bytes.add(bytes);
-                Ok(pieces)
+            .map(|(index, item)| self.piece(index, *item, &range, Patience::No));
+        let mut pieces = join_all(pieces).await.into_iter();
+        let mut read = Vec::with_capacity(pieces.len());
+        let failed = loop {
+            match pieces.next() {
+                Some(Ok(piece)) => read.push(piece),
+                Some(Err(failed)) if read.is_empty() => break Some(failed),
+                // What follows is asked for again, and is the first then.
+                Some(Err(_)) | None => break None,
             }
-            // With a chunk, all that follow it are of no use; earlier ones go on.
-            Err(Failed { item, reason }) => Err(Lost {
-                ranges: self.line.after_loss(item.place.chunk, range.start),
-                reason: i32::from(reason).unsigned_abs(),
-            }),
+        };
+        if let Some(mut failed) = failed {
+            // What was read ahead may have the very memory that is short.
+            drop(pieces);
+            if failed.reason == Reason::Throttled {
+                let again = self.piece(indices.start, failed.item, &range, Patience::Yes);
+                match again.await {
+                    Ok(piece) => read.push(piece),
+                    Err(error) => failed = error,
+                }
+            }
+            if read.is_empty() {
+                // With a chunk, all that follow it are of no use; earlier ones go on.
+                let chunk = failed.item.place.chunk;
+                return Err(Lost {
+                    ranges: self.line.after_loss(chunk, range.start),
+                    reason: i32::from(failed.reason).unsigned_abs(),
+                });
+            }
         }
+        let bytes = read.iter().map(Bytes::len).sum();
+        self.shared.counters.sent_bytes.add(bytes);
+        Ok(read)
     }
 }
 

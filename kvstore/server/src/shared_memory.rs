@@ -1,7 +1,6 @@
 //! The data plane on one host.
 
 use std::env;
-use std::hash::{BuildHasher as _, RandomState};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -10,6 +9,7 @@ use kvasir_proto::v1;
 use kvasir_transport::session::Config;
 use kvasir_transport::shm::{ListenError, Listener, ShmConfig, Token};
 use rustix::process::geteuid;
+use rustix::rand::{GetRandomFlags, getrandom};
 
 use crate::config::SharedMemorySettings;
 use crate::data::Chunks;
@@ -26,10 +26,11 @@ pub(crate) fn start(
     };
     let socket = settings.socket.clone();
     let socket = socket.unwrap_or_else(|| directory().join(format!("{}.sock", control.port())));
-    let token = token();
+    let token = token()?;
     let defaults = ShmConfig::default();
     let config = ShmConfig {
         session: Config {
+            read_ahead: shared.limits.read_ahead.as_u64(),
             linger: shared.limits.stream_idle(),
             ..defaults.session
         },
@@ -46,10 +47,12 @@ pub(crate) fn start(
     Ok(Some((listener, path)))
 }
 
-/// Nobody guesses it by accident, and that is all that it is for.
-fn token() -> Token {
-    let [low, high] = [(); 2].map(|()| RandomState::new().hash_one(std::process::id()));
-    (u128::from(high) << 64 | u128::from(low)).to_le_bytes()
+/// No other daemon has it.
+fn token() -> Result<Token, ListenError> {
+    let mut token = Token::default();
+    getrandom(&mut token, GetRandomFlags::empty())
+        .map_err(|error| ListenError::Token(error.into()))?;
+    Ok(token)
 }
 
 /// Where only this user can enter.

@@ -123,7 +123,7 @@ pub fn session(bytes: &[u8]) {
                 }
             }
         }
-        while let Some(read) = holder.poll_read() {
+        while let Some(read) = holder.poll_read(|_, at| at + 1) {
             let length = read.range.end - read.range.start;
             assert!((1..=config.piece).contains(&length), "a piece is no longer");
             if length.is_multiple_of(7) {

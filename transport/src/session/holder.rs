@@ -220,8 +220,9 @@ impl Holder {
         }
     }
 
-    /// What to read next. Its bytes lie one after the other.
-    pub fn poll_read(&mut self) -> Option<Read> {
+    /// What to read next. Its bytes lie one after the other. `end` says where the part of a
+    /// request ends that has a place; see [`Config::whole`].
+    pub fn poll_read(&mut self, end: impl FnOnce(RequestId, u64) -> u64) -> Option<Read> {
         let room = self.config.read_ahead.saturating_sub(self.ahead);
         let credit = self.limit.saturating_sub(self.sent + self.ahead);
         let waiting = self
@@ -236,11 +237,18 @@ impl Holder {
             0
         };
         let credit = credit.saturating_sub(reserve);
-        let most = room.min(credit).min(self.config.piece);
+        let most = room.min(credit);
         if most == 0 {
             return None;
         }
-        let range = first.start..first.end.min(first.start + most);
+        let mut until = first.end.min(first.start + most.min(self.config.piece));
+        if self.config.whole {
+            let whole = end(*request, until - 1).min(first.end);
+            if until < whole && whole - first.start <= most {
+                until = whole;
+            }
+        }
+        let range = first.start..until;
         serving.wanted.remove(range.clone());
         let length = range.end - range.start;
         serving.reading += length;
@@ -261,6 +269,18 @@ impl Holder {
                 offset,
                 bytes,
             });
+        }
+    }
+
+    /// What was to be read, and was not: it is to be read again.
+    pub fn put_off(&mut self, read: &Read) {
+        let length = read.range.end - read.range.start;
+        if let Some(serving) = self.requests.get_mut(&read.request)
+            && length > 0
+        {
+            serving.reading = serving.reading.saturating_sub(length);
+            self.ahead = self.ahead.saturating_sub(length);
+            serving.wanted.insert(read.range.clone());
         }
     }
 

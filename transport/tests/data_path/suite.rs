@@ -39,9 +39,12 @@ pub(crate) fn config() -> Config {
     }
 }
 
-/// Of things with so many bytes, each read gives too few, or fails.
-const SHORT: u64 = 4242;
+/// Of things with so many bytes, each read gives few, or none, or fails.
+const SHORT: u64 = 424_242;
+const NOTHING: u64 = 4141;
 const UNREADABLE: u64 = 4343;
+/// Bytes that are better sent as one.
+const PART: u64 = 100_000;
 const REASON: u32 = 9;
 
 /// As many bytes as a body says, in decimal; the same ones every time.
@@ -112,12 +115,21 @@ impl Thing for Number {
         Bytes::from(format!("{} bytes", self.total))
     }
 
+    fn end_of(&self, at: u64) -> u64 {
+        (at + 1).next_multiple_of(PART)
+    }
+
     async fn read(&self, range: Range<u64>) -> Result<Vec<Bytes>, Lost> {
         tokio::time::sleep(self.source.delay).await;
-        let length = range.end - range.start;
+        let length = match self.total {
+            NOTHING => 0,
+            SHORT => (range.end - range.start).div_ceil(2),
+            _ => range.end - range.start,
+        };
         self.source.read.fetch_add(length, Ordering::Relaxed);
         match self.total {
-            SHORT => Ok(vec![bytes(range.start..range.end - 1)]),
+            NOTHING => Ok(Vec::new()),
+            SHORT => Ok(vec![bytes(range.start..range.start + length)]),
             UNREADABLE => Err(Lost {
                 ranges: vec![range],
                 reason: REASON,
@@ -166,7 +178,7 @@ pub(crate) fn within(time: Duration) -> FetchOptions {
 
 pub(crate) async fn many_requests_come_whole_over_one_connection<C: Carrier>() {
     let pair = pair::<C>(Duration::ZERO);
-    let sizes = [0, 1, 1000, 65_536, 65_537, 3_000_000, 40_000_000];
+    let sizes = [0, 1, 1000, 65_536, 65_537, SHORT, 3_000_000, 40_000_000];
     let requests = sizes.map(|size| (size, pair.path.fetch(body(size), FetchOptions::default())));
     for (size, request) in requests {
         let (description, all) = request.all().await.unwrap();
@@ -191,7 +203,7 @@ pub(crate) async fn a_refusal_says_why<C: Carrier>() {
 
 pub(crate) async fn what_cannot_be_read_is_lost<C: Carrier>() {
     let pair = pair::<C>(Duration::ZERO);
-    for total in [SHORT, UNREADABLE] {
+    for total in [NOTHING, UNREADABLE] {
         let options = within(Duration::from_secs(5));
         let error = pair.path.fetch(body(total), options).all().await;
         assert!(error == Err(FetchError::Lost), "{total}");

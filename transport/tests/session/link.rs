@@ -239,7 +239,7 @@ impl Pair {
         while let Some(event) = self.fetcher.poll_event() {
             self.take(event);
         }
-        while let Some(read) = self.holder.poll_read() {
+        while let Some(read) = self.holder.poll_read(|_, at| at + 1) {
             self.reads.push((self.now + self.read_delay, read));
         }
         while let Some(frame) = self.fetcher.poll_frame() {

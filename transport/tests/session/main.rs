@@ -23,6 +23,7 @@ const LOSSY: Config = Config {
     ping_every: Duration::from_secs(1),
     read_ahead: 128 << 10,
     piece: 4 << 10,
+    whole: false,
     requests: 256,
     linger: Duration::from_secs(5),
 };

@@ -4,7 +4,9 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use kvasir_client::{CallError, Carrier, Client, ClientConfig, DataPlane, GetOptions, TlsConfig};
-use kvasir_server::{QuicSettings, Server, ServerConfig, StartError};
+use kvasir_server::{
+    QuicSettings, Running, Server, ServerConfig, SharedMemorySettings, StartError,
+};
 use kvasir_transport::quic::{Authority, Issued, Purpose};
 use kvasir_types::ByteSize;
 use rustix::process::Signal;
@@ -15,21 +17,129 @@ use crate::support::*;
 const LAYERS_OF_MANY: u16 = 2000;
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
+/// A client of the server that has to use QUIC.
+async fn over_quic(server: &Running) -> Client {
+    let client = Client::connect_with(ClientConfig {
+        endpoint: server.endpoint().parse().unwrap(),
+        data_plane: DataPlane::Quic,
+        ..ClientConfig::default()
+    });
+    let client = client.await.unwrap();
+    assert_eq!(carrier(&client), Some(Carrier::Quic));
+    client
+}
+
 fn carrier(client: &Client) -> Option<Carrier> {
     let path = client.data_path()?;
     path.connected.then_some(path.carrier)
 }
 
 #[tokio::test]
-async fn gets_go_over_quic_unless_they_are_told_not_to() {
+async fn gets_share_memory_or_go_over_quic_as_they_are_told() {
     let (server, client) = start(memory(ByteSize::mib(64))).await;
-    assert_eq!(carrier(&client), Some(Carrier::Quic));
     client.put(&chunk(1)).await.unwrap();
-    let sent = || server.store().stats();
-    assert_eq!(sent().leases, 0);
-    assert_eq!(read_all(&client, &[1]).await, 1);
-    soon("leases end with their gets", || sent().leases == 0).await;
+    assert_eq!(carrier(&client), Some(Carrier::SharedMemory));
+    for client in [client, over_quic(&server).await] {
+        assert_eq!(read_all(&client, &[1]).await, 1);
+        soon("leases end with their gets", || {
+            server.store().stats().leases == 0
+        })
+        .await;
+    }
     server.shutdown().await;
+}
+
+/// What a client has stays as it is, though the chunk is deleted and its memory wanted.
+#[tokio::test]
+async fn what_is_lent_stays_until_it_is_dropped() {
+    let (server, client) = start(memory(ByteSize::mib(4))).await;
+    client.put(&chunk(1)).await.unwrap();
+    let stream = client.get(&[key(1)], GetOptions::default()).await.unwrap();
+    let kept = events(stream).await.layers;
+    assert_eq!(client.delete(&[key(1)]).await.unwrap(), 1);
+    let held = |server: &Running| server.store().stats().memory.bytes;
+    assert!(held(&server) >= layout().chunk_bytes(), "it is paid for");
+    for number in 2..50 {
+        client.put(&chunk(number)).await.unwrap();
+    }
+    for (_, index, data) in &kept {
+        assert_eq!(*data, layer(1, *index));
+    }
+    let numbers: Vec<_> = (2..50).map(key).collect();
+    client.delete(&numbers).await.unwrap();
+    let before = held(&server);
+    drop(kept);
+    soon("its memory comes back", || held(&server) < before).await;
+    server.shutdown().await;
+}
+
+/// A client that dies with something lent leaves nothing behind.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_is_gone_has_nothing_lent() {
+    let (server, client) = start(memory(ByteSize::mib(4))).await;
+    let numbers = [1, 2, 3, 4];
+    for number in numbers {
+        client.put(&chunk(number)).await.unwrap();
+    }
+    let endpoint = server.endpoint();
+    // In a runtime of its own, which takes its sockets with it, as a process would.
+    let thread = std::thread::spawn(move || {
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        let kept = runtime.block_on(async {
+            let client = Client::connect(&endpoint).await.unwrap();
+            let keys = numbers.map(key);
+            let stream = client.get(&keys, GetOptions::default()).await.unwrap();
+            events(stream).await.layers
+        });
+        drop(runtime);
+        kept
+    });
+    let kept = tokio::task::spawn_blocking(|| thread.join().unwrap())
+        .await
+        .unwrap();
+    for (chunk, index, data) in &kept {
+        assert_eq!(*data, layer(numbers[*chunk], *index));
+    }
+    assert_eq!(client.delete(&numbers.map(key)).await.unwrap(), 4);
+    let held = || server.store().stats().memory.bytes;
+    let before = held();
+    drop(kept);
+    soon("its memory comes back", || held() < before).await;
+    server.shutdown().await;
+}
+
+/// A socket that others could reach is not used, and one that was asked for is missed.
+#[tokio::test]
+async fn memory_is_not_shared_with_strangers() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let directory = tempfile::tempdir().unwrap();
+    let start = async |socket: PathBuf| {
+        let config = ServerConfig {
+            shared_memory: SharedMemorySettings {
+                enabled: true,
+                socket: Some(socket),
+            },
+            ..ServerConfig::in_memory()
+        };
+        Server::start(config).await
+    };
+    let open = directory.path().join("open");
+    std::fs::create_dir(&open).unwrap();
+    std::fs::set_permissions(&open, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let error = start(open.join("socket")).await.map(drop).unwrap_err();
+    assert!(error.to_string().contains("another user"), "{error}");
+
+    let socket = directory.path().join("own/socket");
+    let server = start(socket.clone()).await.unwrap();
+    let error = start(socket.clone()).await.map(drop).unwrap_err();
+    assert!(
+        error.to_string().contains("another process listens"),
+        "{error}"
+    );
+    server.shutdown().await;
+    // What a process left behind that was killed.
+    drop(std::os::unix::net::UnixListener::bind(&socket).unwrap());
+    start(socket).await.unwrap().shutdown().await;
 }
 
 #[tokio::test]
@@ -38,6 +148,10 @@ async fn a_daemon_without_a_data_plane_serves_over_grpc() {
         quic: QuicSettings {
             enabled: false,
             ..QuicSettings::default()
+        },
+        shared_memory: SharedMemorySettings {
+            enabled: false,
+            socket: None,
         },
         ..memory(ByteSize::mib(64))
     };
@@ -51,7 +165,8 @@ async fn a_daemon_without_a_data_plane_serves_over_grpc() {
 /// Keys enough that their extents cannot be described in one message.
 #[tokio::test]
 async fn what_is_too_much_for_one_request_goes_over_grpc() {
-    let (server, client) = start(memory(ByteSize::mib(256))).await;
+    let (server, _) = start(memory(ByteSize::mib(256))).await;
+    let client = over_quic(&server).await;
     let layout = kvasir_types::KvLayout::new(
         LAYERS_OF_MANY,
         1,
@@ -88,7 +203,12 @@ async fn what_is_too_much_for_one_request_goes_over_grpc() {
 async fn a_killed_daemon_fails_a_get_at_once() {
     let directory = tempfile::tempdir().unwrap();
     let daemon = Daemon::start(&directory.path().join("data"), &[]);
-    let client = Client::connect(&daemon.endpoint).await.unwrap();
+    let client = Client::connect_with(ClientConfig {
+        endpoint: daemon.endpoint.parse().unwrap(),
+        data_plane: DataPlane::Quic,
+        ..ClientConfig::default()
+    });
+    let client = client.await.unwrap();
     assert_eq!(carrier(&client), Some(Carrier::Quic));
     // More than goes into windows that nobody empties.
     let numbers: Vec<u8> = (0..200).collect();
@@ -125,7 +245,7 @@ async fn the_data_plane_comes_back_with_the_daemon() {
     let server = Server::start(config).await.unwrap();
     client.put(&chunk(1)).await.unwrap();
     let begun = Instant::now();
-    while carrier(&client) != Some(Carrier::Quic) {
+    while carrier(&client) != Some(Carrier::SharedMemory) {
         assert!(begun.elapsed() < Duration::from_secs(10));
         // Over gRPC meanwhile.
         assert_eq!(read_all(&client, &[1]).await, 1);
@@ -197,6 +317,7 @@ async fn certificates_of_an_authority_are_demanded_of_both_sides() {
     ] {
         let client = Client::connect_with(ClientConfig {
             endpoint: server.endpoint().parse().unwrap(),
+            data_plane: DataPlane::Quic,
             tls: TlsConfig::from_files(trust.cloned(), identity.cloned()).unwrap(),
             connect_timeout: Duration::from_secs(if connects { 10 } else { 1 }),
             ..ClientConfig::default()
@@ -250,7 +371,8 @@ async fn wrong_settings_are_told_apart() {
 async fn a_client_that_takes_nothing_is_let_go() {
     let mut config = memory(ByteSize::mib(256));
     config.limits.stream_idle_ms = 300;
-    let (server, client) = start(config).await;
+    let (server, _) = start(config).await;
+    let client = over_quic(&server).await;
     let numbers: Vec<u8> = (0..200).collect();
     for number in &numbers {
         client.put(&chunk(*number)).await.unwrap();
@@ -265,6 +387,5 @@ async fn a_client_that_takes_nothing_is_let_go() {
         }
     };
     assert!(matches!(error, CallError::DeadlineExceeded), "{error}");
-    assert_eq!(client.config().data_plane, DataPlane::Best);
     server.shutdown().await;
 }

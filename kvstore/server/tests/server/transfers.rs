@@ -6,7 +6,9 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures::stream;
-use kvasir_client::{CallError, Chunk, GetOptions, LostReason, PutOutcome, Tier};
+use kvasir_client::{
+    CallError, Chunk, Client, ClientConfig, DataPlane, GetOptions, LostReason, PutOutcome, Tier,
+};
 use kvasir_proto::{assembly, convert, v1};
 use kvasir_types::{ByteSize, DType, ExtentIdx, KvLayout, LayerRange, Level, Planes};
 use v1::put_request::Message;
@@ -136,6 +138,10 @@ async fn a_get_that_is_not_read_is_ended() {
         client.put(&chunk(*number)).await.unwrap();
     }
     let keys: Vec<_> = numbers.iter().copied().map(key).collect();
+    let client = Client::connect_lazy(ClientConfig {
+        data_plane: DataPlane::Grpc,
+        ..client.config().clone()
+    });
     let mut stream = client.get(&keys, GetOptions::default()).await.unwrap();
     assert!(stream.next().await.unwrap().is_some());
     soon("the leases end", || server.store().stats().leases == 0).await;
