@@ -41,6 +41,7 @@ mod backend;
 mod breaker;
 mod capture;
 mod coding;
+pub mod controller;
 mod cost;
 mod fetch;
 mod profiles;
