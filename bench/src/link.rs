@@ -17,16 +17,14 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::ensure;
 use kvasir_engine::kv::KvDtype;
 use kvasir_engine::model::Model;
 use kvasir_plugin::{CodecConfig, Encoding, LoadPolicy, PluginConfig};
-use kvasir_tests::harness::{Rig, Use};
+use kvasir_tests::harness::{Link, Rig, Use};
 use kvasir_types::{ByteSize, Level};
-use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
-use tokio::net::{TcpListener, TcpStream};
 
 use crate::corpus::{self, Profile, Split, Vocabulary};
 use crate::daemon::Daemon;
@@ -65,7 +63,7 @@ pub(crate) async fn run(options: &Options, quick: bool) -> anyhow::Result<Report
     let data = tempfile::tempdir()?;
     let daemon = Daemon::start(data.path(), ByteSize::gib(1), "127.0.0.1:0")?;
     let client = daemon.client().await?;
-    let link = shaped(daemon.address().to_owned(), options.mbps).await?;
+    let link = Link::start(daemon.address().to_owned(), options.mbps).await;
     let path = options.model.join(quality::PROFILE);
     let geometry = Geometry::new(model.config());
     let profile = path.exists().then(|| calibration::read(&path, &geometry));
@@ -125,7 +123,7 @@ pub(crate) async fn run(options: &Options, quick: bool) -> anyhow::Result<Report
         fetched.map(move |fetched| (level, fetched, with_profile))
     });
     for (stored, fetched, with_profile) in all {
-        let reader = rig(stored, fetched, with_profile, &link);
+        let reader = rig(stored, fetched, with_profile, link.address());
         let name = if with_profile {
             format!("profile-{fetched}/{tokens}")
         } else {
@@ -182,51 +180,6 @@ fn prompt(tokens: usize) -> anyhow::Result<Vec<u32>> {
     Ok(all)
 }
 
-/// The address of a proxy that lets `mbps` million bits a second pass to `upstream`, and
-/// as many back.
-async fn shaped(upstream: String, mbps: u32) -> anyhow::Result<String> {
-    let listener = TcpListener::bind("127.0.0.1:0").await?;
-    let address = listener.local_addr()?.to_string();
-    let bytes_per_second = f64::from(mbps) * 1e6 / 8.0;
-    tokio::spawn(async move {
-        while let Ok((client, _)) = listener.accept().await {
-            let Ok(server) = TcpStream::connect(&upstream).await else {
-                continue;
-            };
-            let [client, server] = [client, server].map(|socket| {
-                // Small messages must not wait for more.
-                let _ = socket.set_nodelay(true);
-                socket.into_split()
-            });
-            tokio::spawn(pass(client.0, server.1, bytes_per_second));
-            tokio::spawn(pass(server.0, client.1, bytes_per_second));
-        }
-    });
-    Ok(address)
-}
-
-/// Passes bytes on, each no sooner than a link of this speed would.
-async fn pass(
-    mut from: impl AsyncRead + Unpin,
-    mut to: impl AsyncWrite + Unpin,
-    bytes_per_second: f64,
-) {
-    let mut buffer = vec![0; 32 << 10];
-    let mut free_at = Instant::now();
-    while let Ok(count @ 1..) = from.read(&mut buffer).await {
-        let takes = Duration::from_secs_f64(as_f64(count as u64) / bytes_per_second);
-        // Timers are a millisecond coarse. What one oversleeps, later bytes make up for.
-        let earliest = Instant::now().checked_sub(BURST).unwrap_or(free_at);
-        free_at = free_at.max(earliest) + takes;
-        if free_at > Instant::now() + Duration::from_millis(1) {
-            tokio::time::sleep_until(free_at.into()).await;
-        }
-        if to.write_all(&buffer[..count]).await.is_err() {
-            return;
-        }
-    }
-}
-
 fn millis(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1e3
 }
@@ -236,8 +189,6 @@ fn as_f64(value: u64) -> f64 {
     value as f64
 }
 
-/// How far the proxy may lag behind the link.
-const BURST: Duration = Duration::from_millis(3);
 const CHUNK_TOKENS: u32 = 256;
 const QUESTION_TOKENS: usize = 16;
 /// Tokens of a chunk of the corpus.

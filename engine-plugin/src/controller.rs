@@ -58,7 +58,7 @@ use kvasir_types::Level;
 pub use learnt::{DecodeSpeed, Learnt, PartSizes};
 pub use link::{Forecast, LinkEstimate, WINDOW};
 
-use learnt::PARTS;
+pub(crate) use learnt::PARTS;
 
 /// A chunk that could be loaded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

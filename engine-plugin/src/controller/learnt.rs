@@ -43,6 +43,18 @@ impl PartSizes {
         parts.skip(part.into()).take(1).sum::<f64>() / all
     }
 
+    /// What the bases take of chunks at `stored` that take `bytes`.
+    pub(crate) fn base_bytes(&self, stored: Level, bytes: u64) -> u64 {
+        let base = self.share(stored, 0) * to_f64(bytes);
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "a share of some bytes"
+        )]
+        let base = base as u64;
+        base
+    }
+
     /// A part took `bytes`, of a chunk at a nested level whose layers take `layer_bytes` each,
     /// all parts together.
     pub fn observe(&mut self, stored: Level, part: u8, bytes: u64, layer_bytes: f64) {
