@@ -10,7 +10,11 @@
 //! - `LEVEL/N`: fetched, for `raw`, `lossless`, `l2`, `l1`, `l0`, and `profile-l2` and so on;
 //!   `ratio` is computed ÷ fetched;
 //! - `LEVEL/N/bytes`: payload that came; `LEVEL/N/link`: the ms that the link takes for it,
-//!   with `ratio` = this ÷ fetched, which is 1.0 where nothing but the link takes time.
+//!   with `ratio` = this ÷ fetched, which is 1.0 where nothing but the link takes time;
+//! - `deadline-MS/N`: fetched as finely as a deadline allows (`--deadlines`), of what is stored
+//!   at level 2 without a profile, with `ratio` = deadline ÷ fetched; `/late`: runs of it that
+//!   took longer, of nine, or of three with `--quick`; `/bytes`: payload; `/loaded`: tokens
+//!   that were not computed.
 //!
 //! Values have 16 bits. Policy is to fetch always. What is fetched exactly must give the
 //! logits that computing gave.
@@ -44,6 +48,16 @@ pub(crate) struct Options {
     /// Millions of bits a second.
     #[arg(long, default_value_t = 1000)]
     mbps: u32,
+    /// Milliseconds to the first token that further fetches keep to, by themselves.
+    #[arg(long, value_delimiter = ',')]
+    deadlines: Vec<u32>,
+}
+
+/// What a reader is told of the levels that it gets.
+#[derive(Clone, Copy, Debug)]
+enum Told {
+    Level(Level),
+    Deadline(u32),
 }
 
 pub(crate) async fn run(options: &Options, quick: bool) -> anyhow::Result<Report> {
@@ -68,7 +82,11 @@ pub(crate) async fn run(options: &Options, quick: bool) -> anyhow::Result<Report
     let geometry = Geometry::new(model.config());
     let profile = path.exists().then(|| calibration::read(&path, &geometry));
     let profile = profile.transpose()?;
-    let rig = |stored: Level, fetched: Level, with_profile: bool, endpoint: &str| {
+    let rig = |stored: Level, told: Told, with_profile: bool, endpoint: &str| {
+        let (fetch, deadline) = match told {
+            Told::Level(level) => (Some(level), None),
+            Told::Deadline(millis) => (None, Some(Duration::from_millis(millis.into()))),
+        };
         let salt = [stored.code(), u8::from(with_profile)];
         let mut encoding = Encoding::at(stored);
         encoding.profile = profile.clone().filter(|_| with_profile);
@@ -78,10 +96,11 @@ pub(crate) async fn run(options: &Options, quick: bool) -> anyhow::Result<Report
             lookup_timeout: Duration::from_secs(5),
             codec: CodecConfig {
                 encoding,
-                fetch: Some(fetched),
+                fetch,
                 rotation: Some(kvasir_engine::cache::rotation(model.config())),
                 ..CodecConfig::default()
             },
+            deadline,
             ..PluginConfig::default()
         };
         Rig::start(
@@ -101,7 +120,7 @@ pub(crate) async fn run(options: &Options, quick: bool) -> anyhow::Result<Report
     ];
     stored.extend(profile.is_some().then_some((Level::L2, true)));
     for &(level, with_profile) in &stored {
-        let writer = rig(level, level, with_profile, daemon.address());
+        let writer = rig(level, Told::Level(level), with_profile, daemon.address());
         for _ in 0..runs.min(3) {
             let answer = writer.ask(&prompt, Use::Nothing).await;
             computed.push(millis(answer.ttft()));
@@ -123,7 +142,7 @@ pub(crate) async fn run(options: &Options, quick: bool) -> anyhow::Result<Report
         fetched.map(move |fetched| (level, fetched, with_profile))
     });
     for (stored, fetched, with_profile) in all {
-        let reader = rig(stored, fetched, with_profile, link.address());
+        let reader = rig(stored, Told::Level(fetched), with_profile, link.address());
         let name = if with_profile {
             format!("profile-{fetched}/{tokens}")
         } else {
@@ -154,6 +173,32 @@ pub(crate) async fn run(options: &Options, quick: bool) -> anyhow::Result<Report
         report.push(Row::new(name.clone(), time, "ms").against(computed, computed / time));
         report.push(Row::new(format!("{name}/bytes"), bytes, "B"));
         report.push(Row::new(format!("{name}/link"), link, "ms").against(time, link / time));
+    }
+    for &deadline in &options.deadlines {
+        let reader = rig(Level::L2, Told::Deadline(deadline), false, link.address());
+        let (mut times, mut bytes, mut loaded) = (Vec::new(), Vec::new(), Vec::new());
+        // The first opens the connection, and teaches.
+        for run in 0..=runs {
+            let answer = reader.ask(&prompt, Use::Read).await;
+            if run > 0 {
+                times.push(millis(answer.ttft()));
+                bytes.push(as_f64(answer.usage.fetched_bytes));
+                loaded.push(as_f64(answer.usage.cached_tokens as u64));
+            }
+        }
+        let due = f64::from(deadline);
+        let late = times.iter().filter(|time| **time > due).count();
+        let time = median(&mut times);
+        let name = format!("deadline-{deadline}/{tokens}");
+        report.push(Row::new(name.clone(), time, "ms").against(due, due / time));
+        report.push(Row::new(
+            format!("{name}/late"),
+            as_f64(late as u64),
+            "runs",
+        ));
+        report.push(Row::new(format!("{name}/bytes"), median(&mut bytes), "B"));
+        let loaded = median(&mut loaded);
+        report.push(Row::new(format!("{name}/loaded"), loaded, "tokens"));
     }
     Ok(report)
 }

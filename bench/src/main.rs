@@ -126,6 +126,7 @@ async fn run(suite: Suite, json: bool, quick: bool) -> anyhow::Result<()> {
     match suite {
         Suite::All => {
             lookup::run(quick).await?.print(json)?;
+            controller::run(quick).print(json)?;
             prefill::run(quick, None)?.print(json)?;
             faults::run(quick).await?.print(json)?;
             match store::Tools::find() {

@@ -25,7 +25,7 @@ pub struct CodecConfig {
     /// Default: not at all, [`Level::RAW`].
     pub encoding: Encoding,
     /// The finest level that is fetched of chunks which are stored at a nested level.
-    /// Default: as stored.
+    /// Default: as stored, or as fine as [`deadline`](crate::PluginConfig::deadline) allows.
     pub fetch: Option<Level>,
     /// How the engine turns keys, for nested levels: without RoPE they take fewer bits. Its
     /// `start` counts for nothing. Default: not at all.

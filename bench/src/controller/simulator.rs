@@ -291,7 +291,8 @@ impl Session {
             }
             let mut taken = [chunks; LAYERS];
             let mut level = 0.0;
-            for part in 1..PARTS {
+            let refinements = 1..PARTS;
+            for part in refinements {
                 let mut smallest: Vec<usize> = (0..LAYERS).collect();
                 smallest.sort_by(|a, b| sizes[*a][part].total_cmp(&sizes[*b][part]));
                 for layer in smallest {
