@@ -46,6 +46,8 @@ pub struct Prefetch {
     levels: Vec<Level>,
     present: usize,
     bytes: u64,
+    /// When the first token is reckoned with, and when it is due.
+    expected: Option<[Instant; 2]>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,6 +80,13 @@ pub(crate) enum Arrival {
     Lost { chunk: usize },
     /// They will not come either, though the cache has them.
     Left { chunk: usize },
+    /// The last layer is about to come.
+    Expected {
+        /// When the first token is reckoned with.
+        at: Instant,
+        /// When it is due.
+        due: Instant,
+    },
 }
 
 /// What a prefetch has come to.
@@ -149,6 +158,7 @@ pub(crate) fn start(shared: &Arc<Shared>, prompt: &Prompt) -> Prefetch {
         levels: Vec::new(),
         present: 0,
         bytes: 0,
+        expected: None,
     }
 }
 
@@ -182,6 +192,20 @@ impl Prefetch {
         self.levels()
             .iter()
             .all(|level| coder.may_store_over(*level))
+    }
+
+    /// Tells that the first token is out, and was computed behind this fetch. Fetches with a
+    /// deadline learn from it how much longer that takes than their models say: what decoding
+    /// and computing wait for, and what a short prefill costs beside its tokens.
+    pub fn answered(&self, at: Instant) {
+        let Some([expected, due]) = self.expected else {
+            return;
+        };
+        let overrun = at.saturating_duration_since(expected);
+        self.shared.note_overrun(overrun);
+        if at > due {
+            self.shared.stats.note(Happened::Missed);
+        }
     }
 
     /// Lands what has arrived, without waiting.
@@ -333,6 +357,7 @@ impl Prefetch {
             }
             Arrival::Lost { chunk } => self.lose(chunk),
             Arrival::Left { chunk } => self.target = self.target.min(chunk),
+            Arrival::Expected { at, due } => self.expected = Some([at, due]),
         }
         if self.stage == Stage::Loading && self.whole() == self.target {
             self.finish();

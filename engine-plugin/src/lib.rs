@@ -151,6 +151,8 @@ pub(crate) struct Shared {
     config: PluginConfig,
     cost: Mutex<CostModel>,
     learnt: Mutex<Learnt>,
+    /// Nanoseconds that first tokens come later than a controller reckons, smoothed.
+    overrun: AtomicU64,
     breaker: Mutex<Breaker>,
     capture: CaptureQueue,
     coder: Arc<Coder>,
@@ -168,7 +170,7 @@ pub struct FetchStats {
     pub failed: u64,
     /// Prefetches not begun because the daemon had failed shortly before.
     pub skipped: u64,
-    /// Fetches whose last layer came too late for [`PluginConfig::deadline`].
+    /// Fetches behind which the first token came later than [`PluginConfig::deadline`].
     pub missed: u64,
 }
 
@@ -232,6 +234,7 @@ impl CachePlugin {
                 namespace,
                 cost: Mutex::new(CostModel::default()),
                 learnt: Mutex::new(Learnt::default()),
+                overrun: AtomicU64::new(0),
                 breaker: Mutex::new(Breaker::new(config.cooldown)),
                 capture: queue,
                 coder,
@@ -328,6 +331,23 @@ impl Shared {
     fn learnt(&self) -> std::sync::MutexGuard<'_, Learnt> {
         // As above: estimates, whichever fetch wrote them last.
         self.learnt.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// See [`Prefetch::answered`].
+    fn overrun(&self) -> Duration {
+        Duration::from_nanos(self.overrun.load(Ordering::Relaxed))
+    }
+
+    fn note_overrun(&self, overrun: Duration) {
+        let nanos = u64::try_from(overrun.as_nanos()).unwrap_or(u64::MAX);
+        let before = self.overrun.load(Ordering::Relaxed);
+        // Deadlines are missed by what is above the mean: up at once, down slowly. Of two
+        // that come at the same time, one counts.
+        let smoothed = match nanos.checked_sub(before) {
+            Some(more) => before + more / 4 * 3,
+            None => before - (before - nanos) / 8,
+        };
+        self.overrun.store(smoothed, Ordering::Relaxed);
     }
 
     fn breaker(&self) -> std::sync::MutexGuard<'_, Breaker> {

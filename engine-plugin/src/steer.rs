@@ -18,7 +18,7 @@ use tracing::{debug, warn};
 use crate::coding::Decoding;
 use crate::controller::{Action, Controller, Goal, PARTS, Segment, Stored};
 use crate::fetch::{Arrival, End, Fetch};
-use crate::{FetchObservation, Happened, Shared};
+use crate::{FetchObservation, Shared};
 
 impl Shared {
     /// The deadline of fetches that a controller steers; none where they are not.
@@ -42,6 +42,8 @@ struct Loading<'a> {
     events: SelectAll<Events>,
     /// Layers of chunks that are to be decoded.
     landing: VecDeque<(usize, LayerIdx)>,
+    /// When the first token is due.
+    due: Instant,
     /// Until when each get must be over.
     until: Instant,
     first: Option<Instant>,
@@ -85,7 +87,7 @@ impl Fetch {
             layers: layout.layers(),
             layer_bytes: layout.layer_bytes() as u64,
             compute: (0..=fitting).map(compute).collect(),
-            deadline,
+            deadline: deadline - shared.overrun().min((deadline - begun) / 4),
         };
         let learnt = shared.learnt().clone();
         let mut loading = Loading {
@@ -96,22 +98,13 @@ impl Fetch {
             controller: Controller::new(goal, learnt),
             events: SelectAll::new(),
             landing: VecDeque::new(),
+            due: deadline,
             until: begun + shared.config.fetch_timeout,
             first: None,
             after_first: 0,
             failure: None,
         };
         let went_on = loading.run().await;
-        let chunks = loading.controller.chunks();
-        let last_layer = compute(chunks)
-            / if chunks > 0 {
-                layout.layers().into()
-            } else {
-                1
-            };
-        if Instant::now() + last_layer > deadline {
-            shared.stats.note(Happened::Missed);
-        }
         let now = Instant::now();
         loading.controller.close();
         let learnt = loading.controller.learnt().clone();
@@ -151,6 +144,14 @@ impl Loading<'_> {
                 Acted::Shrunk(chunk) => {
                     debug!(chunk, "the deadline takes computing from here on");
                     if !fetch.hand_over(Arrival::Left { chunk }).await {
+                        return false;
+                    }
+                    continue;
+                }
+                Acted::Landed => {
+                    let at = Instant::now() + self.last_layer();
+                    let due = self.due;
+                    if !fetch.hand_over(Arrival::Expected { at, due }).await {
                         return false;
                     }
                     continue;
@@ -214,6 +215,14 @@ impl Loading<'_> {
         }
     }
 
+    /// What is left to compute once the last layer is here.
+    fn last_layer(&self) -> Duration {
+        let (shared, prompt) = (&self.fetch.shared, &self.fetch.prompt);
+        let from = prompt.resume_at(self.controller.chunks());
+        let compute = shared.cost().compute_time(from, prompt.tokens());
+        compute / u32::from(shared.namespace.layout().layers())
+    }
+
     /// Does what the controller says, until it says to wait.
     fn act(&mut self) -> Acted {
         loop {
@@ -224,8 +233,12 @@ impl Loading<'_> {
                 Action::Request(segment) => self.events.push(self.get(segment)),
                 Action::Land { layer } => {
                     let chunks = 0..self.controller.chunks();
+                    let is_last = usize::from(layer) + 1 == self.parts.len();
                     let layer = LayerIdx(layer);
                     self.landing.extend(chunks.map(|chunk| (chunk, layer)));
+                    if is_last {
+                        return Acted::Landed;
+                    }
                 }
             }
         }
@@ -317,5 +330,7 @@ impl Loading<'_> {
 enum Acted {
     Wait(Instant),
     Shrunk(usize),
+    /// The last layer.
+    Landed,
     Done,
 }
