@@ -10,23 +10,25 @@
 //! - `LEVEL/N`: fetched, for `raw`, `lossless`, `l2`, `l1`, `l0`, and `profile-l2` and so on;
 //!   `ratio` is computed ÷ fetched;
 //! - `LEVEL/N/bytes`: payload that came; `LEVEL/N/link`: the ms that the link takes for it,
-//!   with `ratio` = this ÷ fetched, which is 1.0 where nothing but the link takes time.
+//!   with `ratio` = this ÷ fetched, which is 1.0 where nothing but the link takes time;
+//! - `deadline-MS/N`: fetched as finely as a deadline allows (`--deadlines`), of what is stored
+//!   at level 2 without a profile, with `ratio` = deadline ÷ fetched; `/late`: runs of it that
+//!   took longer, of nine, or of three with `--quick`; `/bytes`: payload; `/loaded`: tokens
+//!   that were not computed.
 //!
 //! Values have 16 bits. Policy is to fetch always. What is fetched exactly must give the
 //! logits that computing gave.
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::ensure;
 use kvasir_engine::kv::KvDtype;
 use kvasir_engine::model::Model;
 use kvasir_plugin::{CodecConfig, Encoding, LoadPolicy, PluginConfig};
-use kvasir_tests::harness::{Rig, Use};
+use kvasir_tests::harness::{Link, Rig, Use};
 use kvasir_types::{ByteSize, Level};
-use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
-use tokio::net::{TcpListener, TcpStream};
 
 use crate::corpus::{self, Profile, Split, Vocabulary};
 use crate::daemon::Daemon;
@@ -46,6 +48,16 @@ pub(crate) struct Options {
     /// Millions of bits a second.
     #[arg(long, default_value_t = 1000)]
     mbps: u32,
+    /// Milliseconds to the first token that further fetches keep to, by themselves.
+    #[arg(long, value_delimiter = ',')]
+    deadlines: Vec<u32>,
+}
+
+/// What a reader is told of the levels that it gets.
+#[derive(Clone, Copy, Debug)]
+enum Told {
+    Level(Level),
+    Deadline(u32),
 }
 
 pub(crate) async fn run(options: &Options, quick: bool) -> anyhow::Result<Report> {
@@ -65,12 +77,16 @@ pub(crate) async fn run(options: &Options, quick: bool) -> anyhow::Result<Report
     let data = tempfile::tempdir()?;
     let daemon = Daemon::start(data.path(), ByteSize::gib(1), "127.0.0.1:0")?;
     let client = daemon.client().await?;
-    let link = shaped(daemon.address().to_owned(), options.mbps).await?;
+    let link = Link::start(daemon.address().to_owned(), options.mbps).await;
     let path = options.model.join(quality::PROFILE);
     let geometry = Geometry::new(model.config());
     let profile = path.exists().then(|| calibration::read(&path, &geometry));
     let profile = profile.transpose()?;
-    let rig = |stored: Level, fetched: Level, with_profile: bool, endpoint: &str| {
+    let rig = |stored: Level, told: Told, with_profile: bool, endpoint: &str| {
+        let (fetch, deadline) = match told {
+            Told::Level(level) => (Some(level), None),
+            Told::Deadline(millis) => (None, Some(Duration::from_millis(millis.into()))),
+        };
         let salt = [stored.code(), u8::from(with_profile)];
         let mut encoding = Encoding::at(stored);
         encoding.profile = profile.clone().filter(|_| with_profile);
@@ -80,10 +96,11 @@ pub(crate) async fn run(options: &Options, quick: bool) -> anyhow::Result<Report
             lookup_timeout: Duration::from_secs(5),
             codec: CodecConfig {
                 encoding,
-                fetch: Some(fetched),
+                fetch,
                 rotation: Some(kvasir_engine::cache::rotation(model.config())),
                 ..CodecConfig::default()
             },
+            deadline,
             ..PluginConfig::default()
         };
         Rig::start(
@@ -103,7 +120,7 @@ pub(crate) async fn run(options: &Options, quick: bool) -> anyhow::Result<Report
     ];
     stored.extend(profile.is_some().then_some((Level::L2, true)));
     for &(level, with_profile) in &stored {
-        let writer = rig(level, level, with_profile, daemon.address());
+        let writer = rig(level, Told::Level(level), with_profile, daemon.address());
         for _ in 0..runs.min(3) {
             let answer = writer.ask(&prompt, Use::Nothing).await;
             computed.push(millis(answer.ttft()));
@@ -125,7 +142,7 @@ pub(crate) async fn run(options: &Options, quick: bool) -> anyhow::Result<Report
         fetched.map(move |fetched| (level, fetched, with_profile))
     });
     for (stored, fetched, with_profile) in all {
-        let reader = rig(stored, fetched, with_profile, &link);
+        let reader = rig(stored, Told::Level(fetched), with_profile, link.address());
         let name = if with_profile {
             format!("profile-{fetched}/{tokens}")
         } else {
@@ -157,6 +174,32 @@ pub(crate) async fn run(options: &Options, quick: bool) -> anyhow::Result<Report
         report.push(Row::new(format!("{name}/bytes"), bytes, "B"));
         report.push(Row::new(format!("{name}/link"), link, "ms").against(time, link / time));
     }
+    for &deadline in &options.deadlines {
+        let reader = rig(Level::L2, Told::Deadline(deadline), false, link.address());
+        let (mut times, mut bytes, mut loaded) = (Vec::new(), Vec::new(), Vec::new());
+        // The first opens the connection, and teaches.
+        for run in 0..=runs {
+            let answer = reader.ask(&prompt, Use::Read).await;
+            if run > 0 {
+                times.push(millis(answer.ttft()));
+                bytes.push(as_f64(answer.usage.fetched_bytes));
+                loaded.push(as_f64(answer.usage.cached_tokens as u64));
+            }
+        }
+        let due = f64::from(deadline);
+        let late = times.iter().filter(|time| **time > due).count();
+        let time = median(&mut times);
+        let name = format!("deadline-{deadline}/{tokens}");
+        report.push(Row::new(name.clone(), time, "ms").against(due, due / time));
+        report.push(Row::new(
+            format!("{name}/late"),
+            as_f64(late as u64),
+            "runs",
+        ));
+        report.push(Row::new(format!("{name}/bytes"), median(&mut bytes), "B"));
+        let loaded = median(&mut loaded);
+        report.push(Row::new(format!("{name}/loaded"), loaded, "tokens"));
+    }
     Ok(report)
 }
 
@@ -182,51 +225,6 @@ fn prompt(tokens: usize) -> anyhow::Result<Vec<u32>> {
     Ok(all)
 }
 
-/// The address of a proxy that lets `mbps` million bits a second pass to `upstream`, and
-/// as many back.
-async fn shaped(upstream: String, mbps: u32) -> anyhow::Result<String> {
-    let listener = TcpListener::bind("127.0.0.1:0").await?;
-    let address = listener.local_addr()?.to_string();
-    let bytes_per_second = f64::from(mbps) * 1e6 / 8.0;
-    tokio::spawn(async move {
-        while let Ok((client, _)) = listener.accept().await {
-            let Ok(server) = TcpStream::connect(&upstream).await else {
-                continue;
-            };
-            let [client, server] = [client, server].map(|socket| {
-                // Small messages must not wait for more.
-                let _ = socket.set_nodelay(true);
-                socket.into_split()
-            });
-            tokio::spawn(pass(client.0, server.1, bytes_per_second));
-            tokio::spawn(pass(server.0, client.1, bytes_per_second));
-        }
-    });
-    Ok(address)
-}
-
-/// Passes bytes on, each no sooner than a link of this speed would.
-async fn pass(
-    mut from: impl AsyncRead + Unpin,
-    mut to: impl AsyncWrite + Unpin,
-    bytes_per_second: f64,
-) {
-    let mut buffer = vec![0; 32 << 10];
-    let mut free_at = Instant::now();
-    while let Ok(count @ 1..) = from.read(&mut buffer).await {
-        let takes = Duration::from_secs_f64(as_f64(count as u64) / bytes_per_second);
-        // Timers are a millisecond coarse. What one oversleeps, later bytes make up for.
-        let earliest = Instant::now().checked_sub(BURST).unwrap_or(free_at);
-        free_at = free_at.max(earliest) + takes;
-        if free_at > Instant::now() + Duration::from_millis(1) {
-            tokio::time::sleep_until(free_at.into()).await;
-        }
-        if to.write_all(&buffer[..count]).await.is_err() {
-            return;
-        }
-    }
-}
-
 fn millis(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1e3
 }
@@ -236,8 +234,6 @@ fn as_f64(value: u64) -> f64 {
     value as f64
 }
 
-/// How far the proxy may lag behind the link.
-const BURST: Duration = Duration::from_millis(3);
 const CHUNK_TOKENS: u32 = 256;
 const QUESTION_TOKENS: usize = 16;
 /// Tokens of a chunk of the corpus.

@@ -8,6 +8,7 @@
 mod checkpoint;
 mod codec;
 mod contexts;
+mod controller;
 mod corpus;
 mod cpu;
 mod cuda;
@@ -60,6 +61,8 @@ enum Suite {
     Link(link::Options),
     /// What a daemon that stalls in the middle of a fetch costs a request.
     Faults,
+    /// Deadlines kept and levels reached over links that change, in virtual time.
+    Controller,
     /// Looking up 512 chunk keys in one call.
     Lookup,
     /// Prefill of 512 tokens beside torch on the CPU.
@@ -130,6 +133,7 @@ async fn run(suite: Suite, json: bool, quick: bool) -> anyhow::Result<()> {
     match suite {
         Suite::All => {
             lookup::run(quick).await?.print(json)?;
+            controller::run(quick).print(json)?;
             prefill::run(quick, None)?.print(json)?;
             faults::run(quick).await?.print(json)?;
             match store::Tools::find() {
@@ -141,6 +145,7 @@ async fn run(suite: Suite, json: bool, quick: bool) -> anyhow::Result<()> {
             ttft::run(quick).await?.print(json)
         }
         Suite::Faults => faults::run(quick).await?.print(json),
+        Suite::Controller => controller::run(quick).print(json),
         Suite::Ttft => ttft::run(quick).await?.print(json),
         Suite::Link(options) => link::run(&options, quick).await?.print(json),
         Suite::Replay(options) => match options.generate {

@@ -25,7 +25,7 @@ pub struct CodecConfig {
     /// Default: not at all, [`Level::RAW`].
     pub encoding: Encoding,
     /// The finest level that is fetched of chunks which are stored at a nested level.
-    /// Default: as stored.
+    /// Default: as stored, or as fine as [`deadline`](crate::PluginConfig::deadline) allows.
     pub fetch: Option<Level>,
     /// How the engine turns keys, for nested levels: without RoPE they take fewer bits. Its
     /// `start` counts for nothing. Default: not at all.
@@ -97,6 +97,13 @@ impl Decoding {
             decoder: OnceLock::new(),
         }
     }
+
+    /// The level of a layer that is decoded from so many parts.
+    pub(crate) fn level_of(&self, parts: usize) -> Level {
+        let nested = [Level::L0, Level::L1, Level::L2].into_iter();
+        let of_parts = nested.take(parts).next_back();
+        of_parts.map_or(self.level, |level| self.level.at_most(level))
+    }
 }
 
 impl Coder {
@@ -118,6 +125,11 @@ impl Coder {
     pub(crate) fn expected_bytes(&self, stored: u64) -> u64 {
         let share = u64::from(self.share.load(Ordering::Relaxed));
         stored.saturating_mul(share) / u64::from(WHOLE)
+    }
+
+    /// The level that chunks are stored at.
+    pub(crate) fn stores_at(&self) -> Level {
+        self.config.encoding.level
     }
 
     /// So many came.

@@ -14,7 +14,9 @@ use tokio::task::AbortHandle;
 use tracing::{debug, warn};
 
 use crate::coding::Decoding;
-use crate::{Decision, EngineBackend, FetchObservation, Happened, LoadPolicy, Prompt, Shared};
+use crate::{
+    Decision, EngineBackend, FetchObservation, Happened, LAYERS, LoadPolicy, Prompt, Shared,
+};
 
 /// A prefix on its way into the engine's pages.
 ///
@@ -40,10 +42,12 @@ pub struct Prefetch {
     landed: Vec<u16>,
     /// Chunks that are still expected to become whole; shrinks, never grows.
     target: usize,
-    /// The level that each planned chunk comes at.
+    /// The coarsest level that a layer of each chunk has come at.
     levels: Vec<Level>,
     present: usize,
     bytes: u64,
+    /// When the first token is reckoned with, and when it is due.
+    expected: Option<[Instant; 2]>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,7 +58,7 @@ enum Stage {
 }
 
 #[derive(Debug)]
-enum Arrival {
+pub(crate) enum Arrival {
     Planned {
         /// Leading chunks the cache holds.
         present: usize,
@@ -62,11 +66,11 @@ enum Arrival {
         load: usize,
         budget: Duration,
     },
-    /// The level that each of the leading chunks comes at.
-    Levels(Vec<Level>),
     Layer {
         chunk: usize,
         layer: LayerIdx,
+        /// The level that it came at.
+        level: Level,
         /// Raw.
         data: Bytes,
         /// Bytes that came for it.
@@ -74,6 +78,15 @@ enum Arrival {
     },
     /// This chunk and all later ones will not come.
     Lost { chunk: usize },
+    /// They will not come either, though the cache has them.
+    Left { chunk: usize },
+    /// The last layer is about to come.
+    Expected {
+        /// When the first token is reckoned with.
+        at: Instant,
+        /// When it is due.
+        due: Instant,
+    },
 }
 
 /// What a prefetch has come to.
@@ -145,6 +158,7 @@ pub(crate) fn start(shared: &Arc<Shared>, prompt: &Prompt) -> Prefetch {
         levels: Vec::new(),
         present: 0,
         bytes: 0,
+        expected: None,
     }
 }
 
@@ -165,8 +179,8 @@ impl Prefetch {
         self.bytes
     }
 
-    /// The level that each of the [target](Self::target) chunks comes at, as far as that is
-    /// known.
+    /// The level that each of the [target](Self::target) chunks has come at: the coarsest of
+    /// the layers that have landed.
     pub fn levels(&self) -> &[Level] {
         self.levels.get(..self.target).unwrap_or(&self.levels)
     }
@@ -178,6 +192,20 @@ impl Prefetch {
         self.levels()
             .iter()
             .all(|level| coder.may_store_over(*level))
+    }
+
+    /// Tells that the first token is out, and was computed behind this fetch. Fetches with a
+    /// deadline learn from it how much longer that takes than their models say: what decoding
+    /// and computing wait for, and what a short prefill costs beside its tokens.
+    pub fn answered(&self, at: Instant) {
+        let Some([expected, due]) = self.expected else {
+            return;
+        };
+        let overrun = at.saturating_duration_since(expected);
+        self.shared.note_overrun(overrun);
+        if at > due {
+            self.shared.stats.note(Happened::Missed);
+        }
     }
 
     /// Lands what has arrived, without waiting.
@@ -304,10 +332,10 @@ impl Prefetch {
                 self.patience = budget;
                 self.stage = Stage::Loading;
             }
-            Arrival::Levels(levels) => self.levels = levels,
             Arrival::Layer {
                 chunk,
                 layer,
+                level,
                 data,
                 received,
             } => {
@@ -319,6 +347,7 @@ impl Prefetch {
                     Ok(()) => {
                         self.landed[chunk] = layer.0 + 1;
                         self.bytes += received;
+                        self.came_at(chunk, level);
                     }
                     Err(error) => {
                         warn!(%error, chunk, %layer, "a fetched layer does not fit the pages");
@@ -327,9 +356,20 @@ impl Prefetch {
                 }
             }
             Arrival::Lost { chunk } => self.lose(chunk),
+            Arrival::Left { chunk } => self.target = self.target.min(chunk),
+            Arrival::Expected { at, due } => self.expected = Some([at, due]),
         }
         if self.stage == Stage::Loading && self.whole() == self.target {
             self.finish();
+        }
+    }
+
+    fn came_at(&mut self, chunk: usize, level: Level) {
+        metrics::counter!(LAYERS, "level" => level.to_string()).increment(1);
+        match self.levels.get_mut(chunk) {
+            Some(known) => *known = Level::coarsest([*known, level]).unwrap_or(level),
+            // First layers land in the order of chunks.
+            None => self.levels.push(level),
         }
     }
 
@@ -377,15 +417,15 @@ impl Drop for Prefetch {
 }
 
 /// The async half: talks to the daemon, feeds the channel.
-struct Fetch {
-    shared: Arc<Shared>,
-    prompt: Prompt,
+pub(crate) struct Fetch {
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) prompt: Prompt,
     /// When each arrival was handed over, and what it is.
     arrivals: mpsc::Sender<(Instant, Arrival)>,
 }
 
 /// How the async half ended, when nothing failed.
-enum End {
+pub(crate) enum End {
     /// The daemon did all that was asked of it.
     Completed,
     /// The engine has no use for the rest; nothing was learnt about the daemon.
@@ -407,7 +447,7 @@ impl Fetch {
     }
 
     /// False when nobody waits any more.
-    async fn hand_over(&self, arrival: Arrival) -> bool {
+    pub(crate) async fn hand_over(&self, arrival: Arrival) -> bool {
         // The time of arrival, not of acceptance: a full channel is the engine's doing.
         let stamped = (Instant::now(), arrival);
         self.arrivals.send(stamped).await.is_ok()
@@ -416,16 +456,30 @@ impl Fetch {
     async fn fetch(&self, begun: Instant) -> Result<End, CallError> {
         let shared = &self.shared;
         let keys = self.prompt.keys();
-        let lookup = shared
+        let deadline = shared.steered_within();
+        let asking = shared
             .client
-            .with_call_timeout(shared.config.lookup_timeout)
-            .lookup(keys)
-            .await?;
+            .with_call_timeout(shared.config.lookup_timeout);
+        // What is steered is read in several gets, of the same chunks.
+        let holding = async {
+            match deadline {
+                Some(_) => asking.hold().await.map(Some),
+                None => Ok(None),
+            }
+        };
+        let (lookup, hold) = futures::try_join!(asking.lookup(keys), holding)?;
         let present = lookup.prefix_chunks;
         let available = present.min(Client::MAX_GET_KEYS);
         let found = lookup.found[..available].iter().flatten();
-        let stored = found.map(|found| found.bytes).sum();
-        let bytes = shared.coder.expected_bytes(stored);
+        let sizes: Vec<u64> = found.map(|found| found.bytes).collect();
+        let stored = sizes.iter().sum();
+        let bytes = match deadline {
+            Some(_) => shared
+                .learnt()
+                .sizes
+                .base_bytes(shared.coder.stores_at(), stored),
+            None => shared.coder.expected_bytes(stored),
+        };
         let tokens = self.prompt.resume_at(available);
         let decision = match shared.config.load {
             LoadPolicy::WhenFaster => shared.cost().decide(tokens, bytes, Instant::now()),
@@ -435,6 +489,14 @@ impl Fetch {
             LoadPolicy::Always => Decision::Compute,
         };
         let (load, budget) = match decision {
+            // Refinements take time that the cost model does not count.
+            Decision::Load { .. } if deadline.is_some() => {
+                let compute = match shared.config.load {
+                    LoadPolicy::WhenFaster => shared.cost().compute_time(0, tokens),
+                    LoadPolicy::Always => Duration::MAX,
+                };
+                (available, compute.min(shared.config.fetch_timeout))
+            }
             Decision::Load { budget } => (available, budget.min(shared.config.fetch_timeout)),
             Decision::Compute => (0, Duration::ZERO),
         };
@@ -452,6 +514,10 @@ impl Fetch {
             return Ok(End::Abandoned);
         }
         shared.stats.note(Happened::Load);
+        if let (Some(deadline), Some(hold)) = (deadline, hold) {
+            let due = begun + deadline.min(budget);
+            return self.steer(hold, &sizes[..load], begun, due).await;
+        }
         let finest = shared.coder.config().fetch;
         let options = GetOptions {
             deadline: Some(Instant::now() + shared.config.fetch_timeout),
@@ -464,13 +530,6 @@ impl Fetch {
             .iter()
             .take_while(|chunk| chunk.layout == *shared.namespace.layout())
             .count();
-        let level = |stored: Level| finest.map_or(stored, |finest| stored.at_most(finest));
-        let levels = stream.chunks()[..fitting]
-            .iter()
-            .map(|chunk| level(chunk.level));
-        if !self.hand_over(Arrival::Levels(levels.collect())).await {
-            return Ok(End::Abandoned);
-        }
         if fitting < load {
             debug!(fitting, load, "fewer fitting chunks than looked up");
             if !self.hand_over(Arrival::Lost { chunk: fitting }).await {
@@ -496,6 +555,33 @@ impl Fetch {
         Ok(End::Completed)
     }
 
+    /// A layer from those of its parts that came.
+    pub(crate) async fn decode(
+        &self,
+        decoding: Arc<Decoding>,
+        chunk: usize,
+        layer: LayerIdx,
+        parts: Vec<Bytes>,
+    ) -> Arrival {
+        let received = parts.iter().map(|part| part.len() as u64).sum();
+        let level = decoding.level_of(parts.len());
+        let failed = match self.shared.coder.decode(decoding, layer, parts).await {
+            Some(Ok(data)) => {
+                return Arrival::Layer {
+                    chunk,
+                    layer,
+                    level,
+                    data,
+                    received,
+                };
+            }
+            Some(Err(error)) => error.to_string(),
+            None => "the runtime is shutting down".to_owned(),
+        };
+        warn!(chunk, %layer, error = failed, "a cached chunk cannot be decoded; computing it");
+        Arrival::Lost { chunk }
+    }
+
     /// Decodes layers while further ones arrive, and hands them over in order. False when
     /// nobody waits any more.
     async fn receive(
@@ -507,23 +593,6 @@ impl Fetch {
         let stored = stream.chunks().iter().map(|chunk| chunk.level);
         let raw = |level| Arc::new(Decoding::raw(level));
         let mut decodings: Vec<Arc<Decoding>> = stored.map(raw).collect();
-        let decode = async |decoding, chunk, layer, parts: Vec<Bytes>| {
-            let bytes = parts.iter().map(|part| part.len() as u64).sum();
-            let failed = match coder.decode(decoding, layer, parts).await {
-                Some(Ok(data)) => {
-                    return Arrival::Layer {
-                        chunk,
-                        layer,
-                        data,
-                        received: bytes,
-                    };
-                }
-                Some(Err(error)) => error.to_string(),
-                None => "the runtime is shutting down".to_owned(),
-            };
-            warn!(chunk, %layer, error = failed, "a cached chunk cannot be decoded; computing it");
-            Arrival::Lost { chunk }
-        };
         let most = 2 * coder.config().threads.max(1);
         let mut decodes = FuturesOrdered::new();
         let mut ended = false;
@@ -555,7 +624,8 @@ impl Fetch {
                                 continue;
                             }
                             let decoding = Arc::clone(&decodings[chunk]);
-                            decodes.push_back(Either::Left(decode(decoding, chunk, layer, parts)));
+                            let decode = self.decode(decoding, chunk, layer, parts);
+                            decodes.push_back(Either::Left(decode));
                         }
                         Some(GetEvent::Lost { chunk, reason }) => {
                             received.lost = true;

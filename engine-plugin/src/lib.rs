@@ -25,6 +25,9 @@
 //!   ([`PluginConfig::cooldown`]), so that an outage costs one deadline, not one per
 //!   request.
 //!
+//! With a deadline ([`PluginConfig::deadline`]), the base levels of all layers come first, and
+//! refinements as long as there is time; see [`controller`].
+//!
 //! Chunks may name a codec profile, which the daemon keeps. The engine's own is uploaded in
 //! the background. One that is not here costs the first request that meets it its hit, and
 //! no time: it computes, while the profile is fetched for the next one.
@@ -41,10 +44,12 @@ mod backend;
 mod breaker;
 mod capture;
 mod coding;
+pub mod controller;
 mod cost;
 mod fetch;
 mod profiles;
 mod prompt;
+mod steer;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -66,6 +71,7 @@ pub use prompt::Prompt;
 use breaker::Breaker;
 use capture::CaptureQueue;
 use coding::Coder;
+use controller::Learnt;
 use profiles::Profiles;
 
 /// When a cached prefix is loaded.
@@ -106,6 +112,12 @@ pub struct PluginConfig {
     pub cooldown: Duration,
     /// In which form chunks are stored and fetched. Default: raw.
     pub codec: CodecConfig,
+    /// The time to the first token, from [`CachePlugin::prefetch`] on, that fetches of chunks
+    /// at nested levels keep to: they come as fine as they can until then, and chunks that
+    /// would be late are computed ([`controller`]). Counts only where
+    /// [`CodecConfig::fetch`] names no level. Default: none; chunks come as they are stored,
+    /// however long that takes.
+    pub deadline: Option<Duration>,
 }
 
 impl Default for PluginConfig {
@@ -120,6 +132,7 @@ impl Default for PluginConfig {
             store_timeout: Duration::from_secs(10),
             cooldown: Duration::from_secs(1),
             codec: CodecConfig::default(),
+            deadline: None,
         }
     }
 }
@@ -137,6 +150,9 @@ pub(crate) struct Shared {
     namespace: Namespace,
     config: PluginConfig,
     cost: Mutex<CostModel>,
+    learnt: Mutex<Learnt>,
+    /// Nanoseconds that first tokens come later than a controller reckons, smoothed.
+    overrun: AtomicU64,
     breaker: Mutex<Breaker>,
     capture: CaptureQueue,
     coder: Arc<Coder>,
@@ -154,6 +170,8 @@ pub struct FetchStats {
     pub failed: u64,
     /// Prefetches not begun because the daemon had failed shortly before.
     pub skipped: u64,
+    /// Fetches behind which the first token came later than [`PluginConfig::deadline`].
+    pub missed: u64,
 }
 
 #[derive(Debug, Default)]
@@ -162,6 +180,7 @@ pub(crate) struct FetchCounters {
     late: AtomicU64,
     failed: AtomicU64,
     skipped: AtomicU64,
+    missed: AtomicU64,
 }
 
 /// What happened to a prefetch; a label of [`FETCHES`].
@@ -171,11 +190,15 @@ pub(crate) enum Happened {
     Late,
     Failed,
     Skipped,
+    Missed,
 }
 
-/// Counter: prefetches, by `event`: `load`, `late`, `failed`, `skipped`. See
+/// Counter: prefetches, by `event`: `load`, `late`, `failed`, `skipped`, `missed`. See
 /// [`FetchStats`].
 const FETCHES: &str = "kvasir_plugin_fetches_total";
+
+/// Counter: layers of chunks that landed, by the `level` that they came at.
+pub(crate) const LAYERS: &str = "kvasir_plugin_layers_total";
 
 impl FetchCounters {
     pub(crate) fn note(&self, happened: Happened) {
@@ -184,6 +207,7 @@ impl FetchCounters {
             Happened::Late => (&self.late, "late"),
             Happened::Failed => (&self.failed, "failed"),
             Happened::Skipped => (&self.skipped, "skipped"),
+            Happened::Missed => (&self.missed, "missed"),
         };
         counter.fetch_add(1, Ordering::Relaxed);
         metrics::counter!(FETCHES, "event" => event).increment(1);
@@ -209,6 +233,8 @@ impl CachePlugin {
                 runtime,
                 namespace,
                 cost: Mutex::new(CostModel::default()),
+                learnt: Mutex::new(Learnt::default()),
+                overrun: AtomicU64::new(0),
                 breaker: Mutex::new(Breaker::new(config.cooldown)),
                 capture: queue,
                 coder,
@@ -260,6 +286,7 @@ impl CachePlugin {
             late: load(&stats.late),
             failed: load(&stats.failed),
             skipped: load(&stats.skipped),
+            missed: load(&stats.missed),
         }
     }
 
@@ -299,6 +326,28 @@ impl Shared {
     fn cost(&self) -> std::sync::MutexGuard<'_, CostModel> {
         // Plain numbers: a panic elsewhere cannot leave them half-written.
         self.cost.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn learnt(&self) -> std::sync::MutexGuard<'_, Learnt> {
+        // As above: estimates, whichever fetch wrote them last.
+        self.learnt.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// See [`Prefetch::answered`].
+    fn overrun(&self) -> Duration {
+        Duration::from_nanos(self.overrun.load(Ordering::Relaxed))
+    }
+
+    fn note_overrun(&self, overrun: Duration) {
+        let nanos = u64::try_from(overrun.as_nanos()).unwrap_or(u64::MAX);
+        let before = self.overrun.load(Ordering::Relaxed);
+        // Deadlines are missed by what is above the mean: up at once, down slowly. Of two
+        // that come at the same time, one counts.
+        let smoothed = match nanos.checked_sub(before) {
+            Some(more) => before + more / 4 * 3,
+            None => before - (before - nanos) / 8,
+        };
+        self.overrun.store(smoothed, Ordering::Relaxed);
     }
 
     fn breaker(&self) -> std::sync::MutexGuard<'_, Breaker> {

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use kvasir_client::Client;
@@ -16,7 +16,7 @@ use kvasir_plugin::{CachePlugin, PluginConfig};
 use kvasir_server::child::{ListeningChild, daemon_command};
 use kvasir_types::{ByteSize, DType, Namespace};
 use rustix::process::{Pid, Signal};
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 
 /// Tokens per chunk in these tests.
@@ -96,6 +96,99 @@ impl Proxy {
         self.fuse.load(Ordering::SeqCst) == u64::MAX
     }
 }
+
+/// Forwards TCP to a daemon as slowly as a link of some bandwidth would, each way.
+#[derive(Debug)]
+pub struct Link {
+    address: String,
+    flow: Arc<Flow>,
+}
+
+/// What passes a [`Link`].
+#[derive(Debug)]
+struct Flow {
+    /// Millions of bits a second.
+    mbps: AtomicU32,
+    /// Bytes, both ways.
+    passed: AtomicU64,
+}
+
+impl Link {
+    /// Starts to forward to `upstream`.
+    pub async fn start(upstream: String, mbps: u32) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let address = listener.local_addr().expect("it is bound").to_string();
+        let flow = Arc::new(Flow {
+            mbps: AtomicU32::new(mbps),
+            passed: AtomicU64::new(0),
+        });
+        let link = Self {
+            address,
+            flow: Arc::clone(&flow),
+        };
+        tokio::spawn(async move {
+            while let Ok((client, _)) = listener.accept().await {
+                let Ok(server) = TcpStream::connect(&upstream).await else {
+                    continue;
+                };
+                let [client, server] = [client, server].map(|socket| {
+                    // Small messages must not wait for more.
+                    let _ = socket.set_nodelay(true);
+                    socket.into_split()
+                });
+                tokio::spawn(pass(client.0, server.1, Arc::clone(&flow)));
+                tokio::spawn(pass(server.0, client.1, Arc::clone(&flow)));
+            }
+        });
+        link
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// From now on it lets so many million bits a second pass; with none, nothing.
+    pub fn set_mbps(&self, mbps: u32) {
+        self.flow.mbps.store(mbps, Ordering::SeqCst);
+    }
+
+    /// Waits until `bytes` have passed, both ways.
+    pub async fn passed(&self, bytes: u64) {
+        while self.flow.passed.load(Ordering::SeqCst) < bytes {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
+}
+
+/// Passes bytes on, each no sooner than a link of this speed would.
+async fn pass(mut from: impl AsyncRead + Unpin, mut to: impl AsyncWrite + Unpin, flow: Arc<Flow>) {
+    let mut buffer = vec![0; 32 << 10];
+    let mut free_at = Instant::now();
+    while let Ok(count @ 1..) = from.read(&mut buffer).await {
+        let bits = 8 * u32::try_from(count).expect("the buffer is small");
+        let mbps = loop {
+            match flow.mbps.load(Ordering::SeqCst) {
+                0 => tokio::time::sleep(BURST).await,
+                mbps => break mbps,
+            }
+        };
+        let takes = Duration::from_secs_f64(f64::from(bits) / (f64::from(mbps) * 1e6));
+        // Timers are a millisecond coarse. What one oversleeps, later bytes make up for.
+        let earliest = Instant::now().checked_sub(BURST).unwrap_or(free_at);
+        free_at = free_at.max(earliest) + takes;
+        if free_at > Instant::now() + Duration::from_millis(1) {
+            tokio::time::sleep_until(free_at.into()).await;
+        }
+        if to.write_all(&buffer[..count]).await.is_err() {
+            return;
+        }
+        flow.passed.fetch_add(count as u64, Ordering::SeqCst);
+    }
+}
+
+/// How far a link may lag behind its bandwidth.
+const BURST: Duration = Duration::from_millis(3);
 
 /// Burns `count` off the fuse; true when it has just burnt down.
 fn burn(fuse: &AtomicU64, count: u64) -> bool {

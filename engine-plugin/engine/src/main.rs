@@ -73,6 +73,11 @@ struct ServeArgs {
     /// The finest of the levels l0 to l2 that is fetched. Default: as stored.
     #[arg(long)]
     fetch_level: Option<Level>,
+    /// Milliseconds to the first token that fetches at levels l0 to l2 keep to: what comes is
+    /// as fine as it can be until then, and what would be late is computed. Not with
+    /// --fetch-level. Default: none; everything comes as it is stored.
+    #[arg(long, value_name = "MILLISECONDS", conflicts_with = "fetch_level")]
+    deadline: Option<u64>,
     /// Memory for KV pages. Default: enough for eight sequences of the model's full
     /// context, at most 1 GiB.
     #[arg(long)]
@@ -176,6 +181,7 @@ async fn serve(args: ServeArgs) -> anyhow::Result<()> {
         })?;
         let config = PluginConfig {
             codec,
+            deadline: args.deadline.map(Duration::from_millis),
             ..PluginConfig::default()
         };
         Some(CachePlugin::connect(

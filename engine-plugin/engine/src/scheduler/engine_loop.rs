@@ -385,6 +385,9 @@ impl EngineLoop {
         });
         let mut backend = PoolBackend::new(&mut self.pool, layout);
         let fetched = prefetch.poll(&mut backend, &blocks);
+        if outcome.is_ok() && to == self.running[index].prompt_tokens {
+            prefetch.answered(Instant::now());
+        }
         let sequence = &mut self.running[index];
         sequence.phase = Phase::Fetching(prefetch);
         sequence.settle(fetched);
