@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure};
-use kvasir_plugin::{Decision, PluginConfig};
+use kvasir_plugin::{DataPlane, Decision, PluginConfig};
 use kvasir_tests::harness::{self, Proxy, Rig, Use, signal};
 use kvasir_types::ByteSize;
 use rustix::process::Signal;
@@ -38,6 +38,7 @@ pub(crate) async fn run(quick: bool) -> anyhow::Result<Report> {
     })
     .await;
     let config = PluginConfig {
+        data_plane: DataPlane::Grpc,
         cooldown: Duration::from_millis(10),
         ..PluginConfig::default()
     };

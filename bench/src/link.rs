@@ -26,7 +26,7 @@ use std::time::Duration;
 use anyhow::ensure;
 use kvasir_engine::kv::KvDtype;
 use kvasir_engine::model::Model;
-use kvasir_plugin::{CodecConfig, Encoding, LoadPolicy, PluginConfig};
+use kvasir_plugin::{CodecConfig, DataPlane, Encoding, LoadPolicy, PluginConfig};
 use kvasir_tests::harness::{Link, Rig, Use};
 use kvasir_types::{ByteSize, Level};
 
@@ -92,6 +92,7 @@ pub(crate) async fn run(options: &Options, quick: bool) -> anyhow::Result<Report
         encoding.profile = profile.clone().filter(|_| with_profile);
         let namespace = kvasir_engine::cache::namespace(&model, layout, &[0; 32], &salt);
         let config = PluginConfig {
+            data_plane: DataPlane::Grpc,
             load: LoadPolicy::Always,
             lookup_timeout: Duration::from_secs(5),
             codec: CodecConfig {

@@ -58,7 +58,7 @@ use std::time::Duration;
 use kvasir_client::{Client, ClientConfig};
 use kvasir_types::{ByteSize, Durability, Namespace};
 
-pub use kvasir_client::ParseEndpointError;
+pub use kvasir_client::{DataPlane, ParseEndpointError, TlsConfig, TlsFileError};
 pub use kvasir_codec::{EncodeError, Encoding, KeyRotation, Pairing, Profile};
 
 pub use backend::{BackendError, EngineBackend};
@@ -118,6 +118,10 @@ pub struct PluginConfig {
     /// [`CodecConfig::fetch`] names no level. Default: none; chunks come as they are stored,
     /// however long that takes.
     pub deadline: Option<Duration>,
+    /// Which way fetches go. Default: the best that the daemon offers.
+    pub data_plane: DataPlane,
+    /// Whom the data plane believes. Default: whom the control calls name.
+    pub tls: TlsConfig,
 }
 
 impl Default for PluginConfig {
@@ -133,6 +137,8 @@ impl Default for PluginConfig {
             cooldown: Duration::from_secs(1),
             codec: CodecConfig::default(),
             deadline: None,
+            data_plane: DataPlane::default(),
+            tls: TlsConfig::default(),
         }
     }
 }
@@ -257,6 +263,8 @@ impl CachePlugin {
     ) -> Result<Self, ParseEndpointError> {
         let client_config = ClientConfig {
             endpoint: endpoint.parse()?,
+            data_plane: config.data_plane,
+            tls: config.tls.clone(),
             ..ClientConfig::default()
         };
         // The connection's tasks live on the runtime.

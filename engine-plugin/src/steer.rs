@@ -256,6 +256,8 @@ impl Loading<'_> {
             have: part.checked_sub(1).map(|below| nested[below]),
             deadline: Some(self.until),
             lease: Some(self.held.id),
+            // A request that has nothing yet goes before one that would be finer.
+            ahead: part > 0,
         };
         let stream = async move { client.get(&keys, options).await };
         let events = futures::stream::once(stream).and_then(move |stream| {

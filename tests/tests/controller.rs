@@ -8,7 +8,7 @@ use std::time::Duration;
 use kvasir_client::Client;
 use kvasir_engine::cache;
 use kvasir_engine::model::Model;
-use kvasir_plugin::{CodecConfig, Encoding, LoadPolicy, PluginConfig};
+use kvasir_plugin::{CodecConfig, DataPlane, Encoding, LoadPolicy, PluginConfig};
 use kvasir_server::child::ListeningChild;
 use kvasir_tests::harness::{self, Answer, CHUNK_TOKENS, Link, Rig, Use, start_daemon};
 use kvasir_types::Level;
@@ -22,6 +22,7 @@ const NEVER: Duration = Duration::from_secs(600);
 fn config(store: Level, fetch: Option<Level>, deadline: Option<Duration>) -> PluginConfig {
     let model = Model::load(&harness::model_dir()).unwrap();
     PluginConfig {
+        data_plane: DataPlane::Grpc,
         load: LoadPolicy::Always,
         lookup_timeout: Duration::from_secs(60),
         fetch_timeout: NEVER,

@@ -12,7 +12,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use kvasir_client::{Chunk, Client, Tier};
 use kvasir_codec::ObjectHeader;
-use kvasir_plugin::{LoadPolicy, PluginConfig};
+use kvasir_plugin::{DataPlane, LoadPolicy, PluginConfig};
 use kvasir_server::child::ListeningChild;
 use kvasir_tests::harness::{self, Answer, CHUNK_TOKENS, Proxy, Rig, Use, signal, start_daemon};
 use kvasir_types::{ChunkKey, DType, KvLayout, Level, Planes};
@@ -35,6 +35,8 @@ fn config() -> PluginConfig {
     PluginConfig {
         lookup_timeout: Duration::from_secs(1),
         cooldown: Duration::from_millis(50),
+        // What stands between the engine and the daemon here forwards TCP.
+        data_plane: DataPlane::Grpc,
         ..PluginConfig::default()
     }
 }

@@ -17,7 +17,7 @@ use kvasir_engine::http::{self, Defaults, Front, Limits, Preparation};
 use kvasir_engine::scheduler::{Engine, EngineConfig};
 use kvasir_engine::tokenizer::Tokenizer;
 use kvasir_engine::{BLOCK_TOKENS, KvDtype, Model, metrics};
-use kvasir_plugin::{CachePlugin, CodecConfig, Encoding, PluginConfig, Profile};
+use kvasir_plugin::{CachePlugin, CodecConfig, Encoding, PluginConfig, Profile, TlsConfig};
 use kvasir_types::{ByteSize, Level};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -78,6 +78,16 @@ struct ServeArgs {
     /// --fetch-level. Default: none; everything comes as it is stored.
     #[arg(long, value_name = "MILLISECONDS", conflicts_with = "fetch_level")]
     deadline: Option<u64>,
+    /// File of certificates in PEM, one of which must vouch for the daemon's data plane.
+    /// Default: what the daemon says.
+    #[arg(long, value_name = "FILE")]
+    ca: Option<PathBuf>,
+    /// File of this engine's certificate in PEM, for daemons that ask for one.
+    #[arg(long, value_name = "FILE", requires = "client_key")]
+    client_cert: Option<PathBuf>,
+    /// File of its key.
+    #[arg(long, value_name = "FILE", requires = "client_cert")]
+    client_key: Option<PathBuf>,
     /// Memory for KV pages. Default: enough for eight sequences of the model's full
     /// context, at most 1 GiB.
     #[arg(long)]
@@ -179,8 +189,10 @@ async fn serve(args: ServeArgs) -> anyhow::Result<()> {
             let level = args.cache_level;
             format!("--cache-level {level}, or the profile, is not for this model")
         })?;
+        let identity = args.client_cert.clone().zip(args.client_key.clone());
         let config = PluginConfig {
             codec,
+            tls: TlsConfig::from_files(args.ca.clone(), identity)?,
             deadline: args.deadline.map(Duration::from_millis),
             ..PluginConfig::default()
         };

@@ -1,5 +1,8 @@
 //! The cache daemon: [`kvasir.v1`](kvasir_proto) over a [`Store`](kvasir_store::Store).
 //!
+//! Control calls and puts are gRPC. Gets are too, and go over the data plane
+//! ([`kvasir_transport`]) where a client can reach it: over QUIC, or in memory that both map.
+//!
 //! The server is thin: it parses requests once at the border, moves bytes between
 //! sockets and the store, and refuses what exceeds a bound. [`Server::start`] runs
 //! one inside any Tokio runtime, as tests and benchmarks do; the `kvasird` binary
@@ -27,6 +30,10 @@
 //! | a read of the device, for a get | [`Limits::read_timeout_ms`] | the chunk is lost to the get |
 //! | watches and listings in progress | [`Limits::watchers`] | `RESOURCE_EXHAUSTED`, come back |
 //! | a peer that neither sends nor takes | [`Limits::stream_idle_ms`] | the stream ends; a put stores nothing |
+//! | requests of one connection of the data plane | 256 | refused, come back |
+//! | bytes read and not sent, of one connection of the data plane | [`Limits::read_ahead`] | the next read waits |
+//! | memory lent to processes of the host | half of the memory capacity | what is beyond is copied |
+//! | clients that follow where the data plane is | [`Limits::connections`] | they use gRPC |
 //! | chunks of a listing in memory | 16384 | the next page waits |
 //! | calls in progress on a connection | 256 | the peer waits |
 //! | connections | [`Limits::connections`] | the next one waits in the kernel's backlog |

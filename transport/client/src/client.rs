@@ -19,7 +19,7 @@ use crate::chunk::{Chunk, Put, PutOptions, check_count};
 use crate::config::ClientConfig;
 use crate::deadline::Deadline;
 use crate::error::{CallError, ConnectError, Origin, invalid};
-use crate::get::{GetOptions, LayerStream};
+use crate::get::{Doubts, GetOptions, LayerStream};
 use crate::hold::Hold;
 use crate::list::{ListOptions, Listing};
 use crate::paths::Paths;
@@ -293,9 +293,13 @@ impl Client {
         let mut attempts = Attempts::new(self.config.retry, Repeat::Always);
         while let Some((path, gone)) = self.paths.choose() {
             let fetch = path.fetch(request.encode_to_vec().into(), options);
-            let (origin, keys) = (self.origin(), request.keys.len());
+            let origin = self.origin();
+            let doubts = Doubts {
+                grpc: self.grpc.clone(),
+                keys: request.keys.clone(),
+            };
             let stream =
-                LayerStream::over_data_plane(origin, deadline, fetch, gone, keys, wanted.clone());
+                LayerStream::over_data_plane(origin, deadline, fetch, gone, doubts, wanted.clone());
             let error = match stream.await {
                 Ok(stream) => return Ok(Some(stream)),
                 // Too much for one request there.

@@ -12,11 +12,13 @@ use bytes::Bytes;
 use futures::Stream;
 use kvasir_proto::sequence::{Place, Sequence, Wanted};
 use kvasir_proto::transfer::Line;
+use kvasir_proto::v1::cache_client::CacheClient;
 use kvasir_proto::v1::chunk_lost::Reason;
 use kvasir_proto::{InvalidField, convert, v1};
 use kvasir_transport::Fetch;
 use kvasir_types::{Checksum, KvLayout, LayerIdx, LayerRange, Level};
 use tonic::Status;
+use tonic::transport::Channel;
 
 use crate::deadline::Deadline;
 use crate::error::{CallError, Origin, ProtocolError, broken};
@@ -125,6 +127,34 @@ pub struct LayerStream {
     sequence: Sequence,
     /// Parts of the layer that is due.
     parts: Vec<Bytes>,
+    /// Has the daemon look after chunks that came corrupt, where it does not itself.
+    doubts: Option<Doubts>,
+}
+
+/// Chunks of memory that a daemon shares are compared with their checksums here alone. It
+/// reads one that does not match again, for itself, and drops it if it went bad.
+pub(crate) struct Doubts {
+    pub(crate) grpc: CacheClient<Channel>,
+    /// Of the get, in order.
+    pub(crate) keys: Vec<Bytes>,
+}
+
+impl Doubts {
+    fn tell(&self, chunk: usize) {
+        let mut grpc = self.grpc.clone();
+        let request = v1::GetRequest {
+            keys: self.keys.get(chunk).into_iter().cloned().collect(),
+            ..v1::GetRequest::default()
+        };
+        tokio::spawn(async move {
+            let Ok(response) = grpc.get(request).await else {
+                return;
+            };
+            // The daemon reads it in order to send it.
+            let mut messages = response.into_inner();
+            while let Ok(Some(_)) = messages.message().await {}
+        });
+    }
 }
 
 /// What extents come over.
@@ -164,16 +194,20 @@ impl LayerStream {
         deadline: Deadline,
         fetch: Fetch,
         gone: Gone,
-        keys: usize,
+        doubts: Doubts,
         wanted: Wanted,
     ) -> Result<Self, CallError> {
         let mut opening = Opening::new(origin, fetch, gone);
         let (total, described) = opening.description(deadline).await?;
         let header = described.header.as_ref().ok_or(ProtocolError::Header)?;
-        let (chunks, sequence) = announced(header, keys, wanted)?;
+        let (chunks, sequence) = announced(header, doubts.keys.len(), wanted)?;
         let line = Line::parse(&described, &sequence).map_err(broken)?;
         let transfer = opening.transfer(total, line)?;
-        Ok(Self::new(deadline, Wire::Data(transfer), chunks, sequence))
+        let wire = Wire::Data(transfer);
+        Ok(Self {
+            doubts: Some(doubts),
+            ..Self::new(deadline, wire, chunks, sequence)
+        })
     }
 
     /// The answer to a request for nothing.
@@ -191,6 +225,7 @@ impl LayerStream {
             chunks,
             sequence,
             parts: Vec::new(),
+            doubts: None,
         }
     }
 
@@ -241,6 +276,9 @@ impl LayerStream {
         let chunk = due.chunk;
         if checksum != Checksum::of(&data) {
             tracing::warn!(chunk, extent = %due.extent, "an extent arrived corrupt");
+            if let Some(doubts) = &self.doubts {
+                doubts.tell(chunk);
+            }
             return self.give_up(chunk, LostReason::Corrupt);
         }
         self.sequence.resume_after(due);

@@ -108,6 +108,55 @@ async fn a_client_that_is_gone_has_nothing_lent() {
     server.shutdown().await;
 }
 
+/// Memory that goes bad under the daemon is noticed by whoever reads it, and dropped.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_went_bad_in_shared_memory_is_a_miss() {
+    use std::os::unix::fs::FileExt as _;
+    let directory = tempfile::tempdir().unwrap();
+    let daemon = Daemon::start(&directory.path().join("data"), &[]);
+    let client = Client::connect(&daemon.endpoint).await.unwrap();
+    assert_eq!(carrier(&client), Some(Carrier::SharedMemory));
+    client.put(&chunk(1)).await.unwrap();
+    let descriptors = std::fs::read_dir(format!("/proc/{}/fd", daemon.process())).unwrap();
+    let arena = descriptors.map(|entry| entry.unwrap().path()).find(|path| {
+        let target = std::fs::read_link(path);
+        target.is_ok_and(|target| target.to_string_lossy().starts_with("/memfd:kvasir"))
+    });
+    let file = std::fs::File::options().read(true).write(true);
+    let file = file.open(arena.unwrap()).unwrap();
+    let wanted = &layer(1, 2)[..4096];
+    let mut page = vec![0; 4096];
+    let at = (0..file.metadata().unwrap().len())
+        .step_by(4096)
+        .find(|&at| {
+            file.read_exact_at(&mut page, at).unwrap();
+            page == wanted
+        });
+    file.write_all_at(&[!wanted[7]], at.unwrap() + 7).unwrap();
+
+    let stream = client.get(&[key(1)], GetOptions::default()).await.unwrap();
+    let seen = events(stream).await;
+    assert_eq!(seen.order.last(), Some(&Seen::Lost(0)));
+    for (_, index, data) in seen.layers {
+        assert_eq!(data, layer(1, index));
+    }
+    // The copy on disk is good.
+    let begun = Instant::now();
+    loop {
+        let stream = client.get(&[key(1)], GetOptions::default()).await.unwrap();
+        if events(stream).await.layers.len() == usize::from(LAYERS) {
+            break;
+        }
+        assert!(
+            begun.elapsed() < Duration::from_secs(10),
+            "it is never dropped"
+        );
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let stats = client.stats().await.unwrap();
+    assert_eq!(stats.tier(kvasir_client::Tier::Memory).unwrap().corrupt, 1);
+}
+
 /// A socket that others could reach is not used, and one that was asked for is missed.
 #[tokio::test]
 async fn memory_is_not_shared_with_strangers() {
