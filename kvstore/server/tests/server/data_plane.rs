@@ -122,8 +122,8 @@ async fn what_went_bad_in_shared_memory_is_a_miss() {
         let target = std::fs::read_link(path);
         target.is_ok_and(|target| target.to_string_lossy().starts_with("/memfd:kvasir"))
     });
-    let file = std::fs::File::options().read(true).write(true);
-    let file = file.open(arena.unwrap()).unwrap();
+    let mut options = std::fs::File::options();
+    let file = options.read(true).write(true).open(arena.unwrap()).unwrap();
     let wanted = &layer(1, 2)[..4096];
     let mut page = vec![0; 4096];
     let at = (0..file.metadata().unwrap().len())
