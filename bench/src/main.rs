@@ -100,7 +100,7 @@ enum Suite {
     /// A page of results, made from what `quality` and `kvstats` printed.
     Page(page::Options),
     /// Gets over every path, beside what carries them: raw streams, sockets, and memory.
-    Transport,
+    Transport(transport::Options),
     /// `kvasird` for the other suites, in a process of its own.
     #[command(hide = true)]
     Daemon {
@@ -167,7 +167,7 @@ async fn run(suite: Suite, json: bool, quick: bool) -> anyhow::Result<()> {
         Suite::Corpus(arguments) => corpus::run(&arguments),
         Suite::Reference { model } => reference::run(&model),
         Suite::Prefill { python } => prefill::run(quick, python.as_deref())?.print(json),
-        Suite::Transport => transport::run(quick).await?.print(json),
+        Suite::Transport(options) => transport::run(&options, quick).await?.print(json),
         Suite::RawSockets { socket } => transport::raw::serve(&socket).await,
         Suite::Page(options) => Ok(page::run(&options)?),
         Suite::Daemon { .. } => Ok(()),

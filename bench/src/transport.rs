@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 use bytes::Bytes;
+use clap::Args;
 use kvasir_client::{Carrier, Chunk, Client, ClientConfig, DataPlane, GetEvent, GetOptions};
 use kvasir_proto::v1::cache_client::CacheClient;
 use kvasir_proto::{convert, v1};
@@ -114,7 +115,18 @@ struct Series {
     micros: Vec<f64>,
 }
 
-pub(crate) async fn run(quick: bool) -> anyhow::Result<Report> {
+#[derive(Debug, Default, Args)]
+pub(crate) struct Options {
+    /// Only these sizes, such as `64KiB,bulk`. Default: all.
+    #[arg(long, value_name = "SIZES", value_delimiter = ',')]
+    size: Vec<String>,
+    /// Only these ways, such as `shm_get,quinn`. Default: all. Limits that are not among them
+    /// are left out.
+    #[arg(long, value_name = "WAYS", value_delimiter = ',')]
+    way: Vec<String>,
+}
+
+pub(crate) async fn run(options: &Options, quick: bool) -> anyhow::Result<Report> {
     let (rounds, window) = if quick {
         (2, Duration::from_millis(250))
     } else {
@@ -125,17 +137,19 @@ pub(crate) async fn run(quick: bool) -> anyhow::Result<Report> {
     let daemon = Daemon::start(dir.path(), ByteSize::mib(512), "127.0.0.1:0")?;
     let raw = Raw::start()?;
     let processes = [daemon.process(), raw.process()];
-    for size in SIZES {
+    let asked = |list: &[String], name: &str| list.is_empty() || list.iter().any(|it| it == name);
+    for size in SIZES
+        .into_iter()
+        .filter(|size| asked(&options.size, size.name))
+    {
         let keys = store(&daemon.client().await?, &size).await?;
         let connections: &[usize] = if size.name == "bulk" { &[1, 8] } else { &[1] };
         for &count in connections {
             let mut ways = Vec::new();
-            let names = if count > 1 {
-                &NAMES[OVER_SOCKETS..]
-            } else {
-                &NAMES
-            };
-            for name in names {
+            let first = if count > 1 { OVER_SOCKETS } else { 0 };
+            let names = NAMES.into_iter().skip(first);
+            let names: Vec<_> = names.filter(|name| asked(&options.way, name)).collect();
+            for name in &names {
                 let mut all = Vec::new();
                 for _ in 0..count {
                     all.push(way(name, &daemon, &raw, &keys, &size).await?);
@@ -161,7 +175,7 @@ pub(crate) async fn run(quick: bool) -> anyhow::Result<Report> {
             };
             rows(
                 &mut report,
-                names,
+                &names,
                 &mut series,
                 &format!("{}{suffix}", size.name),
             );
@@ -193,7 +207,7 @@ fn rows(report: &mut Report, names: &[&str], series: &mut [Series], size: &str) 
             "grpc_get" | "quinn" => Some(rate("tcp")),
             _ => None,
         };
-        report.push(match limit {
+        report.push(match limit.filter(|&limit| limit > 0.0) {
             Some(limit) => row.against(limit, value / limit),
             None => row,
         });
