@@ -248,7 +248,7 @@ pub(crate) async fn a_connection_serves_from_its_first_moment<C: Carrier>() {
     for size in 0..50 {
         let path = pair.holder.connect();
         let begun = Instant::now();
-        let request = path.fetch(body(size * 5000), within(Duration::from_secs(20)));
+        let request = path.fetch(body(1_000_000 + size), within(Duration::from_secs(20)));
         assert!(request.all().await.is_ok());
         // Another connection would have come after a pause.
         assert!(begun.elapsed() < Duration::from_secs(10));
