@@ -242,16 +242,14 @@ pub(crate) async fn a_holder_that_is_not_there_costs_no_more_than_the_deadline<C
     }
 }
 
-/// The first word of a holder may be behind what it says next.
+/// Requests may be made before there is a connection.
 pub(crate) async fn a_connection_serves_from_its_first_moment<C: Carrier>() {
     let pair = pair::<C>(Duration::ZERO);
-    for size in 0..50 {
+    for size in 1_000_000..1_000_020 {
         let path = pair.holder.connect();
-        let begun = Instant::now();
-        let request = path.fetch(body(1_000_000 + size), within(Duration::from_secs(20)));
+        assert!(!path.status().connected);
+        let request = path.fetch(body(size), within(Duration::from_secs(20)));
         assert!(request.all().await.is_ok());
-        // Another connection would have come after a pause.
-        assert!(begun.elapsed() < Duration::from_secs(10));
         assert!(path.status().connected);
     }
 }
