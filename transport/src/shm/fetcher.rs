@@ -3,12 +3,13 @@
 use std::convert::Infallible;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use kvasir_mem::{Lent, View};
-use tokio::net::UnixStream;
+use tokio::sync::Notify;
 
-use super::wire::{greeted, put, receive, send};
+use super::wire::{End, SEND_BYTES, Socket, put};
 use super::{Ended, Loan, ShmConfig, Token};
 use crate::fetching::Shared;
 use crate::path::{Carrier, DataPath};
@@ -22,56 +23,63 @@ use crate::session::{Frame, Violation};
 pub fn connect(path: impl Into<PathBuf>, token: Token, config: ShmConfig) -> DataPath {
     let path: Arc<Path> = path.into().into();
     let shared = Shared::new(config.session);
-    let one = move |shared| one(Arc::clone(&path), token, shared);
+    let spin = config.spin;
+    let one = move |shared| one(Arc::clone(&path), token, spin, shared);
     DataPath::carried_by(Carrier::SharedMemory, shared, config.most_backoff, one)
 }
 
 /// One connection, until it ends.
-async fn one(path: Arc<Path>, token: Token, shared: Arc<Shared>) -> Result<Infallible, Ended> {
-    let stream = UnixStream::connect(&path).await?;
-    let (theirs, descriptor) = greeted(&stream).await?;
+async fn one(
+    path: Arc<Path>,
+    token: Token,
+    spin: Duration,
+    shared: Arc<Shared>,
+) -> Result<Infallible, Ended> {
+    let socket = Socket::connect(&path).await?;
+    let (theirs, descriptor) = socket.greeted().await?;
     if theirs != token {
         return Err(Ended::Stranger);
     }
     let view = View::new(descriptor)?;
     let home = Arc::new(Home {
-        stream,
+        socket,
         shared: Arc::clone(&shared),
         over: Mutex::default(),
     });
-    let stream = &home.stream;
     shared.connect();
-    let sending = async {
-        let mut out = BytesMut::new();
-        loop {
-            for loan in std::mem::take(&mut *home.over()) {
-                put(&mut out, &Frame::Return { loan });
-            }
-            while let Some(frame) = shared.next_frame() {
-                put(&mut out, &frame);
-            }
-            if out.is_empty() {
-                shared.work.notified().await;
-            } else {
-                send(stream, &mut out).await?;
+    let end = Borrower { view, home };
+    end.home.socket.carry(&end, spin).await?;
+    Err(Ended::Closed)
+}
+
+struct Borrower {
+    view: Arc<View>,
+    home: Arc<Home>,
+}
+
+impl End for Borrower {
+    fn gather(&self, out: &mut BytesMut) {
+        for loan in std::mem::take(&mut *self.home.over()) {
+            put(out, &Frame::Return { loan });
+        }
+        while out.len() < SEND_BYTES
+            && let Some(frame) = self.home.shared.next_frame()
+        {
+            put(out, &frame);
+        }
+    }
+
+    fn take(&self, frames: &mut Vec<Frame>) -> Result<(), Violation> {
+        for frame in frames.iter_mut() {
+            if let Frame::Lend(loan) = frame {
+                *frame = lent(&self.view, &self.home, *loan)?;
             }
         }
-    };
-    let receiving = async {
-        let take = |frames: &mut Vec<Frame>| {
-            for frame in frames.iter_mut() {
-                if let Frame::Lend(loan) = frame {
-                    *frame = lent(&view, &home, *loan)?;
-                }
-            }
-            shared.take(frames.drain(..))
-        };
-        receive(stream, take).await?;
-        Err(Ended::Closed)
-    };
-    tokio::select! {
-        ended = sending => ended,
-        ended = receiving => ended,
+        self.home.shared.take(frames.drain(..))
+    }
+
+    fn work(&self) -> &Notify {
+        &self.home.shared.work
     }
 }
 
@@ -95,7 +103,7 @@ fn lent(view: &Arc<View>, home: &Arc<Home>, loan: Loan) -> Result<Frame, Violati
 
 /// Where loans go back to: a connection, which lasts as long as anything lent.
 struct Home {
-    stream: UnixStream,
+    socket: Socket,
     shared: Arc<Shared>,
     /// Loans that are over, and were not given back.
     over: Mutex<Vec<u64>>,

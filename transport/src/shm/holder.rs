@@ -11,13 +11,12 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use kvasir_mem::Arena;
-use rustix::net::{Shutdown, shutdown};
 use rustix::process::geteuid;
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 
-use super::wire::{closed, greet, put, receive, send};
+use super::wire::{End, SEND_BYTES, Socket, put};
 use super::{Ended, ListenError, Loan, ShmConfig, Token};
 use crate::holding::{self, Shared};
 use crate::session::{Frame, Violation};
@@ -171,64 +170,62 @@ async fn serve<S: Source>(
     common: Arc<Common<S>>,
     mut drains: watch::Receiver<bool>,
 ) -> Result<(), Ended> {
-    greet(&stream, &common.token, common.arena.descriptor()?).await?;
+    let socket = Socket::new(stream)?;
+    socket.greet(&common.token, common.arena.descriptor()?)?;
     let shared = Shared::new(common.config.session, Arc::clone(&common.source));
-    let loans = Loans::new(&common);
+    let end = Lender {
+        shared: &shared,
+        loans: Loans::new(&common),
+    };
     let draining = async {
         // Without a listener the connection is closed anyway.
         let _ = drains.wait_for(|&draining| draining).await;
         shared.drain();
         std::future::pending::<()>().await;
     };
-    let take = |frames: &mut Vec<Frame>| {
-        let returned = frames.extract_if(.., |frame| matches!(frame, Frame::Return { .. }));
-        for frame in returned {
-            if let Frame::Return { loan } = frame {
-                loans.take_back(loan)?;
-            }
-        }
-        shared.take(frames.drain(..))
-    };
     let ended = tokio::select! {
-        ended = sending(&stream, &shared, &loans) => ended,
-        ended = receive(&stream, take) => match ended {
-            Ok(()) => {
-                loans.all_back();
-                return Ok(());
-            }
-            Err(error) => Err(error),
-        },
+        ended = socket.carry(&end, common.config.spin) => ended,
         never = shared.read() => match never {},
         never = holding::expire(&shared) => match never {},
         () = draining => Ok(()),
     };
     // The fetcher closes its end when it has nothing any more.
-    let _ = shutdown(&stream, Shutdown::Write);
-    closed(&stream).await;
-    loans.all_back();
+    socket.shut_down();
+    socket.closed().await;
+    end.loans.all_back();
     ended
 }
 
-/// Sends what there is, until nothing is left of a holder that drains.
-async fn sending<S: Source>(
-    stream: &UnixStream,
-    shared: &Shared<S>,
-    loans: &Loans<'_, S>,
-) -> Result<(), Ended> {
-    let mut out = BytesMut::new();
-    loop {
+struct Lender<'a, S: Source> {
+    shared: &'a Shared<S>,
+    loans: Loans<'a, S>,
+}
+
+impl<S: Source> End for Lender<'_, S> {
+    fn gather(&self, out: &mut BytesMut) {
         while out.len() < SEND_BYTES
-            && let Some(frame) = shared.next_frame()
+            && let Some(frame) = self.shared.next_frame()
         {
-            put(&mut out, &loans.lend(frame));
+            put(out, &self.loans.lend(frame));
         }
-        if !out.is_empty() {
-            send(stream, &mut out).await?;
-        } else if shared.is_drained() {
-            return Ok(());
-        } else {
-            shared.work.notified().await;
+    }
+
+    fn is_done(&self) -> bool {
+        self.shared.is_drained()
+    }
+
+    fn take(&self, frames: &mut Vec<Frame>) -> Result<(), Violation> {
+        let returned = frames.extract_if(.., |frame| matches!(frame, Frame::Return { .. }));
+        for frame in returned {
+            if let Frame::Return { loan } = frame {
+                self.loans.take_back(loan)?;
+            }
         }
+        self.shared.take(frames.drain(..))
+    }
+
+    fn work(&self) -> &Notify {
+        &self.shared.work
     }
 }
 
@@ -325,5 +322,3 @@ impl<S> Drop for Loans<'_, S> {
 }
 
 const AFTER_FAILURE: Duration = Duration::from_millis(100);
-/// Bytes of frames that are gathered before they are sent.
-const SEND_BYTES: usize = 64 << 10;

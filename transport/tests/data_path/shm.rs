@@ -23,6 +23,7 @@ fn config() -> ShmConfig {
         most_backoff: Duration::from_millis(50),
         // So that some of what lies in the arena goes over the socket.
         most_lent: 1 << 20,
+        ..ShmConfig::default()
     }
 }
 
