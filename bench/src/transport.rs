@@ -6,8 +6,9 @@
 //! | `shm_get` | a request of the data plane over shared memory: all bytes are there to be read, and were not touched | copying as many |
 //! | `shm_get/SIZE/verified` | [`Client::get`] over shared memory: the same, and checksums compared | copying as many |
 //! | `descriptor` | a descriptor of SIZE comes over a Unix socket, is mapped and unmapped | |
-//! | `quic_get` | [`Client::get`] over QUIC, all layers, checksums compared | a stream of a bare quinn connection that is tuned the same way |
-//! | `grpc_get` | the same over gRPC | one TCP socket |
+//! | `quic_get` | a request of the data plane over QUIC: all bytes have come | a stream of a bare quinn connection that is tuned the same way |
+//! | `quic_get/SIZE/verified` | [`Client::get`] over QUIC: layers in one piece, and checksums compared | the same |
+//! | `grpc_get` | [`Client::get`] over gRPC, checksums compared | one TCP socket |
 //! | `tcp`, `quinn`, `memcpy` | the limits themselves | |
 //!
 //! All chunks are in the daemon's memory. `OP/SIZE` is one get of SIZE after the other,
@@ -17,6 +18,7 @@
 
 pub(crate) mod raw;
 
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
@@ -25,7 +27,8 @@ use clap::Args;
 use kvasir_client::{Carrier, Chunk, Client, ClientConfig, DataPlane, GetEvent, GetOptions};
 use kvasir_proto::v1::cache_client::CacheClient;
 use kvasir_proto::{convert, v1};
-use kvasir_transport::session::FetchEvent;
+use kvasir_transport::quic::{self, QuicConfig, Trust};
+use kvasir_transport::session::{Config, FetchEvent};
 use kvasir_transport::shm::{self, ShmConfig};
 use kvasir_transport::{DataPath, FetchOptions};
 use kvasir_types::{ByteSize, ChunkKey, DType, KvLayout, Level, Planes};
@@ -82,7 +85,7 @@ const SIZES: [Size; 4] = [
 enum Way {
     Get(Client, Vec<ChunkKey>),
     /// Without the client: a path, and a request.
-    Lent(DataPath, Bytes),
+    Path(DataPath, Bytes),
     Descriptor(tokio::net::UnixStream),
     /// From many places, into one.
     Copy(Vec<u8>, Vec<u8>, u64),
@@ -90,12 +93,13 @@ enum Way {
     Tcp(TcpStream, Vec<u8>),
 }
 
-const NAMES: [&str; 8] = [
+const NAMES: [&str; 9] = [
     "shm_get",
     "shm_verified",
     "memcpy",
     "descriptor",
     "quic_get",
+    "quic_verified",
     "quinn",
     "grpc_get",
     "tcp",
@@ -196,6 +200,7 @@ fn rows(report: &mut Report, names: &[&str], series: &mut [Series], size: &str) 
     for (name, series) in names.iter().zip(series) {
         let (ours, suffix) = match *name {
             "shm_verified" => ("shm_get", "/verified"),
+            "quic_verified" => ("quic_get", "/verified"),
             name => (name, ""),
         };
         let ours = format!("{ours}/{size}{suffix}");
@@ -203,7 +208,7 @@ fn rows(report: &mut Report, names: &[&str], series: &mut [Series], size: &str) 
         let row = Row::new(&ours, value, "GB/s");
         let limit = match *name {
             "shm_get" | "shm_verified" => Some(rate("memcpy")),
-            "quic_get" => Some(rate("quinn")),
+            "quic_get" | "quic_verified" => Some(rate("quinn")),
             "grpc_get" | "quinn" => Some(rate("tcp")),
             _ => None,
         };
@@ -232,31 +237,30 @@ async fn way(
         "tcp" => Way::Tcp(raw.tcp().await?, vec![0; 1 << 20]),
         "memcpy" => Way::Copy(vec![1; COPIED_BYTES], vec![1; size.bytes().try_into()?], 0),
         "descriptor" => Way::Descriptor(raw.descriptors(size.bytes()).await?),
-        "shm_get" => {
+        "shm_get" | "quic_get" => {
             let endpoint = format!("http://{}", daemon.address());
             let channel = tonic::transport::Endpoint::from_shared(endpoint)?;
             let mut grpc = CacheClient::new(channel.connect().await?);
-            let paths = grpc
-                .paths(v1::PathsRequest {})
-                .await?
-                .into_inner()
+            let mut paths = grpc.paths(v1::PathsRequest {}).await?.into_inner();
+            let paths = paths
                 .message()
-                .await?;
-            let offered = paths.and_then(|paths| paths.shared_memory);
-            let offered = offered.context("the daemon shares no memory")?;
-            let token = shm::Token::try_from(&offered.token[..])?;
-            let path = shm::connect(offered.socket, token, ShmConfig::default());
+                .await?
+                .context("the daemon tells no paths")?;
+            let path = match name {
+                "shm_get" => over_memory(&paths)?,
+                _ => over_quic(daemon, &paths)?,
+            };
             path.connected().await;
             let request = v1::GetRequest {
                 keys: keys.iter().map(convert::key_to_wire).collect(),
                 ..v1::GetRequest::default()
             };
-            Way::Lent(path, request.encode_to_vec().into())
+            Way::Path(path, request.encode_to_vec().into())
         }
         name => {
             let (data_plane, carrier) = match name {
                 "shm_verified" => (DataPlane::Best, Some(Carrier::SharedMemory)),
-                "quic_get" => (DataPlane::Quic, Some(Carrier::Quic)),
+                "quic_verified" => (DataPlane::Quic, Some(Carrier::Quic)),
                 _ => (DataPlane::Grpc, None),
             };
             let client = Client::connect_with(ClientConfig {
@@ -270,6 +274,29 @@ async fn way(
             Way::Get(client, keys.to_vec())
         }
     })
+}
+
+fn over_memory(paths: &v1::PathsResponse) -> anyhow::Result<DataPath> {
+    let offered = paths.shared_memory.as_ref();
+    let offered = offered.context("the daemon shares no memory")?;
+    let token = shm::Token::try_from(&offered.token[..])?;
+    Ok(shm::connect(&offered.socket, token, ShmConfig::default()))
+}
+
+/// With what the client has by default.
+fn over_quic(daemon: &Daemon, paths: &v1::PathsResponse) -> anyhow::Result<DataPath> {
+    let offered = paths.quic.as_ref().context("the daemon has no QUIC")?;
+    let mut address: SocketAddr = daemon.address().parse()?;
+    address.set_port(offered.port.try_into()?);
+    let config = QuicConfig {
+        session: Config {
+            credit: ClientConfig::default().window_bytes.into(),
+            ..Config::default()
+        },
+        ..QuicConfig::default()
+    };
+    let trust = Trust::from_der(&offered.certificate)?;
+    Ok(quic::connect(address, &offered.name, &trust, None, config)?)
 }
 
 /// Rate in GB/s, CPU seconds per GB, and the time of each operation in µs.
@@ -336,7 +363,7 @@ impl Way {
                 ensure!(received == size.bytes(), "{received} bytes came");
                 Ok(())
             }
-            Self::Lent(path, request) => {
+            Self::Path(path, request) => {
                 let mut fetch = path.fetch(request.clone(), FetchOptions::default());
                 let mut received = 0;
                 while let Some(event) = fetch.next().await {

@@ -3,6 +3,9 @@
 //! A request's body is a [`v1::GetRequest`]; its bytes are the extents of the chunks, one
 //! after the other in the order in which a get streams them, and its description says where
 //! each begins and what its checksum is. The chunks are leased until the request ends.
+//!
+//! Receivers compare checksums. Here that is left to them for what is in memory; a receiver to
+//! whom such bytes come corrupt has them read, and compared, over gRPC.
 
 use std::num::NonZeroUsize;
 use std::ops::Range;
@@ -30,24 +33,11 @@ use crate::{get, read};
 #[derive(Debug)]
 pub(crate) struct Chunks {
     shared: Arc<Shared>,
-    /// Whether the store compares checksums, besides the receiver, of what is in memory.
-    verifies: bool,
 }
 
 impl Chunks {
     pub(crate) fn new(shared: Arc<Shared>) -> Self {
-        Self {
-            shared,
-            verifies: true,
-        }
-    }
-
-    /// For receivers to whom a get is to cost the same, however long it is.
-    pub(crate) fn unverified(shared: Arc<Shared>) -> Self {
-        Self {
-            shared,
-            verifies: false,
-        }
+        Self { shared }
     }
 }
 
@@ -55,7 +45,6 @@ impl Chunks {
 #[derive(Debug)]
 pub(crate) struct Transfer {
     shared: Arc<Shared>,
-    verifies: bool,
     leases: Vec<Arc<Lease>>,
     line: Line,
     description: Bytes,
@@ -80,7 +69,7 @@ impl Source for Chunks {
 
 impl Transfer {
     async fn open(chunks: &Chunks, body: Bytes) -> Result<Self, Status> {
-        let Chunks { shared, verifies } = chunks;
+        let shared = &chunks.shared;
         let request = v1::GetRequest::decode(body)
             .map_err(|error| Status::invalid_argument(format!("not a get: {error}")))?;
         let keys = convert::keys("keys", &request.keys)?;
@@ -104,7 +93,6 @@ impl Transfer {
         }
         Ok(Self {
             shared: Arc::clone(shared),
-            verifies: *verifies,
             leases,
             line,
             description: description.into(),
@@ -141,8 +129,8 @@ impl Transfer {
     /// An extent, of as many bytes as the line says.
     async fn extent(&self, item: &Item, patience: Patience) -> Result<Bytes, Reason> {
         let lease = self.leases.get(item.place.chunk).ok_or(Reason::Device)?;
-        if !self.verifies
-            && let Some(mut extents) = lease.share_extents(item.place.extent.alone())
+        // Receivers compare checksums, and say so where they do not match.
+        if let Some(mut extents) = lease.share_extents(item.place.extent.alone())
             && let Some(extent) = extents.pop()
         {
             return Ok(extent);

@@ -38,7 +38,7 @@ pub(crate) fn start(
         most_lent: shared.store.stats().memory.capacity / 2,
         ..defaults
     };
-    let source = Arc::new(Chunks::unverified(Arc::clone(shared)));
+    let source = Arc::new(Chunks::new(Arc::clone(shared)));
     let listener = Listener::new(socket, token, arena, source, config)?;
     let path = v1::SharedMemoryPath {
         socket: listener.path().display().to_string(),

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use crc_fast::CrcAlgorithm;
+
 /// CRC-64/NVME of a run of bytes.
 ///
 /// A CRC finds every burst of up to 64 bits and runs at memory speed with
@@ -13,7 +15,7 @@ pub struct Checksum(u64);
 impl Checksum {
     /// The checksum of `bytes`.
     pub fn of(bytes: &[u8]) -> Self {
-        Self(crc_fast::checksum(crc_fast::CrcAlgorithm::Crc64Nvme, bytes))
+        Self(crc_fast::checksum(ALGORITHM, bytes))
     }
 
     /// A checksum read from storage or the wire.
@@ -24,6 +26,33 @@ impl Checksum {
     /// The value that is stored or sent.
     pub const fn as_u64(self) -> u64 {
         self.0
+    }
+}
+
+/// A checksum of bytes that come one after the other.
+#[derive(Clone, Debug)]
+pub struct RunningChecksum(crc_fast::Digest);
+
+impl RunningChecksum {
+    /// Of no bytes.
+    pub fn new() -> Self {
+        Self(crc_fast::Digest::new(ALGORITHM))
+    }
+
+    /// Adds bytes to those before.
+    pub fn update(&mut self, bytes: &[u8]) {
+        self.0.update(bytes);
+    }
+
+    /// The checksum of all bytes so far.
+    pub fn value(&self) -> Checksum {
+        Checksum(self.0.finalize())
+    }
+}
+
+impl Default for RunningChecksum {
+    fn default() -> Self {
+        Self::new()
     }
 }
 
@@ -39,6 +68,8 @@ impl fmt::Debug for Checksum {
     }
 }
 
+const ALGORITHM: CrcAlgorithm = CrcAlgorithm::Crc64Nvme;
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -48,5 +79,16 @@ mod tests {
     fn agrees_with_the_published_values() {
         assert_eq!(Checksum::of(b"123456789").as_u64(), 0xae8b_1486_0a79_9888);
         assert_eq!(Checksum::of(&[0; 4096]).as_u64(), 0x6482_d367_eb22_b64e);
+    }
+
+    #[test]
+    fn bytes_in_pieces_have_the_checksum_of_them_all() {
+        let bytes: Vec<u8> = (0..=255).cycle().take(5000).collect();
+        for piece in [1, 7, 64, 1000, 4999, 5000] {
+            let mut running = RunningChecksum::new();
+            assert_eq!(running.value(), Checksum::of(b""));
+            bytes.chunks(piece).for_each(|piece| running.update(piece));
+            assert_eq!(running.value(), Checksum::of(&bytes));
+        }
     }
 }

@@ -29,7 +29,7 @@ mod range;
 mod size;
 mod worth;
 
-pub use checksum::Checksum;
+pub use checksum::{Checksum, RunningChecksum};
 pub use key::{Adapter, ChunkKey, ModelIdentity, Namespace, ParseKeyError};
 pub use layout::{DType, KvLayout, LayoutDigest, LayoutError, Plane, Planes};
 pub use level::{Level, ParseLevelError, UnknownLevel};

@@ -7,6 +7,7 @@ use futures::{Stream, StreamExt as _};
 use kvasir_proto::assembly::Assembly;
 use kvasir_proto::sequence::{Place, Sequence};
 use kvasir_proto::v1;
+use kvasir_types::Checksum;
 use tonic::Status;
 use v1::get_response::Message;
 
@@ -95,7 +96,11 @@ impl Messages {
         let bounds = sequence.bounds(due);
         let whole = self.assembly.push(piece, due.extent, bounds);
         Ok(match whole.map_err(broken)? {
-            Some(whole) => Arrival::Whole(whole.data, whole.checksum),
+            Some(whole) => Arrival::Whole {
+                found: Checksum::of(&whole.data),
+                stated: whole.checksum,
+                data: whole.data,
+            },
             None => Arrival::Nothing,
         })
     }

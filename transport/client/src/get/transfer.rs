@@ -9,6 +9,7 @@ use kvasir_proto::v1::chunk_lost::Reason;
 use kvasir_proto::{InvalidField, status, v1};
 use kvasir_transport::Fetch;
 use kvasir_transport::session::{FailReason, FetchEvent, RefuseReason};
+use kvasir_types::{Checksum, RunningChecksum};
 use prost::Message as _;
 use tonic::Status;
 
@@ -37,10 +38,12 @@ pub(super) struct Transfer {
 }
 
 /// Some bytes of an extent. None comes twice, so their number says when it is whole.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Partial {
     whole: Option<Bytes>,
     bytes: Vec<u8>,
+    /// Of the bytes, taken while caches have them. `None` where they came out of order.
+    checksum: Option<RunningChecksum>,
     received: u64,
 }
 
@@ -131,10 +134,10 @@ impl Transfer {
         let item = self.seek(due)?;
         loop {
             if item.bytes == 0 {
-                return Ok(Arrival::Whole(Bytes::new(), item.checksum));
+                return Ok(Partial::default().arrival(&item));
             }
-            if let Some(bytes) = self.take(&item) {
-                return Ok(Arrival::Whole(bytes, item.checksum));
+            if let Some(partial) = self.take(&item) {
+                return Ok(partial.arrival(&item));
             }
             let truncated = ProtocolError::Truncated {
                 chunk: due.chunk,
@@ -173,13 +176,12 @@ impl Transfer {
     }
 
     /// The extent that is due, if all of it is there.
-    fn take(&mut self, item: &Item) -> Option<Bytes> {
+    fn take(&mut self, item: &Item) -> Option<Partial> {
         let entry = self.came.first_entry()?;
         if *entry.key() != self.due || entry.get().received < item.bytes {
             return None;
         }
-        let Partial { whole, bytes, .. } = entry.remove();
-        Some(whole.unwrap_or_else(|| bytes.into()))
+        Some(entry.remove())
     }
 
     /// Puts bytes where they belong.
@@ -200,7 +202,31 @@ impl Transfer {
     }
 }
 
+impl Default for Partial {
+    fn default() -> Self {
+        Self {
+            whole: None,
+            bytes: Vec::new(),
+            checksum: Some(RunningChecksum::new()),
+            received: 0,
+        }
+    }
+}
+
 impl Partial {
+    /// All bytes have come.
+    fn arrival(self, item: &Item) -> Arrival {
+        let (data, running) = match self.whole {
+            Some(whole) => (whole, None),
+            None => (self.bytes.into(), self.checksum),
+        };
+        Arrival::Whole {
+            found: running.map_or_else(|| Checksum::of(&data), |running| running.value()),
+            stated: item.checksum,
+            data,
+        }
+    }
+
     /// Of an extent of `total` bytes.
     fn add(&mut self, at: usize, piece: Bytes, total: u64) {
         self.received += piece.len() as u64;
@@ -215,8 +241,12 @@ impl Partial {
         // In order, as a rule.
         if at == self.bytes.len() {
             self.bytes.extend_from_slice(&piece);
+            if let Some(checksum) = &mut self.checksum {
+                checksum.update(&piece);
+            }
             return;
         }
+        self.checksum = None;
         let end = at + piece.len();
         if self.bytes.len() < end {
             self.bytes.resize(end, 0);
