@@ -188,7 +188,9 @@ pub(crate) async fn serve(socket: &Path) -> anyhow::Result<()> {
     let certificate: String = digits.map(|byte| format!("{byte:02x}")).collect();
     let port = endpoint.local_addr()?.port();
     println!("listening on {}/{port}/{certificate}", tcp.local_addr()?);
-    let data = Bytes::from(vec![0x5a; PIECE]);
+    // As many places as the gets have that these are the limit of: a piece that is sent over and
+    // over would come from caches.
+    let data = Bytes::from(vec![0x5a; MOST_BYTES]);
     loop {
         let data = data.clone();
         tokio::select! {
@@ -213,11 +215,8 @@ async fn serve_quic(connection: quinn::Connection, data: Bytes) -> anyhow::Resul
         let mut asked = [0; 8];
         asks.read_exact(&mut asked).await?;
         let mut answer = connection.open_uni().await?;
-        let mut left = u64::from_le_bytes(asked);
-        while left > 0 {
-            let length = usize::try_from(left).unwrap_or(usize::MAX).min(data.len());
-            answer.write_chunk(data.slice(..length)).await?;
-            left -= length as u64;
+        for piece in pieces(&data, u64::from_le_bytes(asked))? {
+            answer.write_chunk(piece).await?;
         }
         answer.finish()?;
     }
@@ -225,16 +224,23 @@ async fn serve_quic(connection: quinn::Connection, data: Bytes) -> anyhow::Resul
 
 async fn serve_tcp(mut stream: TcpStream, data: Bytes) -> anyhow::Result<()> {
     loop {
-        let mut left = stream.read_u64_le().await?;
-        while left > 0 {
-            let length = usize::try_from(left).unwrap_or(usize::MAX).min(data.len());
-            stream.write_all(&data[..length]).await?;
-            left -= length as u64;
+        for piece in pieces(&data, stream.read_u64_le().await?)? {
+            stream.write_all(&piece).await?;
         }
     }
 }
 
+/// So many bytes, as they are handed to a socket.
+fn pieces(data: &Bytes, bytes: u64) -> anyhow::Result<impl Iterator<Item = Bytes>> {
+    let all = usize::try_from(bytes)?;
+    ensure!(all <= data.len(), "{all} bytes at once");
+    let from = (0..all).step_by(PIECE);
+    Ok(from.map(move |from| data.slice(from..(from + PIECE).min(all))))
+}
+
 /// In the certificate.
 const NAME: &str = "raw";
+/// Bytes that are asked for at once, at most.
+const MOST_BYTES: usize = 64 << 20;
 /// Bytes that are handed to the socket at once.
 const PIECE: usize = 1 << 20;

@@ -4,7 +4,7 @@ use std::convert::Infallible;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
-use tokio::task::JoinSet;
+use futures::stream::{FuturesUnordered, StreamExt as _};
 
 use super::{CLOSED, ConnectError, Ended, Identity, QuicConfig, Trust, VIOLATED};
 use super::{receive, send};
@@ -68,22 +68,18 @@ async fn one(
         Err(Ended::Control)
     };
     let streams = async {
-        let mut streams = JoinSet::new();
+        let mut streams = FuturesUnordered::new();
         // Streams overtake each other, and the first word is on the one for control.
         shared.opened().await;
         loop {
             tokio::select! {
                 stream = connection.accept_uni() => {
-                    let (stream, shared) = (stream?, Arc::clone(&shared));
-                    streams.spawn(async move {
-                        receive(stream, |frames| shared.take(frames.drain(..))).await
-                    });
+                    streams.push(receive(stream?, |frames| shared.take(frames.drain(..))));
                 }
-                Some(done) = streams.join_next() => match done {
+                Some(done) = streams.next(), if !streams.is_empty() => match done {
                     // A request that ended has its stream reset.
-                    Ok(Err(Ended::Read(quinn::ReadError::Reset(_)))) => {}
-                    Ok(done) => done?,
-                    Err(_) => return Err(Ended::Control),
+                    Err(Ended::Read(quinn::ReadError::Reset(_))) => {}
+                    done => done?,
                 }
             }
         }

@@ -1,6 +1,7 @@
 //! The end that is connected to.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -150,7 +151,7 @@ async fn sending<S: Source>(
     mut control: quinn::SendStream,
     shared: &Shared<S>,
 ) -> Result<(), Ended> {
-    let mut streams: HashMap<RequestId, quinn::SendStream> = HashMap::new();
+    let mut streams: HashMap<RequestId, (quinn::SendStream, i32)> = HashMap::new();
     loop {
         while let Some(frame) = shared.next_frame() {
             let request = match &frame {
@@ -162,18 +163,20 @@ async fn sending<S: Source>(
                     continue;
                 }
             };
-            let stream = match streams.entry(request) {
-                std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),
-                std::collections::hash_map::Entry::Vacant(entry) => {
-                    entry.insert(connection.open_uni().await?)
-                }
+            let (stream, was) = match streams.entry(request) {
+                Entry::Occupied(entry) => entry.into_mut(),
+                // What a stream begins with; see `quinn::SendStream::set_priority`.
+                Entry::Vacant(entry) => entry.insert((connection.open_uni().await?, 0)),
             };
             let priority = shared.priority(request).unwrap_or(0);
-            // A stream that is gone has no priority.
-            let _ = stream.set_priority(i32::try_from(priority).unwrap_or(i32::MAX));
+            let priority = i32::try_from(priority).unwrap_or(i32::MAX);
+            if std::mem::replace(was, priority) != priority {
+                // A stream that is gone has no priority.
+                let _ = stream.set_priority(priority);
+            }
             send(stream, &frame).await?;
         }
-        streams.retain(|request, stream| {
+        streams.retain(|request, (stream, _)| {
             let serves = shared.serves(*request);
             if !serves {
                 // What of it is not acknowledged, nobody waits for.
