@@ -21,9 +21,9 @@ use crate::session::{Frame, Violation};
 /// Outside of a Tokio runtime.
 pub fn connect(path: impl Into<PathBuf>, token: Token, config: ShmConfig) -> DataPath {
     let path: Arc<Path> = path.into().into();
-    let shared = Shared::new(config.session);
+    let shared = Shared::new(config.session, Carrier::SharedMemory);
     let one = move |shared| one(Arc::clone(&path), token, shared);
-    DataPath::carried_by(Carrier::SharedMemory, shared, config.most_backoff, one)
+    DataPath::carried_by(shared, config.most_backoff, one)
 }
 
 /// One connection, until it ends.
@@ -40,7 +40,7 @@ async fn one(path: Arc<Path>, token: Token, shared: Arc<Shared>) -> Result<Infal
         over: Mutex::default(),
     });
     let stream = &home.stream;
-    shared.connect();
+    shared.connect(Carrier::SharedMemory);
     let sending = async {
         let mut out = BytesMut::new();
         loop {

@@ -295,6 +295,7 @@ impl<'a, S> Loans<'a, S> {
             loan,
             at: place.start,
             length,
+            key: None,
         })
     }
 
