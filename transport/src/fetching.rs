@@ -8,6 +8,7 @@ use bytes::Bytes;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::JoinSet;
 
+use crate::path::Carrier;
 use crate::session::{Config, FailReason, FetchEvent, Fetcher, Frame, RequestId, Violation};
 
 /// How much a request matters, and how long somebody waits for it.
@@ -49,6 +50,7 @@ pub(crate) struct Shared {
 #[derive(Debug)]
 struct State {
     fetcher: Fetcher,
+    carrier: Carrier,
     /// Data in these is bounded by the credit of the session.
     waiting: HashMap<RequestId, mpsc::UnboundedSender<FetchEvent>>,
     /// That of the fetcher, when it was last looked at.
@@ -56,10 +58,12 @@ struct State {
 }
 
 impl Shared {
-    pub(crate) fn new(config: Config) -> Arc<Self> {
+    /// Of a path that `carrier` is to carry.
+    pub(crate) fn new(config: Config, carrier: Carrier) -> Arc<Self> {
         Arc::new(Self {
             state: Mutex::new(State {
                 fetcher: Fetcher::new(config),
+                carrier,
                 waiting: HashMap::new(),
                 timeout: None,
             }),
@@ -103,9 +107,17 @@ impl Shared {
         done
     }
 
-    /// A connection is there.
-    pub(crate) fn connect(&self) {
-        self.with(|fetcher| fetcher.connect(Instant::now()));
+    /// A connection is there, and `carrier` carries it.
+    pub(crate) fn connect(&self, carrier: Carrier) {
+        self.act(|state| {
+            state.carrier = carrier;
+            state.fetcher.connect(Instant::now());
+        });
+    }
+
+    /// What carries it, or did so last.
+    pub(crate) fn carrier(&self) -> Carrier {
+        self.state().carrier
     }
 
     /// It is gone.
@@ -191,8 +203,12 @@ impl State {
                 // Nobody waits where this fails.
                 let _ = waiting.send(event);
             }
-        } else if let Some(waiting) = self.waiting.get(&request) {
-            let _ = waiting.send(event);
+        } else if let Some(waiting) = self.waiting.get(&request)
+            && let Err(unsent) = waiting.send(event)
+            && let FetchEvent::Data { bytes, .. } = unsent.0
+        {
+            // Whoever waited is about to give it up, and does not take these any more.
+            self.fetcher.consumed(bytes.len() as u64);
         }
     }
 }

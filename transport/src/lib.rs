@@ -21,6 +21,9 @@ mod holding;
 mod path;
 #[cfg(feature = "quic")]
 pub mod quic;
+#[cfg(all(feature = "quic", not(feature = "rdma")))]
+#[path = "no_rdma.rs"]
+mod rdma;
 #[cfg(feature = "rdma")]
 #[allow(
     unsafe_code,

@@ -18,7 +18,6 @@ use crate::fetching::{Fetch, FetchOptions, Shared, Tasks};
 /// fetcher sees: one suite of tests holds all of them to it.
 #[derive(Clone, Debug)]
 pub struct DataPath {
-    carrier: Carrier,
     shared: Arc<Shared>,
     connected: watch::Receiver<bool>,
     tasks: Tasks,
@@ -32,12 +31,15 @@ pub enum Carrier {
     Quic,
     /// Memory of the holder, on the same host; see [`shm`](crate::shm).
     SharedMemory,
+    /// One-sided reads of the holder's memory, with the feature `rdma`; what is small or lies
+    /// elsewhere comes over QUIC.
+    Rdma,
 }
 
 /// How a connection is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Status {
-    /// What carries it.
+    /// What carries it, or did so last.
     pub carrier: Carrier,
     /// Whether it is there now.
     pub connected: bool,
@@ -51,7 +53,6 @@ impl DataPath {
     /// Lets `one` connect, and carry frames until the connection ends: again and again, with
     /// pauses that grow up to `most_backoff`.
     pub(crate) fn carried_by<E, F>(
-        carrier: Carrier,
         shared: Arc<Shared>,
         most_backoff: Duration,
         mut one: impl FnMut(Arc<Shared>) -> F + Send + 'static,
@@ -74,7 +75,7 @@ impl DataPath {
                         never = expire(&shared) => match never {},
                     };
                     shared.disconnect();
-                    report(carrier, ended);
+                    report(shared.carrier(), ended);
                     if begun.elapsed() > most_backoff {
                         backoff = FIRST_BACKOFF;
                     }
@@ -87,7 +88,6 @@ impl DataPath {
             }
         });
         Self {
-            carrier,
             shared,
             connected,
             tasks: Arc::new(tasks),
@@ -102,7 +102,7 @@ impl DataPath {
     /// How it is.
     pub fn status(&self) -> Status {
         Status {
-            carrier: self.carrier,
+            carrier: self.shared.carrier(),
             connected: *self.connected.borrow(),
             draining: self.shared.is_draining(),
             round_trip: self.shared.round_trip(),
@@ -134,6 +134,7 @@ impl fmt::Display for Carrier {
         f.pad(match self {
             Self::Quic => "quic",
             Self::SharedMemory => "shared memory",
+            Self::Rdma => "rdma",
         })
     }
 }

@@ -4,7 +4,17 @@
 //! The fetcher opens one stream for both directions, on which its frames go, and those of the
 //! holder that belong to no request or refuse one. Every request that is described gets a
 //! stream of its own from the holder, with the request's priority, so that QUIC itself puts
-//! packets of what matters more first; it is reset when the request has ended.
+//! packets of what matters more first; it is reset when the request has ended, with the number
+//! of bytes of data that were sent on it as the code: the fetcher takes those that did not come
+//! as taken, or else they would have their part of the credit for good.
+//!
+//! # One-sided reads
+//! Ends that both have a device (see `rdma`, with the feature of that name) agree on another
+//! protocol in TLS's handshake. Then each begins its direction of the fetcher's stream with the
+//! endpoint of a queue pair, the fetcher first; an empty one says that there is none, and all
+//! goes over QUIC as ever. Else the holder may send loans in place of data. The streams of
+//! requests that end while something of them is lent are not reset, so that every loan comes to
+//! the fetcher, who alone knows when it has read it.
 //!
 //! # Connections
 //! A [`connect`]ed path connects by itself and again after a loss; requests go on where they were.
@@ -22,6 +32,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use quinn::congestion::CubicConfig;
+use quinn::crypto::rustls::HandshakeData;
 use quinn::{IdleTimeout, MtuDiscoveryConfig, TransportConfig, VarInt};
 use rustix::net::sockopt::{
     set_socket_recv_buffer_size, set_socket_recv_buffer_size_force, set_socket_send_buffer_size,
@@ -31,6 +42,8 @@ use crate::session::{Config, Frame, FrameReader, Violation};
 
 pub use authority::{Authority, Issued, Purpose};
 pub use fetcher::connect;
+#[cfg(feature = "rdma")]
+pub(crate) use fetcher::connect_with;
 pub use holder::Listener;
 pub use tls::{Identity, TlsError, Trust};
 
@@ -138,7 +151,7 @@ pub enum ConnectError {
 
 /// Why a connection ended.
 #[derive(Debug, thiserror::Error)]
-enum Ended {
+pub(crate) enum Ended {
     #[error(transparent)]
     Connect(#[from] quinn::ConnectError),
     #[error(transparent)]
@@ -151,11 +164,75 @@ enum Ended {
     Violation(#[from] Violation),
     #[error("the peer closed the control stream")]
     Control,
+    #[error("the ends agree on no queue pair")]
+    Preamble,
+    #[error("one-sided reads came to an end")]
+    OneSided(#[source] Broken),
+}
+
+/// What went wrong with a queue pair.
+type Broken = Box<dyn std::error::Error + Send + Sync>;
+
+impl Ended {
+    /// What the peer is told.
+    fn code(&self) -> VarInt {
+        match self {
+            Self::Violation(_) => VIOLATED,
+            Self::OneSided(_) | Self::Preamble => ONE_SIDED_ENDED,
+            _ => CLOSED,
+        }
+    }
+
+    /// Whether the queue pair ended, at this end or at the other.
+    fn is_of_one_sided(&self) -> bool {
+        match self {
+            Self::OneSided(_) | Self::Preamble => true,
+            Self::Connection(quinn::ConnectionError::ApplicationClosed(closed)) => {
+                closed.error_code == ONE_SIDED_ENDED
+            }
+            _ => false,
+        }
+    }
 }
 
 /// Sends a frame.
 async fn send(stream: &mut quinn::SendStream, frame: &Frame) -> Result<(), quinn::WriteError> {
     stream.write_all_chunks(&mut frame.encode()).await
+}
+
+/// Whether both ends are ready for one-sided reads.
+fn agreed_on_one_sided(connection: &quinn::Connection) -> bool {
+    let data = connection.handshake_data();
+    let data = data.and_then(|data| data.downcast::<HandshakeData>().ok());
+    data.and_then(|data| data.protocol).as_deref() == Some(ONE_SIDED_PROTOCOL)
+}
+
+/// Says where this end's queue pair is; of no bytes, that there is none.
+async fn send_endpoint(
+    stream: &mut quinn::SendStream,
+    endpoint: &[u8],
+) -> Result<(), quinn::WriteError> {
+    // Endpoints are short.
+    let length = u8::try_from(endpoint.len()).unwrap_or(0);
+    stream.write_all(&[length]).await?;
+    stream.write_all(endpoint).await
+}
+
+/// Hears where the other end's is.
+async fn receive_endpoint(stream: &mut quinn::RecvStream) -> Result<Vec<u8>, Ended> {
+    let mut length = [0];
+    stream.read_exact(&mut length).await.map_err(ended_early)?;
+    let mut endpoint = vec![0; length[0].into()];
+    let read = stream.read_exact(&mut endpoint).await;
+    read.map_err(ended_early)?;
+    Ok(endpoint)
+}
+
+fn ended_early(error: quinn::ReadExactError) -> Ended {
+    match error {
+        quinn::ReadExactError::ReadError(error) => error.into(),
+        quinn::ReadExactError::FinishedEarly(_) => Ended::Control,
+    }
 }
 
 /// Takes frames off a stream until it ends.
@@ -191,6 +268,10 @@ const SOCKET_BUFFER: usize = 16 << 20;
 const CHUNKS: usize = 64;
 /// What both ends name in TLS's handshake.
 const PROTOCOL: &[u8] = b"kvasir/1";
-/// Codes of connections that are closed: at will, and for a [`Violation`].
+/// And if they are ready for one-sided reads.
+const ONE_SIDED_PROTOCOL: &[u8] = b"kvasir-rdma/1";
+/// Codes of connections that are closed: at will, for a [`Violation`], and because one-sided
+/// reads came to an end.
 const CLOSED: VarInt = VarInt::from_u32(0);
 const VIOLATED: VarInt = VarInt::from_u32(1);
+const ONE_SIDED_ENDED: VarInt = VarInt::from_u32(2);

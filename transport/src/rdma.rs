@@ -55,23 +55,72 @@
 //! `unsafe` is in `verbs` (calls of libibverbs), in [`pool`](Pool) (bytes that the device
 //! wrote), in [`region`](Region) (what memory promises), and where requests are posted.
 
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use crate::path::DataPath;
+use crate::quic::{self, Identity, Listener, QuicConfig, Trust};
+use crate::source::Source;
+
 mod completions;
 mod device;
 mod endpoint;
+mod lender;
 mod pending;
 mod pool;
 mod queue_pair;
+mod reader;
 mod region;
 mod verbs;
 
 pub use device::{Device, DeviceConfig, FindError, Limits};
 pub use endpoint::{Endpoint, EndpointError, Mtu};
+pub(crate) use lender::Lending;
+pub use lender::{Lender, LenderConfig};
 pub use pool::{Buffer, Pool};
 pub use queue_pair::{
     ConnectError, LendError, Loan, PrepareError, PreparedQueuePair, QueuePair, QueuePairConfig,
     QueuePairError, ReadError,
 };
+pub(crate) use reader::{Prepared, Reading};
+pub use reader::{Reader, ReaderConfig, ReaderError};
 pub use region::{Memory, Region, RegisterError};
+
+/// As [`quic::connect`]; where the holder lends, its bytes are read with `reader`, if there is
+/// one. Status says which it is. When one-sided reads fail, the path goes on over QUIC, and
+/// tries them again at a later connection.
+///
+/// # Errors
+/// [`quic::ConnectError`]: there can be no such connection.
+///
+/// # Panics
+/// Outside of a Tokio runtime.
+pub fn connect(
+    reader: Option<Reader>,
+    address: SocketAddr,
+    name: &str,
+    trust: &Trust,
+    identity: Option<&Identity>,
+    config: QuicConfig,
+) -> Result<DataPath, quic::ConnectError> {
+    quic::connect_with(reader, address, name, trust, identity, config)
+}
+
+/// As [`Listener::new`]; what `lender` can, if there is one, it lends to fetchers that read
+/// one-sidedly.
+///
+/// # Errors
+/// [`quic::ConnectError`]
+pub fn listen<S: Source>(
+    lender: Option<Lender>,
+    address: SocketAddr,
+    identity: &Identity,
+    clients: Option<&Trust>,
+    source: Arc<S>,
+    config: QuicConfig,
+) -> Result<Listener, quic::ConnectError> {
+    Listener::with(lender, address, identity, clients, source, config)
+}
 
 /// Bytes of a peer, while they are lent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -6,7 +6,7 @@ use std::io;
 use std::ops::{Deref, DerefMut, Range};
 use std::os::fd::{AsFd, OwnedFd};
 use std::ptr::NonNull;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 
 use rustix::fs::{
     FallocateFlags, MemfdFlags, Mode, OFlags, SealFlags, fallocate, fcntl_add_seals, fstat,
@@ -27,13 +27,34 @@ pub struct Arena {
     mapping: Mapping,
     file: OwnedFd,
     free: Mutex<Free>,
+    /// Those of all blocks, by where they start.
+    pages: Mutex<BTreeMap<usize, Weak<Place>>>,
+    watchers: RwLock<Vec<Weak<Watcher>>>,
 }
 
 /// Some memory of an arena, whose address, offset and length are multiples of
-/// [`ALIGNMENT`]. Given back to the system when it is dropped.
+/// [`ALIGNMENT`]. Given back to the system when it is dropped, and all of its [`Pages`] are.
 ///
 /// Invariant: no other block has any of its range.
 pub struct Block {
+    place: Arc<Place>,
+}
+
+/// The memory of a [`Block`], without its bytes: for as long as they live, the system gives the
+/// range no other memory, also when the block is gone.
+///
+/// A device that memory is registered with knows pages, not addresses. If a range were given
+/// back and taken again, a process would find new pages there, and the device the old ones.
+#[derive(Clone)]
+pub struct Pages {
+    place: Arc<Place>,
+}
+
+/// Is told where each block started that is gone.
+pub type Watcher = dyn Fn(u64) + Send + Sync;
+
+/// A range that is taken. Dropping it gives it back.
+struct Place {
     arena: Arc<Arena>,
     range: Range<usize>,
 }
@@ -68,6 +89,8 @@ impl Arena {
             mapping,
             file,
             free: Mutex::new(Free::whole(len)),
+            pages: Mutex::default(),
+            watchers: RwLock::default(),
         }))
     }
 
@@ -83,14 +106,36 @@ impl Arena {
         let Some(range) = self.lock().take(len) else {
             return Ok(None);
         };
-        let block = Block {
+        let place = Arc::new(Place {
             arena: Arc::clone(self),
             range,
-        };
+        });
         // Memory that is only missed when it is touched would end the process.
-        let (start, len) = (block.range.start as u64, block.range.len() as u64);
-        fallocate(&self.file, FallocateFlags::empty(), start, len)?;
-        Ok(Some(block))
+        let (start, len) = (place.range.start, place.range.len() as u64);
+        fallocate(&self.file, FallocateFlags::empty(), start as u64, len)?;
+        self.lock_pages().insert(start, Arc::downgrade(&place));
+        Ok(Some(Block { place }))
+    }
+
+    /// The memory of the block that these bytes are of; `None` if they are not in this arena.
+    pub fn pages(&self, bytes: &[u8]) -> Option<Pages> {
+        let found = self.locate(bytes)?;
+        let start = usize::try_from(found.start).ok()?;
+        let pages = self.lock_pages();
+        let (_, place) = pages.range(..=start).next_back()?;
+        let place = place.upgrade()?;
+        (found.end <= place.range.end as u64).then_some(Pages { place })
+    }
+
+    /// From now on `watcher` is told of every block that is gone, as long as it lives itself:
+    /// who has its pages is to let go of them, since they take memory that nobody uses.
+    pub fn watch(&self, watcher: &Arc<Watcher>) {
+        let mut watchers = self
+            .watchers
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
+        watchers.retain(|watcher| watcher.strong_count() > 0);
+        watchers.push(Arc::downgrade(watcher));
     }
 
     /// Where these bytes lie; `None` if they are not in this arena.
@@ -127,8 +172,12 @@ impl Arena {
         self.mapping.len == 0
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Free> {
+    fn lock(&self) -> MutexGuard<'_, Free> {
         self.free.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lock_pages(&self) -> MutexGuard<'_, BTreeMap<usize, Weak<Place>>> {
+        self.pages.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -199,7 +248,33 @@ unsafe impl Sync for Mapping {}
 impl Block {
     /// Place of its first byte in the arena.
     pub fn offset(&self) -> u64 {
-        self.range.start as u64
+        self.place.range.start as u64
+    }
+}
+
+impl Pages {
+    /// Place of the first byte in the arena.
+    pub fn offset(&self) -> u64 {
+        self.place.range.start as u64
+    }
+
+    /// Where it is mapped, for reading and writing, for as long as this lives. Whose bytes they
+    /// are is not said by that: a [`Block`]'s, if there is one.
+    pub fn start(&self) -> NonNull<u8> {
+        self.place.start()
+    }
+
+    /// How many bytes. Never 0.
+    #[expect(clippy::len_without_is_empty, reason = "it never is")]
+    pub fn len(&self) -> usize {
+        self.place.range.len()
+    }
+}
+
+impl Place {
+    fn start(&self) -> NonNull<u8> {
+        // SAFETY: the range lies in the mapping, which lasts as long as the arena.
+        unsafe { self.arena.mapping.start.add(self.range.start) }
     }
 }
 
@@ -207,26 +282,22 @@ impl Deref for Block {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
+        let Place { range, .. } = &*self.place;
         // SAFETY: the range lies in the mapping, which lasts as long as the arena. It is
         // readable, and initialised: the file reads as zero where nothing was written. By the
         // invariant nobody else in this process writes to it while `&self` lasts, and other
         // processes have descriptors that only read.
-        unsafe {
-            let start = self.arena.mapping.start.add(self.range.start);
-            std::slice::from_raw_parts(start.as_ptr(), self.range.len())
-        }
+        unsafe { std::slice::from_raw_parts(self.place.start().as_ptr(), range.len()) }
     }
 }
 
 impl DerefMut for Block {
     fn deref_mut(&mut self) -> &mut [u8] {
+        let Place { range, .. } = &*self.place;
         // SAFETY: as for `deref`; the mapping is writable, and `&mut self` keeps everyone
-        // else of this process out. Other processes only look at ranges that were lent to
-        // them, and a block that is lent is shared (`Bytes::from_owner`), never `&mut`.
-        unsafe {
-            let start = self.arena.mapping.start.add(self.range.start);
-            std::slice::from_raw_parts_mut(start.as_ptr(), self.range.len())
-        }
+        // else of this process out. Other processes and devices only look at ranges that were
+        // lent to them, and a block that is lent is shared (`Bytes::from_owner`), never `&mut`.
+        unsafe { std::slice::from_raw_parts_mut(self.place.start().as_ptr(), range.len()) }
     }
 }
 
@@ -237,6 +308,20 @@ impl AsRef<[u8]> for Block {
 }
 
 impl Drop for Block {
+    fn drop(&mut self) {
+        let Place { arena, range } = &*self.place;
+        // From here on nobody gets its pages, and who has them hears of it.
+        arena.lock_pages().remove(&range.start);
+        let watchers = arena.watchers.read();
+        for watcher in &*watchers.unwrap_or_else(PoisonError::into_inner) {
+            if let Some(watcher) = watcher.upgrade() {
+                watcher(range.start as u64);
+            }
+        }
+    }
+}
+
+impl Drop for Place {
     fn drop(&mut self) {
         let (start, len) = (self.range.start as u64, self.range.len() as u64);
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
@@ -257,7 +342,15 @@ impl fmt::Debug for Arena {
 
 impl fmt::Debug for Block {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Block").field("range", &self.range).finish()
+        let range = &self.place.range;
+        f.debug_struct("Block").field("range", range).finish()
+    }
+}
+
+impl fmt::Debug for Pages {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let range = &self.place.range;
+        f.debug_struct("Pages").field("range", range).finish()
     }
 }
 
@@ -358,6 +451,45 @@ mod tests {
         assert!(blocks() >= (8 << 20) / 512);
         drop(block);
         assert_eq!(blocks(), 0);
+    }
+
+    #[test]
+    fn pages_stay_when_their_block_is_gone() {
+        let arena = Arena::new(1 << 20).unwrap();
+        let gone = Arc::new(Mutex::new(Vec::new()));
+        let watcher: Arc<Watcher> = {
+            let gone = Arc::clone(&gone);
+            Arc::new(move |at| gone.lock().unwrap().push(at))
+        };
+        arena.watch(&watcher);
+        let first = arena.block(4096).unwrap().unwrap();
+        let second = arena.block(8192).unwrap().unwrap();
+        let pages = arena.pages(&second[5000..]).unwrap();
+        assert_eq!((pages.offset(), pages.len()), (second.offset(), 8192));
+        assert_eq!(pages.start().as_ptr().cast_const(), second.as_ptr());
+        let both = std::ptr::slice_from_raw_parts(first.as_ptr(), 8192);
+        // SAFETY: the two blocks lie side by side, in one mapping.
+        assert!(arena.pages(unsafe { &*both }).is_none(), "of two blocks");
+        assert!(arena.pages(&[0; 5]).is_none());
+        let blocks = || fstat(&arena.file).unwrap().st_blocks;
+        let before = blocks();
+        let at = second.offset();
+        drop(second);
+        assert_eq!(*gone.lock().unwrap(), [at]);
+        assert_eq!(blocks(), before, "nothing was given back");
+        let third = arena.block(8192).unwrap().unwrap();
+        assert!(third.offset() > at, "the range is still taken");
+        drop((pages, third));
+        assert_eq!(blocks(), 4096 / 512);
+        drop(watcher);
+        drop(first);
+        assert_eq!(
+            gone.lock().unwrap().len(),
+            2,
+            "a watcher that is gone hears nothing"
+        );
+        let whole = arena.block(1 << 20).unwrap();
+        assert!(whole.is_some());
     }
 
     #[test]

@@ -19,7 +19,7 @@ use std::num::NonZeroUsize;
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 
-pub use arena::{Arena, Block, Memory};
+pub use arena::{Arena, Block, Memory, Pages, Watcher};
 pub use view::{Lent, View};
 
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};

@@ -6,12 +6,16 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::FutureExt as _;
+use futures::stream::{FuturesUnordered, StreamExt as _};
+use quinn::VarInt;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use super::{CLOSED, receive, send};
-use super::{ConnectError, Ended, Identity, QuicConfig, Trust, VIOLATED};
+use super::{CLOSED, ConnectError, Ended, Identity, QuicConfig, Trust};
+use super::{agreed_on_one_sided, receive, receive_endpoint, send, send_endpoint};
 use crate::holding::{Shared, expire};
+use crate::rdma::{Lender, Lending};
 use crate::session::{Frame, RequestId};
 use crate::source::Source;
 
@@ -37,13 +41,32 @@ impl Listener {
         source: Arc<S>,
         config: QuicConfig,
     ) -> Result<Self, ConnectError> {
-        let server = quinn::ServerConfig::with_crypto(Arc::new(identity.serving(clients)?));
+        Self::with(None, address, identity, clients, source, config)
+    }
+
+    /// As [`new`](Self::new); what `lender` can is lent to fetchers that read it.
+    pub(crate) fn with<S: Source>(
+        lender: Option<Lender>,
+        address: SocketAddr,
+        identity: &Identity,
+        clients: Option<&Trust>,
+        source: Arc<S>,
+        config: QuicConfig,
+    ) -> Result<Self, ConnectError> {
+        let crypto = identity.serving_over(clients, lender.is_some())?;
+        let server = quinn::ServerConfig::with_crypto(Arc::new(crypto));
         let endpoint = config.endpoint(address, Some(server.clone()))?;
         let bound = endpoint.local_addr();
         let address = bound.map_err(|error| ConnectError::Socket(address, error))?;
         let (draining, drains) = watch::channel(false);
         let mut tasks = JoinSet::new();
-        tasks.spawn(accept(endpoint.clone(), server, source, config, drains));
+        let common = Common {
+            server,
+            source,
+            config,
+            lender,
+        };
+        tasks.spawn(accept(endpoint.clone(), Arc::new(common), drains));
         Ok(Self {
             endpoint,
             address,
@@ -77,11 +100,18 @@ impl Drop for Listener {
     }
 }
 
-async fn accept<S: Source>(
-    endpoint: quinn::Endpoint,
+/// What every connection has at hand.
+#[derive(Debug)]
+struct Common<S> {
     server: quinn::ServerConfig,
     source: Arc<S>,
     config: QuicConfig,
+    lender: Option<Lender>,
+}
+
+async fn accept<S: Source>(
+    endpoint: quinn::Endpoint,
+    common: Arc<Common<S>>,
     mut drains: watch::Receiver<bool>,
 ) {
     let mut connections = JoinSet::new();
@@ -93,13 +123,13 @@ async fn accept<S: Source>(
         tokio::select! {
             incoming = endpoint.accept() => {
                 let Some(incoming) = incoming else { return };
-                let (source, drains) = (Arc::clone(&source), drains.clone());
+                let (common, drains) = (Arc::clone(&common), drains.clone());
                 let peer = incoming.remote_address();
-                let mut server = server.clone();
-                server.transport_config(config.transport(peer.ip()));
+                let mut server = common.server.clone();
+                server.transport_config(common.config.transport(peer.ip()));
                 connections.spawn(async move {
                     let connecting = incoming.accept_with(Arc::new(server));
-                    if let Err(error) = serve(connecting, source, config, drains).await {
+                    if let Err(error) = serve(connecting, &common, drains).await {
                         let error = &error as &dyn std::error::Error;
                         tracing::debug!(%peer, error, "a fetcher's connection ended");
                     }
@@ -117,79 +147,165 @@ async fn accept<S: Source>(
 
 async fn serve<S: Source>(
     connecting: Result<quinn::Connecting, quinn::ConnectionError>,
-    source: Arc<S>,
-    config: QuicConfig,
-    mut drains: watch::Receiver<bool>,
+    common: &Common<S>,
+    drains: watch::Receiver<bool>,
 ) -> Result<(), Ended> {
     let connection = connecting?.await?;
-    let (control, asks) = connection.accept_bi().await?;
-    let shared = Shared::new(config.session, source);
+    let ended = converse(&connection, common, drains).await;
+    let code = ended.as_ref().err().map_or(CLOSED, Ended::code);
+    connection.close(code, b"");
+    ended
+}
+
+async fn converse<S: Source>(
+    connection: &quinn::Connection,
+    common: &Common<S>,
+    mut drains: watch::Receiver<bool>,
+) -> Result<(), Ended> {
+    let (mut control, mut asks) = connection.accept_bi().await?;
+    let lending = match &common.lender {
+        Some(lender) if agreed_on_one_sided(connection) => {
+            exchange(lender, &mut control, &mut asks).await?
+        }
+        _ => None,
+    };
+    let lending = lending.as_ref();
+    let shared = Shared::new(common.config.session, Arc::clone(&common.source));
     let draining = async {
         // Without a listener the connection is closed anyway.
         let _ = drains.wait_for(|&draining| draining).await;
         shared.drain();
         std::future::pending::<()>().await;
     };
-    let ended = tokio::select! {
-        ended = sending(&connection, control, &shared) => ended,
-        ended = receive(asks, |frames| shared.take(frames.drain(..))) => ended.and(Err(Ended::Control)),
+    let take = |frames: &mut Vec<Frame>| {
+        if let Some(lending) = lending {
+            let returned = frames.extract_if(.., |frame| matches!(frame, Frame::Return { .. }));
+            lending.take_back(returned)?;
+        }
+        shared.take(frames.drain(..))
+    };
+    let broken = async {
+        match lending {
+            Some(lending) => lending.broken(common.config.session.linger).await,
+            None => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        ended = sending(connection, control, &shared, lending) => ended,
+        ended = receive(asks, take) => ended.and(Err(Ended::Control)),
+        broken = broken => Err(Ended::OneSided(broken)),
         never = shared.read() => match never {},
         never = expire(&shared) => match never {},
         () = draining => Ok(()),
+    }
+}
+
+/// Hears where the fetcher's queue pair is, and says where this end's is, if there can be one.
+async fn exchange(
+    lender: &Lender,
+    control: &mut quinn::SendStream,
+    asks: &mut quinn::RecvStream,
+) -> Result<Option<Lending>, Ended> {
+    let theirs = receive_endpoint(asks).await?;
+    let (endpoint, lending) = match lender.connect(theirs).await {
+        Ok((endpoint, lending)) => (endpoint, Some(lending)),
+        Err(error) => {
+            let error = &*error as &dyn std::error::Error;
+            tracing::warn!(error, "no queue pair for a fetcher; it is served over QUIC");
+            (Vec::new(), None)
+        }
     };
-    let code = match &ended {
-        Err(Ended::Violation(_)) => VIOLATED,
-        _ => CLOSED,
-    };
-    connection.close(code, b"");
-    ended
+    send_endpoint(control, &endpoint).await?;
+    Ok(lending)
 }
 
 /// Sends what there is, until nothing is left of a holder that drains.
 async fn sending<S: Source>(
     connection: &quinn::Connection,
-    mut control: quinn::SendStream,
+    control: quinn::SendStream,
     shared: &Shared<S>,
+    lending: Option<&Lending>,
 ) -> Result<(), Ended> {
-    let mut streams: HashMap<RequestId, (quinn::SendStream, i32)> = HashMap::new();
+    let mut streams = Streams {
+        connection,
+        control,
+        of: HashMap::new(),
+    };
+    // Data that is about to be lent; bounded, as all data, by the fetcher's credit.
+    let mut lends = FuturesUnordered::new();
     loop {
-        while let Some(frame) = shared.next_frame() {
-            let request = match &frame {
-                Frame::Describe { request, .. }
-                | Frame::Data { request, .. }
-                | Frame::Lost { request, .. } => *request,
-                _ => {
-                    send(&mut control, &frame).await?;
-                    continue;
-                }
-            };
-            let (stream, was) = match streams.entry(request) {
-                Entry::Occupied(entry) => entry.into_mut(),
-                // What a stream begins with; see `quinn::SendStream::set_priority`.
-                Entry::Vacant(entry) => entry.insert((connection.open_uni().await?, 0)),
-            };
-            let priority = shared.priority(request).unwrap_or(0);
-            let priority = i32::try_from(priority).unwrap_or(i32::MAX);
-            if std::mem::replace(was, priority) != priority {
-                // A stream that is gone has no priority.
-                let _ = stream.set_priority(priority);
-            }
-            send(stream, &frame).await?;
+        while let Some(Some(frame)) = lends.next().now_or_never() {
+            streams.send(shared, frame).await?;
         }
-        streams.retain(|request, (stream, _)| {
-            let serves = shared.serves(*request);
-            if !serves {
-                // What of it is not acknowledged, nobody waits for.
-                let _ = stream.reset(CLOSED);
+        if let Some(frame) = shared.next_frame() {
+            let frame = match lending {
+                Some(lending) => lending.lend(frame),
+                None => Err(frame),
+            };
+            match frame {
+                Ok(lend) => lends.push(lend),
+                Err(frame) => streams.send(shared, frame).await?,
             }
-            serves
-        });
+            continue;
+        }
+        streams.close(shared, lending);
         if shared.is_drained() {
             // The last frames are on their way; the fetcher closes.
             let _ = tokio::time::timeout(CLOSING, connection.closed()).await;
             return Ok(());
         }
-        shared.work.notified().await;
+        tokio::select! {
+            Some(frame) = lends.next(), if !lends.is_empty() => streams.send(shared, frame).await?,
+            () = shared.work.notified() => {}
+        }
+    }
+}
+
+/// One for control, and one for each request that was described.
+struct Streams<'a> {
+    connection: &'a quinn::Connection,
+    control: quinn::SendStream,
+    /// With the bytes of data that were sent.
+    of: HashMap<RequestId, (quinn::SendStream, u64)>,
+}
+
+impl Streams<'_> {
+    async fn send<S: Source>(&mut self, shared: &Shared<S>, frame: Frame) -> Result<(), Ended> {
+        let request = match &frame {
+            Frame::Describe { request, .. }
+            | Frame::Data { request, .. }
+            | Frame::Lost { request, .. } => *request,
+            Frame::Lend(loan) => loan.request,
+            _ => return Ok(send(&mut self.control, &frame).await?),
+        };
+        let (stream, sent) = match self.of.entry(request) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => entry.insert((self.connection.open_uni().await?, 0)),
+        };
+        *sent += frame.data_bytes();
+        let priority = shared.priority(request).unwrap_or(0);
+        // A stream that is gone has no priority.
+        let _ = stream.set_priority(i32::try_from(priority).unwrap_or(i32::MAX));
+        Ok(send(stream, &frame).await?)
+    }
+
+    /// Ends the streams of requests that have ended.
+    fn close<S: Source>(&mut self, shared: &Shared<S>, lending: Option<&Lending>) {
+        self.of.retain(|request, (stream, sent)| {
+            let serves = shared.serves(*request);
+            if !serves {
+                let lent = lending.is_some_and(|lending| lending.has_lent(*request));
+                // What of it is not acknowledged, nobody waits for, but the fetcher has to know
+                // how much credit it took; except for loans, which are to be given back. The
+                // stream is not gone, so it can be ended.
+                let _ = if lent {
+                    stream.finish()
+                } else {
+                    stream.reset(VarInt::from_u64(*sent).unwrap_or(VarInt::MAX))
+                };
+            }
+            serves
+        });
     }
 }
 

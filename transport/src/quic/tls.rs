@@ -9,7 +9,7 @@ use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::WebPkiClientVerifier;
 
-use super::PROTOCOL;
+use super::{ONE_SIDED_PROTOCOL, PROTOCOL};
 
 /// A certificate with those that vouch for it, and its key.
 #[derive(Debug)]
@@ -104,6 +104,15 @@ impl Identity {
     /// # Errors
     /// [`TlsError`]
     pub fn serving(&self, clients: Option<&Trust>) -> Result<QuicServerConfig, TlsError> {
+        self.serving_over(clients, false)
+    }
+
+    /// As [`serving`](Self::serving); if it can be, one-sided reads are agreed on.
+    pub(super) fn serving_over(
+        &self,
+        clients: Option<&Trust>,
+        one_sided: bool,
+    ) -> Result<QuicServerConfig, TlsError> {
         let (chain, key) = self.parts();
         let builder = rustls::ServerConfig::builder_with_provider(provider())
             .with_protocol_versions(&[&rustls::version::TLS13])?;
@@ -117,7 +126,7 @@ impl Identity {
             }
         };
         let mut config = builder.with_single_cert(chain, key)?;
-        config.alpn_protocols = vec![PROTOCOL.to_vec()];
+        config.alpn_protocols = protocols(one_sided);
         Ok(QuicServerConfig::try_from(config)?)
     }
 }
@@ -157,6 +166,15 @@ impl Trust {
     /// # Errors
     /// [`TlsError`]
     pub fn fetching(&self, identity: Option<&Identity>) -> Result<QuicClientConfig, TlsError> {
+        self.fetching_over(identity, false)
+    }
+
+    /// As [`fetching`](Self::fetching); if it can be, one-sided reads are agreed on.
+    pub(super) fn fetching_over(
+        &self,
+        identity: Option<&Identity>,
+        one_sided: bool,
+    ) -> Result<QuicClientConfig, TlsError> {
         let builder = rustls::ClientConfig::builder_with_provider(provider())
             .with_protocol_versions(&[&rustls::version::TLS13])?
             .with_root_certificates(Arc::clone(&self.roots));
@@ -167,9 +185,19 @@ impl Trust {
                 builder.with_client_auth_cert(chain, key)?
             }
         };
-        config.alpn_protocols = vec![PROTOCOL.to_vec()];
+        config.alpn_protocols = protocols(one_sided);
         Ok(QuicClientConfig::try_from(config)?)
     }
+}
+
+/// What an end speaks, the better one first.
+fn protocols(one_sided: bool) -> Vec<Vec<u8>> {
+    let one_sided = one_sided.then_some(ONE_SIDED_PROTOCOL);
+    one_sided
+        .into_iter()
+        .chain([PROTOCOL])
+        .map(<[u8]>::to_vec)
+        .collect()
 }
 
 fn provider() -> Arc<CryptoProvider> {

@@ -7,7 +7,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use kvasir_mem::{ALIGNMENT, AlignedBuffer};
+use kvasir_mem::{ALIGNMENT, AlignedBuffer, Pages};
 
 use super::device::Device;
 use super::verbs::{MemoryRegion, ProtectionDomain};
@@ -17,10 +17,11 @@ use super::verbs::{MemoryRegion, ProtectionDomain};
 /// # Safety
 /// For as long as the value lives, wherever it is moved to:
 /// - [`start`](Self::start) and [`len`](Self::len) stay the same;
-/// - the bytes between are mapped, readable and writable, and not mapped anew.
+/// - the bytes between are mapped, readable and writable, and not mapped anew;
+/// - the pages that back them stay, or else a device would go on with the old ones.
 ///
 /// A mapping of a file is fine, and may be shared with other processes, unless somebody
-/// truncates the file.
+/// truncates the file or punches holes into it.
 #[expect(
     clippy::len_without_is_empty,
     reason = "what is empty cannot be registered"
@@ -42,6 +43,18 @@ unsafe impl Memory for AlignedBuffer {
 
     fn len(&self) -> usize {
         (**self).len()
+    }
+}
+
+// SAFETY: they are mapped for reading and writing where they say, for as long as they live,
+// and the arena gives them back to the system when they are dropped, and not before.
+unsafe impl Memory for Pages {
+    fn start(&self) -> NonNull<u8> {
+        Pages::start(self)
+    }
+
+    fn len(&self) -> usize {
+        Pages::len(self)
     }
 }
 

@@ -236,6 +236,19 @@ impl Fetcher {
         }
     }
 
+    /// Data of so many bytes was sent, and will not come: the carrier gave it up with a request
+    /// that has ended.
+    ///
+    /// # Errors
+    /// [`Violation::Credit`]; the connection is to be closed.
+    pub fn missed(&mut self, bytes: u64) -> Result<(), Violation> {
+        let received = self.flow.received.checked_add(bytes);
+        let received = received.filter(|&received| received <= self.flow.granted);
+        self.flow.received = received.ok_or(Violation::Credit)?;
+        self.consumed(bytes);
+        Ok(())
+    }
+
     fn grant(&mut self, limit: u64) {
         self.flow.granted = limit;
         self.send(Frame::Credit { limit });

@@ -116,6 +116,8 @@ pub struct Loan {
     pub at: u64,
     /// How many there are.
     pub length: u64,
+    /// What opens them, on a carrier where that takes a key.
+    pub key: Option<u32>,
 }
 
 /// Who speaks, and what it can do.
@@ -271,6 +273,7 @@ impl Frame {
                     loan: loan.loan,
                     at: loan.at,
                     length: loan.length,
+                    key: loan.key,
                 }),
                 &empty,
             ),
@@ -479,6 +482,7 @@ fn frame(kind: Kind, body: Bytes) -> Result<Frame, FrameError> {
                 loan: it.loan,
                 at: it.at,
                 length: it.length,
+                key: it.key,
             })
         }
         Kind::Return(it) => Frame::Return { loan: it.number },

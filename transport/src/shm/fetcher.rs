@@ -22,10 +22,10 @@ use crate::session::{Frame, Violation};
 /// Outside of a Tokio runtime.
 pub fn connect(path: impl Into<PathBuf>, token: Token, config: ShmConfig) -> DataPath {
     let path: Arc<Path> = path.into().into();
-    let shared = Shared::new(config.session);
+    let shared = Shared::new(config.session, Carrier::SharedMemory);
     let spin = config.spin;
     let one = move |shared| one(Arc::clone(&path), token, spin, shared);
-    DataPath::carried_by(Carrier::SharedMemory, shared, config.most_backoff, one)
+    DataPath::carried_by(shared, config.most_backoff, one)
 }
 
 /// One connection, until it ends.
@@ -46,7 +46,7 @@ async fn one(
         shared: Arc::clone(&shared),
         over: Mutex::default(),
     });
-    shared.connect();
+    shared.connect(Carrier::SharedMemory);
     let end = Borrower { view, home };
     end.home.socket.carry(&end, spin).await?;
     Err(Ended::Closed)

@@ -292,6 +292,7 @@ impl<'a, S> Loans<'a, S> {
             loan,
             at: place.start,
             length,
+            key: None,
         })
     }
 

@@ -6,21 +6,27 @@
 )]
 
 mod quic;
+#[cfg(feature = "rdma")]
+mod rdma;
 mod shm;
 mod suite;
 
 /// The suite, for one carrier.
 macro_rules! conforms {
-    ($carrier:ty: $($test:ident)*) => {
+    ($carrier:ty, $attribute:tt: $($test:ident)*) => {
         $(
             #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            #$attribute
             async fn $test() {
                 crate::suite::$test::<$carrier>().await;
             }
         )*
     };
     ($carrier:ty) => {
-        crate::conforms!($carrier:
+        crate::conforms!($carrier, #[cfg(all())]);
+    };
+    ($carrier:ty, #$attribute:tt) => {
+        crate::conforms!($carrier, $attribute:
             many_requests_come_whole_over_one_connection
             a_refusal_says_why
             what_cannot_be_read_is_lost
@@ -29,6 +35,7 @@ macro_rules! conforms {
             a_connection_serves_from_its_first_moment
             bytes_outlive_their_connection
             a_lost_connection_goes_on_with_what_is_missing
+            what_is_given_up_costs_no_credit
             draining_ends_what_is_under_way_and_takes_nothing_new
         );
     };

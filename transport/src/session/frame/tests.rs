@@ -64,13 +64,15 @@ fn frames() -> impl Strategy<Value = Frame> {
             range,
             reason,
         }),
-        (request(), any::<[u32; 4]>()).prop_map(|(request, [offset, loan, at, length])| {
+        (request(), any::<([u32; 4], Option<u32>)>()).prop_map(|(request, (numbers, key))| {
+            let [offset, loan, at, length] = numbers.map(u64::from);
             Frame::Lend(Loan {
                 request,
-                offset: offset.into(),
-                loan: loan.into(),
-                at: at.into(),
-                length: length.into(),
+                offset,
+                loan,
+                at,
+                length,
+                key,
             })
         }),
         any::<u64>().prop_map(|loan| Frame::Return { loan }),

@@ -55,6 +55,8 @@ pub(in crate::session) struct Lend {
     pub(in crate::session) at: u64,
     #[prost(uint64, tag = "5")]
     pub(in crate::session) length: u64,
+    #[prost(uint32, optional, tag = "6")]
+    pub(in crate::session) key: Option<u32>,
 }
 
 #[derive(Clone, Copy, PartialEq, prost::Message)]
