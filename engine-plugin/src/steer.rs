@@ -256,6 +256,7 @@ impl Loading<'_> {
             have: part.checked_sub(1).map(|below| nested[below]),
             deadline: Some(self.until),
             lease: Some(self.held.id),
+            slice: None,
             // A request that has nothing yet goes before one that would be finer.
             ahead: part > 0,
         };

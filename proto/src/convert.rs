@@ -4,8 +4,8 @@ use std::num::NonZeroU32;
 
 use bytes::Bytes;
 use kvasir_types::{
-    ChunkKey, Class, DType, Durability, ExtentIdx, Hints, KvLayout, LayerRange, Level,
-    MAX_PROFILE_BYTES, Planes, ProfileDigest,
+    ChunkKey, Class, DType, Durability, ExtentIdx, HeadRange, Hints, KvLayout, LayerRange, Level,
+    MAX_PROFILE_BYTES, Planes, ProfileDigest, Slice, TokenRange,
 };
 
 use crate::sequence::Wanted;
@@ -147,7 +147,30 @@ pub fn wanted(request: &v1::GetRequest) -> Result<Wanted, InvalidField> {
             Some(code) => Some(level("have", code)?),
             None => None,
         },
+        slice: slice(request)?,
     })
+}
+
+fn slice(request: &v1::GetRequest) -> Result<Option<Slice>, InvalidField> {
+    if request.heads.is_none() && request.tokens.is_none() {
+        return Ok(None);
+    }
+    let heads = request.heads.as_ref().map(|range| {
+        let narrow = |value: u32| {
+            let problem = |_| InvalidField::new("heads", format!("{value} is not a head"));
+            u16::try_from(value).map_err(problem)
+        };
+        let range = HeadRange::new(narrow(range.start)?, narrow(range.end)?);
+        range.map_err(|error| InvalidField::new("heads", error))
+    });
+    let tokens = request.tokens.as_ref().map(|range| {
+        let range = TokenRange::new(range.start, range.end);
+        range.map_err(|error| InvalidField::new("tokens", error))
+    });
+    Ok(Some(Slice {
+        heads: heads.transpose()?,
+        tokens: tokens.transpose()?,
+    }))
 }
 
 /// A non-empty range of layers.
@@ -357,6 +380,18 @@ mod tests {
         let bad = [Bytes::from_static(&[0; 32]), Bytes::from_static(&[0; 31])];
         assert_eq!(keys("keys", &bad).unwrap_err().field, "keys[1]");
         assert_eq!(keys("keys", &[]).unwrap_err().field, "keys");
+        for (start, end) in [(1, 1), (2, 1), (70_000, 70_001)] {
+            let request = v1::GetRequest {
+                heads: Some(v1::HeadRange { start, end }),
+                ..v1::GetRequest::default()
+            };
+            assert_eq!(wanted(&request).unwrap_err().field, "heads");
+        }
+        let request = v1::GetRequest {
+            tokens: Some(v1::TokenRange { start: 5, end: 5 }),
+            ..v1::GetRequest::default()
+        };
+        assert_eq!(wanted(&request).unwrap_err().field, "tokens");
         let wire = v1::PutHeader {
             key: Bytes::from_static(&[0; 32]),
             layout: Some(v1::Layout {

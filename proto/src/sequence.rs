@@ -1,6 +1,6 @@
 //! What a get sends, in which order: the daemon reads by it, the client expects by it.
 
-use kvasir_types::{ExtentIdx, KvLayout, LayerIdx, LayerRange, Level};
+use kvasir_types::{ExtentIdx, KvLayout, LayerIdx, LayerRange, Level, Slice};
 
 /// Which extents of chunks a receiver wants.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -12,6 +12,8 @@ pub struct Wanted {
     pub levels: Vec<Level>,
     /// A nested level that the receiver has already.
     pub have: Option<Level>,
+    /// Heads and tokens, of chunks that are stored raw; others come whole. `None`: all.
+    pub slice: Option<Slice>,
 }
 
 /// One extent of one chunk.
@@ -45,14 +47,35 @@ pub struct Sequence {
 /// The layer, or the preludes; the chunk; and the part.
 type Cursor = (Option<u16>, usize, u8);
 
-/// Layers were asked for that the chunks do not have.
+/// Something was asked for that the chunks do not have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("layers {asked} lie outside the {layers} layers of the chunks")]
-pub struct NoSuchLayers {
-    /// Asked for.
-    pub asked: LayerRange,
-    /// Layers that there are.
-    pub layers: u16,
+pub enum NotThere {
+    /// Layers.
+    #[error("layers {asked} lie outside the {layers} layers of the chunks")]
+    Layers {
+        /// Asked for.
+        asked: LayerRange,
+        /// Layers that there are.
+        layers: u16,
+    },
+    /// Heads or tokens.
+    #[error("heads or tokens lie outside the {heads} heads and {tokens} tokens of the chunks")]
+    Slice {
+        /// Heads that there are.
+        heads: u16,
+        /// Tokens that there are.
+        tokens: u32,
+    },
+}
+
+impl NotThere {
+    /// The field that asks for it.
+    pub const fn field(&self) -> &'static str {
+        match self {
+            Self::Layers { .. } => "layers",
+            Self::Slice { .. } => "heads, tokens",
+        }
+    }
 }
 
 impl Sequence {
@@ -60,20 +83,28 @@ impl Sequence {
     /// is none where there are no chunks.
     ///
     /// # Errors
-    /// The layout does not have the layers that are wanted.
+    /// The layout does not have the layers, heads or tokens that are wanted.
     pub fn new(
         wanted: Wanted,
         layout: Option<KvLayout>,
         stored: Vec<Level>,
-    ) -> Result<Self, NoSuchLayers> {
+    ) -> Result<Self, NotThere> {
         let layers = layout.map_or(0, |layout| layout.layers());
         let (start, end) = match wanted.layers {
             Some(asked) if layout.is_some() && asked.end() > layers => {
-                return Err(NoSuchLayers { asked, layers });
+                return Err(NotThere::Layers { asked, layers });
             }
             Some(range) => (range.start(), range.end().min(layers)),
             None => (0, layers),
         };
+        if let (Some(layout), Some(slice)) = (&layout, wanted.slice)
+            && layout.sliced(slice).is_none()
+        {
+            return Err(NotThere::Slice {
+                heads: layout.kv_heads(),
+                tokens: layout.tokens(),
+            });
+        }
         let mut sequence = Self {
             wanted,
             live: if layout.is_some() { stored.len() } else { 0 },
@@ -115,8 +146,17 @@ impl Sequence {
     /// Fewest and most bytes of an extent of this get.
     pub fn bounds(&self, place: &Place) -> [u64; 2] {
         let stored = self.stored.get(place.chunk).copied().unwrap_or(Level::RAW);
-        let layout = self.layout.as_ref();
+        let layout = self.layout.map(|layout| match self.slice(place.chunk) {
+            Some(slice) => layout.sliced(slice).unwrap_or(layout),
+            None => layout,
+        });
         layout.map_or([0, 0], |layout| layout.extent_bounds(stored, place.extent))
+    }
+
+    /// What comes of the layers of a chunk; `None`, if all.
+    pub fn slice(&self, chunk: usize) -> Option<Slice> {
+        let raw = !self.stored.get(chunk)?.is_encoded();
+        self.wanted.slice.filter(|_| raw)
     }
 
     /// Chunks, lost or not.
@@ -215,7 +255,7 @@ impl Iterator for Sequence {
 
 #[cfg(test)]
 mod tests {
-    use kvasir_types::{DType, Planes};
+    use kvasir_types::{DType, HeadRange, Planes, TokenRange};
 
     use super::*;
 
@@ -238,6 +278,7 @@ mod tests {
             layers: LayerRange::new(1, 2).ok(),
             levels: vec![Level::L0],
             have: Some(Level::L0),
+            slice: None,
         };
         assert_eq!(places(wanted, &[Level::RAW; 2]), [(0, 1), (1, 1)]);
     }
@@ -295,6 +336,30 @@ mod tests {
         assert_eq!(rest.iter().collect::<Vec<_>>(), expected);
         assert!(sequence.lose(0));
         assert_eq!(sequence.next(), None);
+    }
+
+    #[test]
+    fn a_slice_is_of_raw_chunks_and_of_heads_and_tokens_that_there_are() {
+        let of = |heads, tokens| Wanted {
+            slice: Some(Slice {
+                heads: HeadRange::new(0, heads).ok(),
+                tokens: TokenRange::new(0, tokens).ok(),
+            }),
+            ..Wanted::default()
+        };
+        let (heads, tokens) = (layout().kv_heads(), layout().tokens());
+        let stored = vec![Level::RAW, Level::LOSSLESS];
+        let sequence = Sequence::new(of(heads, tokens / 2), Some(layout()), stored.clone());
+        let sequence = sequence.unwrap();
+        assert!(sequence.slice(0).is_some() && sequence.slice(1).is_none());
+        let half = layout().layer_bytes() as u64 / 2;
+        let bounds: Vec<_> = sequence.clone().map(|it| sequence.bounds(&it)).collect();
+        // A prelude, and a layer of each.
+        assert_eq!(bounds[1..3], [[half, half], [0, 2 * half]]);
+        for (heads, tokens) in [(heads + 1, tokens), (heads, tokens + 1)] {
+            let refused = Sequence::new(of(heads, tokens), Some(layout()), stored.clone());
+            assert_eq!(refused.unwrap_err().field(), "heads, tokens");
+        }
     }
 
     #[test]

@@ -16,8 +16,8 @@ pub struct Item {
     pub start: u64,
     /// How many it has.
     pub bytes: u64,
-    /// What its sender states for it.
-    pub checksum: Checksum,
+    /// What its sender states for it; nothing for one that is cut.
+    pub checksum: Option<Checksum>,
 }
 
 /// All extents of a get, in order.
@@ -38,7 +38,7 @@ impl Line {
     /// Appends an extent. `None`, and no change, where the line would be longer than can be
     /// counted.
     #[must_use]
-    pub fn push(&mut self, place: Place, bytes: u64, checksum: Checksum) -> Option<()> {
+    pub fn push(&mut self, place: Place, bytes: u64, checksum: Option<Checksum>) -> Option<()> {
         let start = self.total;
         self.total = start.checked_add(bytes)?;
         self.items.push(Item {
@@ -69,7 +69,9 @@ impl Line {
             let (&bytes, &checksum) = stated.next().ok_or_else(count)?;
             let [least, most] = sequence.bounds(&place);
             let fits = (least..=most).contains(&bytes);
-            fits.then(|| line.push(place, bytes, Checksum::from_u64(checksum)))
+            let whole = sequence.slice(place.chunk).is_none();
+            let checksum = whole.then(|| Checksum::from_u64(checksum));
+            fits.then(|| line.push(place, bytes, checksum))
                 .flatten()
                 .ok_or_else(|| {
                     let problem = format!("{bytes} bytes are not from {least} to {most}");
@@ -93,7 +95,11 @@ impl Line {
         v1::Transfer {
             header: Some(header),
             extent_bytes: self.items.iter().map(|item| item.bytes).collect(),
-            checksums: self.items.iter().map(|it| it.checksum.as_u64()).collect(),
+            checksums: self
+                .items
+                .iter()
+                .map(|item| item.checksum.map_or(0, Checksum::as_u64))
+                .collect(),
         }
     }
 
@@ -155,7 +161,8 @@ mod tests {
         let mut line = Line::default();
         for (index, place) in (0..).zip(sequence.clone()) {
             let [bytes, _] = sequence.bounds(&place);
-            line.push(place, bytes, Checksum::from_u64(index)).unwrap();
+            let checksum = Some(Checksum::from_u64(index));
+            line.push(place, bytes, checksum).unwrap();
         }
         line
     }

@@ -20,6 +20,7 @@ use kvasir_proto::{convert, status, v1};
 use kvasir_store::Lease;
 use kvasir_transport::session::MAX_BODY;
 use kvasir_transport::{Lost, Source, Thing};
+use kvasir_types::Slice;
 use lru::LruCache;
 use prost::Message as _;
 use tokio::sync::{OnceCell, OwnedSemaphorePermit};
@@ -47,6 +48,7 @@ pub(crate) struct Transfer {
     shared: Arc<Shared>,
     leases: Vec<Arc<Lease>>,
     line: Line,
+    slice: Option<Slice>,
     description: Bytes,
     /// Extents of which not all is asked for at once, by their index.
     parts: Mutex<LruCache<usize, Arc<Part>>>,
@@ -76,17 +78,20 @@ impl Transfer {
         let wanted = convert::wanted(&request)?;
         let permit = shared.admission.transfer()?;
         let leases = get::leases(shared, &request, &keys).await?;
-        let sequence = get::sequence(&leases, wanted)?;
         let mut line = Line::default();
-        for place in sequence {
+        let slice = wanted.slice;
+        let sequence = get::sequence(&leases, wanted)?;
+        for place in sequence.clone() {
             let lease = leases.get(place.chunk);
             let entry = lease.and_then(|lease| lease.header().extent(place.extent));
             entry
-                .and_then(|entry| line.push(place, entry.len, entry.checksum))
+                .and_then(|entry| match sequence.slice(place.chunk) {
+                    Some(_) => line.push(place, sequence.bounds(&place)[0], None),
+                    None => line.push(place, entry.len, Some(entry.checksum)),
+                })
                 .ok_or_else(|| Status::internal("a chunk has other extents than its level says"))?;
         }
-        let chunks = leases.iter().map(|lease| get::info(lease)).collect();
-        let description = line.to_wire(v1::GetHeader { chunks }).encode_to_vec();
+        let description = line.to_wire(get::header(&leases)).encode_to_vec();
         if description.len() as u64 > MAX_BODY {
             let problem = "too many extents for one request of the data plane; get fewer chunks";
             return Err(Status::out_of_range(problem));
@@ -95,6 +100,7 @@ impl Transfer {
             shared: Arc::clone(shared),
             leases,
             line,
+            slice,
             description: description.into(),
             parts: Mutex::new(LruCache::new(PARTS)),
             patient: tokio::sync::Mutex::default(),
@@ -102,19 +108,20 @@ impl Transfer {
         })
     }
 
-    /// Some bytes of an extent.
+    /// Some bytes of an extent, or of what is cut of one.
     async fn piece(
         &self,
         index: usize,
         item: Item,
         range: &Range<u64>,
         patience: Patience,
-    ) -> Result<Bytes, Failed> {
+    ) -> Result<Vec<Bytes>, Failed> {
         let whole = item.range();
         let wanted = range.start.max(whole.start)..range.end.min(whole.end);
         let failed = |reason| Failed { item, reason };
-        if wanted == whole {
-            return self.extent(&item, patience).await.map_err(failed);
+        if wanted == whole && item.checksum.is_some() {
+            let extent = self.extent(&item, patience).await;
+            return Ok(vec![extent.map_err(failed)?]);
         }
         let part = {
             let mut parts = self.parts.lock().unwrap_or_else(PoisonError::into_inner);
@@ -123,14 +130,21 @@ impl Transfer {
         let read = part.get_or_try_init(|| self.extent(&item, patience)).await;
         let place = |at: u64| usize::try_from(at - whole.start).unwrap_or(usize::MAX);
         let read = read.map_err(failed)?;
-        Ok(read.slice(place(wanted.start)..place(wanted.end)))
+        let wanted = place(wanted.start)..place(wanted.end);
+        if item.checksum.is_some() {
+            return Ok(vec![read.slice(wanted)]);
+        }
+        let lease = self.leases.get(item.place.chunk);
+        let (lease, slice) = lease.zip(self.slice).ok_or(failed(Reason::Device))?;
+        Ok(cut(read, lease.layout().cut(slice), &wanted))
     }
 
-    /// An extent, of as many bytes as the line says.
+    /// An extent, of as many bytes as the line says, if it is not to be cut.
     async fn extent(&self, item: &Item, patience: Patience) -> Result<Bytes, Reason> {
         let lease = self.leases.get(item.place.chunk).ok_or(Reason::Device)?;
         // Receivers compare checksums, and say so where they do not match.
-        if let Some(mut extents) = lease.share_extents(item.place.extent.alone())
+        if item.checksum.is_some()
+            && let Some(mut extents) = lease.share_extents(item.place.extent.alone())
             && let Some(extent) = extents.pop()
         {
             return Ok(extent);
@@ -149,7 +163,7 @@ impl Transfer {
         // The device is waited for, but not for ever.
         let read = timeout(self.shared.limits.read_timeout(), read).await;
         let (bytes, _) = read.unwrap_or(Err(Reason::Device))?;
-        if bytes.len() as u64 == item.bytes {
+        if bytes.len() as u64 == item.bytes || item.checksum.is_none() {
             Ok(bytes)
         } else {
             Err(Reason::Corrupt)
@@ -196,7 +210,7 @@ impl Thing for Transfer {
         let mut read = Vec::with_capacity(pieces.len());
         let failed = loop {
             match pieces.next() {
-                Some(Ok(piece)) => read.push(piece),
+                Some(Ok(piece)) => read.extend(piece),
                 Some(Err(failed)) if read.is_empty() => break Some(failed),
                 // What follows is asked for again, and is the first then.
                 Some(Err(_)) | None => break None,
@@ -208,7 +222,7 @@ impl Thing for Transfer {
             if failed.reason == Reason::Throttled {
                 let again = self.piece(indices.start, failed.item, &range, Patience::Yes);
                 match again.await {
-                    Ok(piece) => read.push(piece),
+                    Ok(piece) => read.extend(piece),
                     Err(error) => failed = error,
                 }
             }
@@ -227,5 +241,48 @@ impl Thing for Transfer {
     }
 }
 
+/// Of bytes at `places` of an extent, one after the other, those in `wanted`: where they lie,
+/// and not copied.
+fn cut(
+    extent: &Bytes,
+    places: impl Iterator<Item = Range<usize>>,
+    wanted: &Range<usize>,
+) -> Vec<Bytes> {
+    let mut before = 0;
+    let mut pieces = Vec::new();
+    for place in places.filter(|place| place.end <= extent.len()) {
+        let from = wanted.start.max(before) - before;
+        let to = wanted.end.min(before + place.len()).saturating_sub(before);
+        if from < to {
+            pieces.push(extent.slice(place.start + from..place.start + to));
+        }
+        before += place.len();
+    }
+    pieces
+}
+
 /// Extents that pieces under way are parts of.
 const PARTS: NonZeroUsize = NonZeroUsize::new(64).expect("not zero");
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn any_bytes_of_what_is_cut_can_be_had() {
+        let extent: Bytes = (0..100u8).collect();
+        let places = [3usize..10, 20..21, 50..70, 99..100];
+        let all: Vec<u8> = places
+            .clone()
+            .into_iter()
+            .flat_map(|at| extent[at].to_vec())
+            .collect();
+        for start in 0..all.len() {
+            for end in start..=all.len() {
+                let pieces = cut(&extent, places.clone().into_iter(), &(start..end));
+                assert_eq!(pieces.concat(), all[start..end]);
+                assert!(pieces.iter().all(|piece| !piece.is_empty()));
+            }
+        }
+    }
+}

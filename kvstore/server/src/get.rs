@@ -13,7 +13,7 @@ use futures::stream::{self, BoxStream, FuturesOrdered, StreamExt as _};
 use kvasir_proto::sequence::{Place, Sequence, Wanted};
 use kvasir_proto::{InvalidField, assembly, convert, v1};
 use kvasir_store::{Lease, LeaseId};
-use kvasir_types::{Checksum, ChunkKey};
+use kvasir_types::{Checksum, ChunkKey, KvLayout, Slice};
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 use tokio::time::timeout;
 use tokio_stream::wrappers::ReceiverStream;
@@ -128,7 +128,7 @@ async fn lease_prefix(shared: &Shared, keys: &[ChunkKey]) -> Vec<Lease> {
 pub(crate) fn sequence(leases: &[Arc<Lease>], wanted: Wanted) -> Result<Sequence, InvalidField> {
     let layout = leases.first().map(|first| *first.layout());
     let levels = leases.iter().map(|lease| lease.level()).collect();
-    Sequence::new(wanted, layout, levels).map_err(|error| InvalidField::new("layers", error))
+    Sequence::new(wanted, layout, levels).map_err(|error| InvalidField::new(error.field(), error))
 }
 
 /// Why a transfer ends before its time.
@@ -148,8 +148,7 @@ struct Transfer {
 
 impl Transfer {
     async fn run(&self, mut places: Sequence) -> Result<(), Stop> {
-        let chunks = self.leases.iter().map(|lease| info(lease)).collect();
-        self.send(Message::Header(v1::GetHeader { chunks })).await?;
+        self.send(Message::Header(header(&self.leases))).await?;
         let Some(first) = self.leases.first() else {
             return Ok(());
         };
@@ -191,7 +190,13 @@ impl Transfer {
                 read = patient.unwrap_or(Err(Reason::Device));
             }
             match read {
-                Ok((data, checksum)) => self.send_extent(place, data, checksum).await?,
+                Ok((data, checksum)) => {
+                    let (data, checksum) = match places.slice(place.chunk) {
+                        Some(slice) => cut(first.layout(), slice, &data),
+                        None => (data, checksum),
+                    };
+                    self.send_extent(place, data, checksum).await?;
+                }
                 Err(reason) => {
                     places.lose(place.chunk);
                     self.send(Message::Lost(v1::ChunkLost {
@@ -255,6 +260,21 @@ impl Transfer {
     async fn read_patiently(&self, place: Place) -> Result<(Bytes, Checksum), Reason> {
         let lease = self.leases.get(place.chunk).ok_or(Reason::Device)?;
         read::extent_patiently(&self.shared.store, lease, &place).await
+    }
+}
+
+/// Some heads and tokens of a layer, by themselves.
+fn cut(layout: &KvLayout, slice: Slice, layer: &[u8]) -> (Bytes, Checksum) {
+    let parts = layout.cut(slice).filter_map(|range| layer.get(range));
+    let data = Bytes::from(parts.collect::<Vec<_>>().concat());
+    let checksum = Checksum::of(&data);
+    (data, checksum)
+}
+
+pub(crate) fn header(leases: &[Arc<Lease>]) -> v1::GetHeader {
+    v1::GetHeader {
+        chunks: leases.iter().map(|lease| info(lease)).collect(),
+        cut: true,
     }
 }
 

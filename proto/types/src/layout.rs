@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use crate::canonical::{Canonical, write_hex};
 use crate::level::Level;
-use crate::range::{ExtentIdx, HeadRange};
+use crate::range::{ExtentIdx, HeadRange, Slice, TokenRange};
 
 /// Element type of stored keys and values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
@@ -269,6 +269,49 @@ impl KvLayout {
         Some(base + heads.start() as usize * head..base + heads.end() as usize * head)
     }
 
+    /// The layout of some heads and tokens of a layer; `None` when there are no such ones.
+    pub fn sliced(&self, slice: Slice) -> Option<Self> {
+        let heads = slice.heads.map_or(Some(self.kv_heads), |heads| {
+            (heads.end() <= self.kv_heads).then(|| heads.len())
+        });
+        let tokens = slice.tokens.map_or(Some(self.tokens), |tokens| {
+            (tokens.end() <= self.tokens).then(|| tokens.len())
+        });
+        Some(Self {
+            kv_heads: heads?,
+            tokens: tokens?,
+            ..*self
+        })
+    }
+
+    /// Where some heads and tokens lie inside a layer's bytes: one after the other they are a
+    /// layer of the layout that [`sliced`](Self::sliced) gives. None, when there are no such
+    /// heads or tokens.
+    pub fn cut(&self, slice: Slice) -> impl Iterator<Item = Range<usize>> + use<> {
+        let sliced = self.sliced(slice);
+        let all = *self;
+        let first_head = usize::from(slice.heads.map_or(0, HeadRange::start));
+        let first_token = slice.tokens.map_or(0, TokenRange::start) as usize;
+        let heads = sliced.map_or(0, |sliced| usize::from(sliced.kv_heads));
+        let tokens = sliced.map_or(0, |sliced| sliced.tokens as usize);
+        // Whole heads lie next to each other.
+        let (runs, length) = if sliced.is_some_and(|sliced| sliced.tokens == self.tokens) {
+            (1, heads * tokens)
+        } else {
+            (heads, tokens)
+        };
+        let planes = [(Plane::Key, 0), (Plane::Value, all.head_bytes(Plane::Key))];
+        let planes = planes.map(|(plane, before)| {
+            let (head, base) = (all.head_bytes(plane), usize::from(all.kv_heads) * before);
+            let row = head / all.tokens as usize;
+            (0..if row == 0 { 0 } else { runs }).map(move |run| {
+                let start = base + (first_head + run) * head + first_token * row;
+                start..start + length * row
+            })
+        });
+        planes.into_iter().flatten()
+    }
+
     /// The canonical 16 bytes of this layout, little-endian: version, dtype code,
     /// plane kind (1 = K and V, 2 = single), zero, layers, KV heads, key width,
     /// value width (`u16` each), tokens (`u32`).
@@ -389,6 +432,53 @@ mod tests {
         let mla = KvLayout::new(61, 1, Planes::Single { dim: 576 }, 64, DType::Bf16).unwrap();
         assert_eq!(mla.layer_bytes(), 64 * 576 * 2);
         assert_eq!(mla.head_bytes(Plane::Value), 0);
+    }
+
+    #[test]
+    fn a_slice_is_a_layer_of_fewer_heads_and_tokens() {
+        let planes = [
+            Planes::KeyValue {
+                key_dim: 3,
+                value_dim: 2,
+            },
+            Planes::Single { dim: 4 },
+        ];
+        let ranges = |most: u16| (0..most).flat_map(move |s| (s + 1..=most).map(move |e| (s, e)));
+        for layout in planes.map(|planes| KvLayout::new(1, 3, planes, 4, DType::F16).unwrap()) {
+            let (key_dim, value_dim) = layout.planes().dims();
+            // What lies where, element by element.
+            let elements = |heads: (u16, u16), tokens: (u16, u16)| {
+                let mut all = Vec::new();
+                for (plane, dim) in [(0, key_dim), (1, value_dim)] {
+                    for head in heads.0..heads.1 {
+                        for token in tokens.0..tokens.1 {
+                            all.extend((0..2 * dim).map(|byte| (plane, head, token, byte)));
+                        }
+                    }
+                }
+                all
+            };
+            let layer = elements((0, 3), (0, 4));
+            assert_eq!(layer.len(), layout.layer_bytes());
+            for heads in ranges(3) {
+                for tokens in ranges(4) {
+                    let slice = Slice {
+                        heads: Some(HeadRange::new(heads.0, heads.1).unwrap()),
+                        tokens: Some(TokenRange::new(tokens.0.into(), tokens.1.into()).unwrap()),
+                    };
+                    let cut: Vec<_> = layout.cut(slice).flat_map(|at| &layer[at]).collect();
+                    assert_eq!(cut, elements(heads, tokens).iter().collect::<Vec<_>>());
+                    assert_eq!(cut.len(), layout.sliced(slice).unwrap().layer_bytes());
+                }
+            }
+            assert_eq!(layout.sliced(Slice::default()), Some(layout));
+            let beyond = Slice {
+                heads: Some(HeadRange::new(2, 4).unwrap()),
+                tokens: None,
+            };
+            assert_eq!(layout.sliced(beyond), None);
+            assert_eq!(layout.cut(beyond).count(), 0);
+        }
     }
 
     #[test]

@@ -34,6 +34,8 @@ pub use key::{Adapter, ChunkKey, ModelIdentity, Namespace, ParseKeyError};
 pub use layout::{DType, KvLayout, LayoutDigest, LayoutError, Plane, Planes};
 pub use level::{Level, ParseLevelError, UnknownLevel};
 pub use profile::{MAX_PROFILE_BYTES, ParseProfileDigestError, ProfileDigest};
-pub use range::{ExtentIdx, ExtentRange, HeadRange, LayerIdx, LayerRange, RangeError, TokenRange};
+pub use range::{
+    ExtentIdx, ExtentRange, HeadRange, LayerIdx, LayerRange, RangeError, Slice, TokenRange,
+};
 pub use size::{ByteSize, ParseByteSizeError};
 pub use worth::{Class, Durability, Hints, NoSuchClass};

@@ -118,6 +118,15 @@ range!(
     HeadRange, u16, "head"
 );
 
+/// Some heads and tokens of a layer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Slice {
+    /// `None`: all.
+    pub heads: Option<HeadRange>,
+    /// `None`: all.
+    pub tokens: Option<TokenRange>,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -259,11 +259,26 @@ impl Client {
             lease_id: options.lease.map(|id| id.0),
             levels: options.levels.iter().map(|it| it.code().into()).collect(),
             have: options.have.map(|level| level.code().into()),
+            heads: options
+                .slice
+                .and_then(|slice| slice.heads)
+                .map(|heads| v1::HeadRange {
+                    start: heads.start().into(),
+                    end: heads.end().into(),
+                }),
+            tokens: options
+                .slice
+                .and_then(|slice| slice.tokens)
+                .map(|tokens| v1::TokenRange {
+                    start: tokens.start(),
+                    end: tokens.end(),
+                }),
         };
         let wanted = Wanted {
             layers: options.layers,
             levels: options.levels,
             have: options.have,
+            slice: options.slice,
         };
         let fetch = FetchOptions {
             priority: u32::from(!options.ahead),

@@ -16,7 +16,7 @@ use kvasir_proto::v1::cache_client::CacheClient;
 use kvasir_proto::v1::chunk_lost::Reason;
 use kvasir_proto::{InvalidField, convert, v1};
 use kvasir_transport::Fetch;
-use kvasir_types::{Checksum, KvLayout, LayerIdx, LayerRange, Level};
+use kvasir_types::{Checksum, KvLayout, LayerIdx, LayerRange, Level, Slice};
 use tonic::Status;
 use tonic::transport::Channel;
 
@@ -41,6 +41,10 @@ pub struct GetOptions {
     /// A nested level that is here already: what chunks at nested levels have up to this
     /// one does not come again, their preludes neither. Default: none.
     pub have: Option<Level>,
+    /// Heads and tokens wanted of each layer, of chunks that are stored raw: what comes is a
+    /// layer of so many heads and tokens. Other chunks come whole, and all do from a daemon that
+    /// does not know of these; see [`LayerStream::slice`]. Default: all.
+    pub slice: Option<Slice>,
     /// When the whole stream must be over. Default:
     /// [`ClientConfig::transfer_timeout`](crate::ClientConfig::transfer_timeout)
     /// from the call.
@@ -81,7 +85,8 @@ pub enum GetEvent {
         /// The layer.
         layer: LayerIdx,
         /// Its parts, from the coarsest on, without those that were here already. One of
-        /// a chunk that is not stored at a nested level; of a raw one, the layer's bytes.
+        /// a chunk that is not stored at a nested level; of a raw one, the layer's bytes, or
+        /// those of its [`slice`](LayerStream::slice).
         parts: Vec<Bytes>,
     },
     /// This chunk and every later one will not be completed; drop what came of
@@ -165,10 +170,10 @@ enum Wire {
 
 /// What came of the extent that is due.
 enum Arrival {
-    /// All of it, the checksum that the daemon states, and that of what came.
+    /// All of it, the checksum that the daemon states, if it does, and that of what came.
     Whole {
         data: Bytes,
-        stated: Checksum,
+        stated: Option<Checksum>,
         found: Checksum,
     },
     /// This chunk and every later one will not come.
@@ -233,6 +238,12 @@ impl LayerStream {
         }
     }
 
+    /// Which heads and tokens come of a chunk's layers; `None`, if all. The layout of what comes
+    /// is [`KvLayout::sliced`].
+    pub fn slice(&self, chunk: usize) -> Option<Slice> {
+        self.sequence.slice(chunk)
+    }
+
     /// The leading chunks of the request that are present and being streamed. All
     /// have one layout.
     pub fn chunks(&self) -> &[ChunkInfo] {
@@ -259,7 +270,7 @@ impl LayerStream {
                     data,
                     stated,
                     found,
-                } => self.whole(&due, data, stated == found),
+                } => self.whole(&due, data, stated.is_none_or(|stated| stated == found)),
                 Arrival::Lost(chunk, reason) => self.give_up(chunk, reason),
                 Arrival::Nothing => None,
             };
@@ -327,8 +338,9 @@ fn announced(
         return Err(ProtocolError::MixedLayouts(index).into());
     }
     let levels = chunks.iter().map(|chunk| chunk.level).collect();
-    let sequence = Sequence::new(wanted, layout, levels);
-    let sequence = sequence.map_err(|error| broken(InvalidField::new("layers", error)))?;
+    let slice = wanted.slice.filter(|_| header.cut);
+    let sequence = Sequence::new(Wanted { slice, ..wanted }, layout, levels);
+    let sequence = sequence.map_err(|error| broken(InvalidField::new(error.field(), error)))?;
     Ok((chunks, sequence))
 }
 

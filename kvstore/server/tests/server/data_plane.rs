@@ -3,12 +3,15 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use kvasir_client::{CallError, Carrier, Client, ClientConfig, DataPlane, GetOptions, TlsConfig};
+use bytes::Bytes;
+use kvasir_client::{
+    CallError, Carrier, Chunk, Client, ClientConfig, DataPlane, GetEvent, GetOptions, TlsConfig,
+};
 use kvasir_server::{
     QuicSettings, Running, Server, ServerConfig, SharedMemorySettings, StartError,
 };
 use kvasir_transport::quic::{Authority, Issued, Purpose};
-use kvasir_types::ByteSize;
+use kvasir_types::{ByteSize, HeadRange, Level, Slice, TokenRange};
 use rustix::process::Signal;
 
 use crate::daemon::Daemon;
@@ -436,5 +439,98 @@ async fn a_client_that_takes_nothing_is_let_go() {
         }
     };
     assert!(matches!(error, CallError::DeadlineExceeded), "{error}");
+    server.shutdown().await;
+}
+
+/// Of what is stored raw; what is encoded comes as it is.
+#[tokio::test]
+async fn some_heads_and_tokens_come_over_every_path_and_from_every_tier() {
+    let dir = tempfile::tempdir().unwrap();
+    let encoded = Chunk {
+        level: Level::LOSSLESS,
+        extents: std::iter::once(vec![1; 40])
+            .chain((0..LAYERS).map(|layer| vec![layer as u8; 1000]))
+            .map(Bytes::from)
+            .collect(),
+        ..chunk(2)
+    };
+    let heads = HeadRange::new(1, 2).unwrap();
+    let tokens = TokenRange::new(32, 96).unwrap();
+    let both = Slice {
+        heads: Some(heads),
+        tokens: Some(tokens),
+    };
+    let slices = [
+        both,
+        Slice {
+            heads: None,
+            ..both
+        },
+        Slice {
+            tokens: None,
+            ..both
+        },
+    ];
+    let (server, client) = start(on_disk(dir.path())).await;
+    client.put(&chunk(1)).await.unwrap();
+    client.put(&encoded).await.unwrap();
+    server.shutdown().await;
+    // From disk at first, and then from memory.
+    let (server, shared_memory) = start(on_disk(dir.path())).await;
+    assert_eq!(carrier(&shared_memory), Some(Carrier::SharedMemory));
+    let grpc = Client::connect_lazy(ClientConfig {
+        data_plane: DataPlane::Grpc,
+        ..shared_memory.config().clone()
+    });
+    let clients = [grpc, over_quic(&server).await, shared_memory];
+    for _ in 0..2 {
+        for (client, slice) in clients
+            .iter()
+            .flat_map(|it| slices.map(|slice| (it, slice)))
+        {
+            let options = GetOptions {
+                slice: Some(slice),
+                ..GetOptions::default()
+            };
+            let mut stream = client.get(&[key(1), key(2)], options).await.unwrap();
+            assert_eq!((stream.slice(0), stream.slice(1)), (Some(slice), None));
+            let mut layers = 0;
+            while let Some(event) = stream.next().await.unwrap() {
+                let GetEvent::Layer {
+                    chunk,
+                    layer: index,
+                    parts,
+                } = event
+                else {
+                    continue;
+                };
+                layers += 1;
+                let whole = match chunk {
+                    0 => layer(1, index.0),
+                    _ => encoded.extents[1 + usize::from(index.0)].clone(),
+                };
+                let expected = match chunk {
+                    0 => {
+                        let cut = layout().cut(slice).map(|at| &whole[at]);
+                        cut.collect::<Vec<_>>().concat()
+                    }
+                    _ => whole.to_vec(),
+                };
+                assert!(parts == [expected], "layer {index} of chunk {chunk}");
+            }
+            assert_eq!(layers, 2 * LAYERS);
+        }
+    }
+    for client in &clients {
+        let beyond = GetOptions {
+            slice: Some(Slice {
+                heads: HeadRange::new(1, 3).ok(),
+                tokens: None,
+            }),
+            ..GetOptions::default()
+        };
+        let refused = client.get(&[key(1)], beyond).await.unwrap_err();
+        assert!(matches!(refused, CallError::Invalid { .. }), "{refused}");
+    }
     server.shutdown().await;
 }

@@ -98,7 +98,7 @@ impl Messages {
         Ok(match whole.map_err(broken)? {
             Some(whole) => Arrival::Whole {
                 found: Checksum::of(&whole.data),
-                stated: whole.checksum,
+                stated: Some(whole.checksum),
                 data: whole.data,
             },
             None => Arrival::Nothing,

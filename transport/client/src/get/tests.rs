@@ -20,6 +20,7 @@ fn header(chunks: usize) -> Message {
     };
     Message::Header(v1::GetHeader {
         chunks: vec![info; chunks],
+        cut: false,
     })
 }
 
