@@ -27,7 +27,7 @@
 //! * Where an end has no device, or no queue pair to give, the session goes over QUIC from the
 //!   beginning. So does a piece that is short, that lies elsewhere, or for which there is no
 //!   window, no registration, or no room in [`LenderConfig::most_lent`].
-//! * A fetcher that keeps a loan for longer than the session lingers loses its connection.
+//! * A fetcher that keeps a loan for longer than [`LenderConfig::longest`] loses its connection.
 //!
 //! # The mechanism
 //! Below that, who asks for what, and which bytes are lent when, is left to others:

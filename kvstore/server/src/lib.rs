@@ -35,7 +35,7 @@
 //! | bytes read and not sent, of one connection of the data plane | [`Limits::read_ahead`] | the next read waits |
 //! | memory lent to processes of the host | half of the memory capacity | what is beyond is copied |
 //! | memory lent to other hosts, over RDMA | a quarter of the memory capacity | what is beyond goes over QUIC |
-//! | a loan that is not given back | [`Limits::stream_idle_ms`] | the connection ends |
+//! | a loan of another host that it does not give back | 10 s | the connection ends |
 //! | clients that follow where the data plane is | [`Limits::connections`] | they use gRPC |
 //! | chunks of a listing in memory | 16384 | the next page waits |
 //! | calls in progress on a connection | 256 | the peer waits |
