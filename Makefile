@@ -85,12 +85,14 @@ crash: build
 soak: deps
 	$(CARGO) run $(PROFILE) --locked -p kvasir-bench -- soak --minutes $(MINUTES) $(ARGS)
 
+RDMA := kvasir-engine/rdma,kvasir-server/rdma
+
 # cargo-deny is installed on first use: it is a tool, not a dependency. The feature `rdma` costs
 # two minutes of a CPU the first time, for the bindings of libibverbs.
 check: deps deps-ibverbs
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy $(PROFILE) --locked --workspace --all-targets -- -D warnings
-	$(CARGO) clippy $(PROFILE) --locked -p kvasir-transport --features rdma --all-targets -- -D warnings
+	$(CARGO) clippy $(PROFILE) --locked --workspace --features $(RDMA) --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc $(PROFILE) --locked --workspace --no-deps
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc $(PROFILE) --locked -p kvasir-transport --features rdma --no-deps
 	@command -v cargo-deny >/dev/null || $(CARGO) install --locked cargo-deny@0.20.2
@@ -145,10 +147,13 @@ test-cuda: deps $(NVRTC)
 	LD_LIBRARY_PATH=$(NVRTC)/nvidia/cuda_nvrtc/lib:$$LD_LIBRARY_PATH KVASIR_REQUIRE_NVRTC=1 \
 	  $(CARGO) test $(PROFILE) --locked -p kvasir-cuda -- --nocapture
 
-# The feature `rdma` of kvasir-transport: a kernel with soft-RoCE runs in QEMU, so the numbers
-# tell how near ib_read_bw it comes in the same machine, and nothing of adapters.
+# The feature `rdma`: a kernel with soft-RoCE runs in QEMU, so the numbers tell how near
+# ib_read_bw it comes in the same machine, and nothing of adapters. What needs no device is
+# tested here first.
 test-rdma: deps deps-rdma
-	$(CARGO) test $(PROFILE) --locked -p kvasir-transport --features rdma --lib -- rdma::
+	$(CARGO) test $(PROFILE) --locked --workspace --features kvasir-server/rdma \
+	  --test rdma --test data_path
+	$(CARGO) test $(PROFILE) --locked -p kvasir-transport --features rdma --lib
 	tests/rdma/run $(abspath $(BUILDS))/rdma
 
 # Each target for SECONDS, from its seeds in the repository; what is found lies in

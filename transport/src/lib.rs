@@ -6,7 +6,8 @@
 //!
 //! * [`quic`]: between hosts, over TLS 1.3.
 //! * [`shm`]: on one host, without a copy.
-//! * `rdma`, with the feature of that name: one-sided reads of another host's memory.
+//! * `rdma`, with the feature of that name: one-sided reads of another host's memory, and QUIC
+//!   for the rest.
 //!
 //! Not here: what requests ask for and what bytes mean (`kvasir-proto`), control calls
 //! (`kvasir-client`, `kvasir-server`).

@@ -4,7 +4,6 @@
 use std::convert::Infallible;
 use std::error::Error;
 use std::future::Ready;
-use std::time::Duration;
 
 use crate::fetching::Shared;
 use crate::quic::Ended;
@@ -46,7 +45,7 @@ impl Lending {
         match *self {}
     }
 
-    pub(crate) async fn broken(&self, _: Duration) -> Broken {
+    pub(crate) async fn broken(&self) -> Broken {
         match *self {}
     }
 }

@@ -185,9 +185,16 @@ impl Ended {
 
     /// Whether the queue pair ended, at this end or at the other.
     fn is_of_one_sided(&self) -> bool {
-        match self {
-            Self::OneSided(_) | Self::Preamble => true,
-            Self::Connection(quinn::ConnectionError::ApplicationClosed(closed)) => {
+        let lost = match self {
+            Self::OneSided(_) | Self::Preamble => return true,
+            // Whichever of them hears of it first.
+            Self::Connection(lost)
+            | Self::Read(quinn::ReadError::ConnectionLost(lost))
+            | Self::Write(quinn::WriteError::ConnectionLost(lost)) => lost,
+            _ => return false,
+        };
+        match lost {
+            quinn::ConnectionError::ApplicationClosed(closed) => {
                 closed.error_code == ONE_SIDED_ENDED
             }
             _ => false,

@@ -1,9 +1,36 @@
 //! One-sided reads of another host's memory: RDMA over RoCE or InfiniBand.
 //!
 //! A holder lends bytes that lie in registered memory; a fetcher reads them from there into a
-//! buffer of its own, and no CPU of the holder has a part in it. What is here is that
-//! mechanism: who asks for what, and which bytes are lent when, is the session's affair, whose
-//! frames travel over another carrier.
+//! buffer of its own, and no CPU of the holder has a part in it.
+//!
+//! # The carrier
+//! A [`Lender`] and a [`Reader`] make a carrier of it: [`listen`] and [`connect`] are those of
+//! [`quic`], whose connections carry all frames. Data of some length that lies in the
+//! holder's arena is replaced by a loan (`Frame::Lend`), with a place and a key; the fetcher
+//! reads it, hands it to the session as data, and gives it back (`Frame::Return`).
+//!
+//! ```text
+//! holder                                              fetcher
+//!   Data(offset, bytes in the arena)
+//!   register their block, once; bind a window
+//!   Lend(offset, place, key)   ───── QUIC ─────▶      read into a buffer of the pool
+//!                              ◀──── RDMA ──────
+//!   end the loan               ◀──── QUIC ─────       Data(offset, bytes), Return(loan)
+//! ```
+//!
+//! * Credit counts lent bytes as data, so it bounds loans as well; what is read and not taken
+//!   never keeps others from being read ([`Reader`]).
+//! * When a queue pair fails, at either end, the connection ends with it, since what was lent
+//!   over it may not have been read. The fetcher connects again, over QUIC alone, and asks for
+//!   what is missing: nothing that was read in part was handed out. It tries one-sided reads
+//!   again at a later connection, after a pause that grows.
+//! * Where an end has no device, or no queue pair to give, the session goes over QUIC from the
+//!   beginning. So does a piece that is short, that lies elsewhere, or for which there is no
+//!   window, no registration, or no room in [`LenderConfig::most_lent`].
+//! * A fetcher that keeps a loan for longer than [`LenderConfig::longest`] loses its connection.
+//!
+//! # The mechanism
+//! Below that, who asks for what, and which bytes are lent when, is left to others:
 //!
 //! ```text
 //! holder                                    fetcher
@@ -32,6 +59,8 @@
 //! * A [`Device`] has the context, one protection domain, and one completion queue with a
 //!   thread, which sleeps in the completion channel, takes what is done, and wakes who waits.
 //! * A [`Region`] has memory and its registrations; while either is used it stays.
+//! * A [`Lender`] has a region for each block of its arena that something was lent of; see there
+//!   for why blocks, and not the arena.
 //! * A [`QueuePair`] has its requests. What a request needs (the buffer that a device writes
 //!   into, the bytes that are lent, registrations and windows) belongs to the request until its
 //!   completion has come. So a dropped future frees nothing under a device's hands: the bytes

@@ -21,6 +21,30 @@ pub struct ServerConfig {
     pub quic: QuicSettings,
     /// The data plane on one host.
     pub shared_memory: SharedMemorySettings,
+    /// The data plane by one-sided reads.
+    pub rdma: RdmaSettings,
+}
+
+/// `[rdma]` in `kvasird.toml`: one-sided reads of the daemon's memory by other hosts, at the
+/// address of `[quic]`. Daemons that are built without the feature `rdma` have none.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
+pub struct RdmaSettings {
+    /// Whether to offer them, where there is a device. Memory that was lent is locked: the
+    /// limit of locked memory has to allow for the capacity of the memory tier. Default: true.
+    pub enabled: bool,
+    /// The device's name, such as `mlx5_0`; then it has to be there. Default: the first that
+    /// is usable, if there is one.
+    pub device: Option<String>,
+}
+
+impl Default for RdmaSettings {
+    fn default() -> Self {
+        Self {
+            enabled: true,
+            device: None,
+        }
+    }
 }
 
 /// `[shared-memory]` in `kvasird.toml`: the data plane between processes of one user on one
@@ -88,6 +112,7 @@ impl ServerConfig {
             limits: Limits::default(),
             quic: QuicSettings::default(),
             shared_memory: SharedMemorySettings::default(),
+            rdma: RdmaSettings::default(),
         }
     }
 }

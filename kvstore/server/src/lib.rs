@@ -1,7 +1,8 @@
 //! The cache daemon: [`kvasir.v1`](kvasir_proto) over a [`Store`](kvasir_store::Store).
 //!
 //! Control calls and puts are gRPC. Gets are too, and go over the data plane
-//! ([`kvasir_transport`]) where a client can reach it: over QUIC, or in memory that both map.
+//! ([`kvasir_transport`]) where a client can reach it: over QUIC, in memory that both map, or,
+//! with the feature `rdma`, by reading the daemon's memory from another host.
 //!
 //! The server is thin: it parses requests once at the border, moves bytes between
 //! sockets and the store, and refuses what exceeds a bound. [`Server::start`] runs
@@ -33,6 +34,8 @@
 //! | requests of one connection of the data plane | 256 | refused, come back |
 //! | bytes read and not sent, of one connection of the data plane | [`Limits::read_ahead`] | the next read waits |
 //! | memory lent to processes of the host | half of the memory capacity | what is beyond is copied |
+//! | memory lent to other hosts, over RDMA | a quarter of the memory capacity | what is beyond goes over QUIC |
+//! | a loan of another host that it does not give back | 10 s | the connection ends |
 //! | clients that follow where the data plane is | [`Limits::connections`] | they use gRPC |
 //! | chunks of a listing in memory | 16384 | the next page waits |
 //! | calls in progress on a connection | 256 | the peer waits |
@@ -66,6 +69,7 @@ mod process;
 mod profiles;
 mod put;
 mod quic;
+mod rdma;
 mod read;
 mod refusal;
 mod server;
@@ -75,8 +79,9 @@ mod shared_memory;
 mod watch;
 mod wire;
 
-pub use config::{Limits, QuicSettings, ServerConfig, SharedMemorySettings};
+pub use config::{Limits, QuicSettings, RdmaSettings, ServerConfig, SharedMemorySettings};
 pub use kvasir_transport::shm::ListenError;
 pub use quic::QuicError;
+pub use rdma::RdmaError;
 pub use server::{Running, Server, StartError};
 pub use settings::{DaemonConfig, DiskSettings, SettingsError};

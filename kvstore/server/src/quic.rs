@@ -11,7 +11,7 @@ use kvasir_transport::quic::{ConnectError, Identity, Listener, QuicConfig, TlsEr
 use kvasir_transport::session::Config;
 
 use crate::config::QuicSettings;
-use crate::data::Chunks;
+use crate::rdma::{self, Device};
 use crate::service::Shared;
 
 /// Why the data plane cannot be offered over QUIC.
@@ -42,10 +42,12 @@ pub enum QuicError {
 
 /// Listens as `settings` say; else on the port of UDP that has the same number as that of the
 /// control calls, at `control`, or on a free one if the control calls are on a free one, too.
+/// With a device, fetchers that have one can read one-sidedly.
 pub(crate) fn start(
     settings: &QuicSettings,
     control: SocketAddr,
     any_port: bool,
+    device: Option<&Device>,
     shared: &Arc<Shared>,
 ) -> Result<(Listener, v1::QuicPath), QuicError> {
     let (identity, mut path) = match (&settings.certificate, &settings.key) {
@@ -76,10 +78,8 @@ pub(crate) fn start(
         },
         ..QuicConfig::default()
     };
-    let listen = |address| {
-        let source = Arc::new(Chunks::new(Arc::clone(shared)));
-        Listener::new(address, &identity, clients.as_ref(), source, config)
-    };
+    let listen =
+        |address| rdma::listen(device, address, &identity, clients.as_ref(), shared, config);
     let listener = match listen(settings.listen.unwrap_or(control)) {
         // Somebody else has that port of UDP; nobody expects a certain one.
         Err(ConnectError::Socket(..)) if any_port && settings.listen.is_none() => {
@@ -88,6 +88,7 @@ pub(crate) fn start(
         listener => listener?,
     };
     path.port = listener.address().port().into();
+    path.rdma = device.is_some() && shared.store.arena().is_some();
     Ok((listener, path))
 }
 

@@ -21,6 +21,7 @@ use tonic_health::server::HealthReporter;
 use crate::config::{Limits, ServerConfig};
 use crate::connections;
 use crate::quic::{self, QuicError};
+use crate::rdma::{self, RdmaError};
 use crate::service::Service;
 use crate::shared_memory;
 
@@ -63,6 +64,9 @@ pub enum StartError {
     /// The data plane cannot be offered.
     #[error(transparent)]
     Quic(#[from] QuicError),
+    /// The device that is asked for cannot be used.
+    #[error(transparent)]
+    Rdma(#[from] RdmaError),
     /// Memory cannot be shared as it was asked for.
     #[error(transparent)]
     SharedMemory(#[from] ListenError),
@@ -104,15 +108,21 @@ impl Server {
             .as_ref()
             .map(|disk| disk.path.display().to_string())
             .unwrap_or_default();
+        let device = if config.quic.enabled {
+            rdma::find(&config.rdma).await?
+        } else {
+            None
+        };
         let mut store = config.store;
-        store.memory.shared = config.shared_memory.enabled;
+        store.memory.shared = config.shared_memory.enabled || device.is_some();
         let store = Store::open_in(environment, store).await?;
         let service = Service::new(store, config.limits.clone(), data_dir);
         let shared = service.shared();
         let mut paths = v1::PathsResponse::default();
         let quic = if config.quic.enabled {
             let any_port = config.listen.port() == 0;
-            let (listener, path) = quic::start(&config.quic, addr, any_port, shared)?;
+            let (listener, path) =
+                quic::start(&config.quic, addr, any_port, device.as_ref(), shared)?;
             paths.quic = Some(path);
             Some(listener)
         } else {

@@ -11,7 +11,7 @@ use kvasir_store::{ClassConfig, DiskConfig, MemoryConfig, ProfilesConfig, StoreC
 use kvasir_types::ByteSize;
 use serde::{Deserialize, Serialize};
 
-use crate::config::{Limits, QuicSettings, ServerConfig, SharedMemorySettings};
+use crate::config::{Limits, QuicSettings, RdmaSettings, ServerConfig, SharedMemorySettings};
 
 /// The whole of `kvasird.toml`. Everything has a default, so that the daemon starts
 /// without any.
@@ -60,6 +60,8 @@ pub struct DaemonConfig {
     pub quic: QuicSettings,
     /// The data plane on one host.
     pub shared_memory: SharedMemorySettings,
+    /// The data plane by one-sided reads.
+    pub rdma: RdmaSettings,
 }
 
 /// `[disk]` in `kvasird.toml`: chunks in the data directory.
@@ -108,6 +110,7 @@ impl Default for DaemonConfig {
             limits: Limits::default(),
             quic: QuicSettings::default(),
             shared_memory: SharedMemorySettings::default(),
+            rdma: RdmaSettings::default(),
         }
     }
 }
@@ -213,6 +216,7 @@ impl DaemonConfig {
             limits: self.limits.clone(),
             quic: self.quic.clone(),
             shared_memory: self.shared_memory.clone(),
+            rdma: self.rdma.clone(),
         })
     }
 }

@@ -15,13 +15,15 @@ use crate::config::SharedMemorySettings;
 use crate::data::Chunks;
 use crate::service::Shared;
 
-/// Listens as `settings` say. `None` where payload does not lie in memory that can be shared.
+/// Listens as `settings` say. `None` where they say no, or payload does not lie in memory that
+/// can be shared.
 pub(crate) fn start(
     settings: &SharedMemorySettings,
     control: SocketAddr,
     shared: &Arc<Shared>,
 ) -> Result<Option<(Listener, v1::SharedMemoryPath)>, ListenError> {
-    let Some(arena) = shared.store.arena().cloned() else {
+    let arena = shared.store.arena().cloned();
+    let Some(arena) = arena.filter(|_| settings.enabled) else {
         return Ok(None);
     };
     let socket = settings.socket.clone();

@@ -39,6 +39,9 @@ pub struct ClientConfig {
     pub retry: RetryConfig,
     /// Which way gets go. Default: the best that the daemon offers.
     pub data_plane: DataPlane,
+    /// The RDMA device that reads, such as `mlx5_0`; only with the feature `rdma`. Some 16 MiB of
+    /// memory are locked for it. Default: the first that is usable, if there is one.
+    pub rdma_device: Option<String>,
     /// Whom the data plane believes. Default: whom the control calls name.
     pub tls: TlsConfig,
     /// Bytes the daemon may send ahead of the reader, per stream and per
@@ -59,6 +62,7 @@ impl Default for ClientConfig {
             transfer_timeout: Duration::from_secs(60),
             retry: RetryConfig::default(),
             data_plane: DataPlane::default(),
+            rdma_device: None,
             tls: TlsConfig::default(),
             window_bytes: 16 << 20,
             keep_alive: Duration::from_secs(10),
@@ -70,9 +74,11 @@ impl Default for ClientConfig {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum DataPlane {
     /// The best that the daemon offers and that can be reached: shared memory on one host,
-    /// else QUIC, else gRPC.
+    /// else RDMA, with the feature `rdma` and a device at both ends, else QUIC, else gRPC.
     #[default]
     Best,
+    /// RDMA, also on one host, else QUIC, else gRPC.
+    Rdma,
     /// QUIC, also on one host, else gRPC.
     Quic,
     /// gRPC, like all other calls.

@@ -74,7 +74,8 @@
 //! Gets go over the data plane where the daemon offers one that can be reached, and over gRPC
 //! else; nothing but their speed differs. [`Client::connect`] waits until that is known;
 //! [`Client::data_path`] tells. A daemon that goes away is noticed by its control connection,
-//! so that a get ends with it, and not by its own silence.
+//! so that a get ends with it, and not by its own silence. One-sided reads of the daemon's memory
+//! (RDMA) need the feature `rdma`, at both ends, and devices.
 //!
 //! Not here: the wire format (`kvasir-proto`), what to fetch and when
 //! (`kvasir-plugin`).
@@ -91,6 +92,7 @@ mod error;
 mod get;
 mod hold;
 mod list;
+mod one_sided;
 mod paths;
 mod profile;
 mod retry;

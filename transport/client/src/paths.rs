@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use kvasir_proto::v1;
 use kvasir_proto::v1::cache_client::CacheClient;
-use kvasir_transport::quic::{self, QuicConfig, Trust};
+use kvasir_transport::quic::{QuicConfig, Trust};
 use kvasir_transport::session::Config;
 use kvasir_transport::shm::{self, ShmConfig};
 use kvasir_transport::{DataPath, Status};
@@ -20,6 +20,7 @@ use tokio::task::JoinSet;
 use tonic::Code;
 use tonic::transport::Channel;
 
+use crate::one_sided::{self, Readers};
 use crate::{ClientConfig, DataPlane};
 
 /// What is known of the daemon's data plane.
@@ -113,6 +114,7 @@ async fn follow(
     state: watch::Sender<Chosen>,
     asked: Arc<Notify>,
 ) {
+    let readers = Readers::new(config.rdma_device.clone());
     loop {
         match grpc.paths(v1::PathsRequest {}).await {
             Ok(response) => {
@@ -120,7 +122,7 @@ async fn follow(
                 // In-flight gets see the daemon go when this is dropped.
                 let (_here, gone) = watch::channel(());
                 while let Ok(Some(paths)) = responses.message().await {
-                    state.send_replace(match reach(&config, &paths).await {
+                    state.send_replace(match reach(&config, &readers, &paths).await {
                         Some(path) => Chosen::Path(path, Gone(gone.clone())),
                         None => Chosen::Grpc,
                     });
@@ -140,7 +142,11 @@ async fn follow(
 }
 
 /// The best path that the daemon offers, the configuration allows, and that can be reached.
-async fn reach(config: &ClientConfig, paths: &v1::PathsResponse) -> Option<DataPath> {
+async fn reach(
+    config: &ClientConfig,
+    readers: &Readers,
+    paths: &v1::PathsResponse,
+) -> Option<DataPath> {
     if config.data_plane == DataPlane::Best
         && let Some(offered) = &paths.shared_memory
         && let Some(path) = reach_memory(offered).await
@@ -148,8 +154,8 @@ async fn reach(config: &ClientConfig, paths: &v1::PathsResponse) -> Option<DataP
         return Some(path);
     }
     match (config.data_plane, &paths.quic) {
-        (DataPlane::Best | DataPlane::Quic, Some(offered)) => {
-            reach_over_quic(config, offered).await
+        (DataPlane::Best | DataPlane::Rdma | DataPlane::Quic, Some(offered)) => {
+            reach_over_quic(config, readers, offered).await
         }
         _ => None,
     }
@@ -163,7 +169,12 @@ async fn reach_memory(offered: &v1::SharedMemoryPath) -> Option<DataPath> {
     connected.is_ok().then_some(path)
 }
 
-async fn reach_over_quic(config: &ClientConfig, offered: &v1::QuicPath) -> Option<DataPath> {
+/// By one-sided reads, if that can be.
+async fn reach_over_quic(
+    config: &ClientConfig,
+    readers: &Readers,
+    offered: &v1::QuicPath,
+) -> Option<DataPath> {
     let uri = config.endpoint.uri();
     let host = uri.host()?.trim_start_matches('[').trim_end_matches(']');
     let port = u16::try_from(offered.port).ok()?;
@@ -186,9 +197,15 @@ async fn reach_over_quic(config: &ClientConfig, offered: &v1::QuicPath) -> Optio
         ..QuicConfig::default()
     };
     let identity = tls.identity.as_deref();
+    let one_sided = offered.rdma && config.data_plane != DataPlane::Quic;
+    let reader = if one_sided {
+        readers.reader().await
+    } else {
+        None
+    };
     let path = trust
         .map_err(Into::into)
-        .and_then(|trust| quic::connect(address, name, &trust, identity, quic));
+        .and_then(|trust| one_sided::connect(reader, address, name, &trust, identity, quic));
     path.inspect_err(|error| {
         let error = error as &dyn std::error::Error;
         tracing::warn!(

@@ -186,7 +186,7 @@ async fn converse<S: Source>(
     };
     let broken = async {
         match lending {
-            Some(lending) => lending.broken(common.config.session.linger).await,
+            Some(lending) => lending.broken().await,
             None => std::future::pending().await,
         }
     };

@@ -27,6 +27,9 @@ pub struct LenderConfig {
     /// Bytes that are lent at most, to all fetchers together. What is beyond goes over QUIC.
     /// Default: no limit.
     pub most_lent: u64,
+    /// How long a fetcher may keep a loan, which it reads as soon as it can; then its connection
+    /// ends. Less than requests linger, so that these go on. Default: 10 s.
+    pub longest: Duration,
     /// That of every fetcher.
     pub queue_pair: QueuePairConfig,
 }
@@ -36,6 +39,7 @@ impl Default for LenderConfig {
         Self {
             least: 32 << 10,
             most_lent: u64::MAX,
+            longest: Duration::from_secs(10),
             queue_pair: QueuePairConfig::default(),
         }
     }
@@ -260,9 +264,10 @@ impl Lending {
         loans.lent.values().any(|lent| lent.request == request)
     }
 
-    /// Waits until nothing can be lent any more, or something was not given back for
-    /// `longest`: memory is not a fetcher's for good.
-    pub(crate) async fn broken(&self, longest: Duration) -> Broken {
+    /// Waits until nothing can be lent any more, or something was not given back for too long:
+    /// memory is not a fetcher's for good.
+    pub(crate) async fn broken(&self) -> Broken {
+        let longest = self.lender.config.longest.max(LEAST_LONGEST);
         let overdue = async {
             loop {
                 tokio::time::sleep(longest / 4).await;
@@ -363,5 +368,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Reads take some time.
+const LEAST_LONGEST: Duration = Duration::from_millis(10);
 /// Before memory is registered again, which takes the device's time also where it fails.
 const AFTER_REFUSAL: Duration = Duration::from_secs(10);

@@ -230,7 +230,7 @@ async fn what_is_lent_is_read_and_given_back() {
     suite::eventually(|| lender.lent() == 0 && lender.registered() == 0).await;
 }
 
-/// Bytes that are kept do not keep others from coming.
+/// Bytes that are kept do not keep others from coming: not until loans are overdue, nor at all.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "needs an RDMA device"]
 async fn a_pool_that_is_spent_holds_nobody_up() {
@@ -242,7 +242,7 @@ async fn a_pool_that_is_spent_holds_nobody_up() {
     holder.reader = Some(reader(&config));
     let path = holder.connect();
     let total = 5_000_000;
-    let mut request = path.fetch(body(total), within(Duration::from_secs(60)));
+    let mut request = path.fetch(body(total), within(Duration::from_secs(8)));
     let mut kept: Vec<(u64, Bytes)> = Vec::new();
     let ended = loop {
         match request.next().await.unwrap() {
@@ -334,6 +334,47 @@ async fn what_a_broken_queue_pair_leaves_comes_over_quic() {
     path.disconnected().await;
     assert!(holds(&path, 1_000_000).await);
     assert_eq!(path.status().carrier, By::Rdma);
+}
+
+/// A fetcher whose device waits for far too long loses its connection, and goes on over QUIC.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "needs an RDMA device"]
+async fn what_is_not_given_back_ends_the_connection() {
+    let source = suite::numbers::<Rdma>(Duration::from_millis(1));
+    let device = Device::find(&DeviceConfig::default()).unwrap().unwrap();
+    let config = LenderConfig {
+        longest: Duration::from_millis(300),
+        ..lender_config()
+    };
+    let lender = Lender::new(device, Arc::clone(source.arena().unwrap()), config);
+    let config = ReaderConfig {
+        queue_pair: QueuePairConfig {
+            timeout: Duration::from_secs(60),
+            ..QueuePairConfig::default()
+        },
+        ..small()
+    };
+    let holder = Rdma::between(source, Some(lender.clone()), Some(reader(&config)));
+    let path = holder.connect();
+    let total = 8_000_000;
+    let mut request = path.fetch(body(total), within(Duration::from_secs(20)));
+    let (mut down, mut came) = (None, 0);
+    let ended = loop {
+        match request.next().await.unwrap() {
+            FetchEvent::Data { offset, bytes, .. } => {
+                assert!(bytes == suite::bytes(offset..offset + bytes.len() as u64));
+                came += bytes.len() as u64;
+            }
+            FetchEvent::Described { .. } => {}
+            ended => break ended,
+        }
+        if came > total / 3 && down.is_none() {
+            down = Some(Down::now());
+        }
+    };
+    assert!(matches!(ended, FetchEvent::Complete { .. }), "{ended:?}");
+    assert_eq!((came, path.status().carrier), (total, By::Quic));
+    suite::eventually(|| lender.lent() == 0).await;
 }
 
 /// Requests that were given up give back what was lent to them.
