@@ -2,7 +2,7 @@ use std::time::Duration;
 
 use futures::StreamExt as _;
 use kvasir_proto::assembly;
-use kvasir_types::{DType, ExtentIdx, Planes};
+use kvasir_types::{DType, ExtentIdx, Planes, Slice, TokenRange};
 use v1::get_response::Message;
 
 use super::*;
@@ -163,6 +163,24 @@ async fn only_the_asked_layers_are_due() {
         protocol(open(vec![header(1)], wanted(1, 3)).await),
         ProtocolError::Field(field) if field.field == "layers"
     ));
+}
+
+#[tokio::test]
+async fn a_daemon_that_cuts_nothing_sends_whole_layers() {
+    let wanted = Wanted {
+        slice: Some(Slice {
+            heads: None,
+            tokens: TokenRange::new(0, 1).ok(),
+        }),
+        ..Wanted::default()
+    };
+    let messages = vec![header(1), layer(0, 0), layer(1, 0)];
+    let mut stream = open(messages, wanted).await.unwrap();
+    assert_eq!(stream.slice(0), None);
+    let Some(GetEvent::Layer { parts, .. }) = stream.next().await.unwrap() else {
+        panic!("a layer is due");
+    };
+    assert_eq!(parts[0].len(), layout().layer_bytes());
 }
 
 #[tokio::test]
