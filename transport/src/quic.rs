@@ -4,7 +4,8 @@
 //! The fetcher opens one stream for both directions, on which its frames go, and those of the
 //! holder that belong to no request or refuse one. Every request that is described gets a
 //! stream of its own from the holder, with the request's priority, so that QUIC itself puts
-//! packets of what matters more first; it is reset when the request has ended.
+//! packets of what matters more first. It is reset when the request has ended; the error code is
+//! the number of bytes of data that went into it, since those that will not come had credit.
 //!
 //! # Connections
 //! A [`connect`]ed path connects by itself and again after a loss; requests go on where they were.

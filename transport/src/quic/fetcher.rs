@@ -10,6 +10,7 @@ use super::{CLOSED, ConnectError, Ended, Identity, QuicConfig, Trust, VIOLATED};
 use super::{receive, send};
 use crate::fetching::Shared;
 use crate::path::{Carrier, DataPath};
+use crate::session::Frame;
 
 /// A path to the holder at `address`, which `trust` vouches for under `name`. It may be there
 /// later; requests wait for it until their deadlines.
@@ -74,14 +75,9 @@ async fn one(
         loop {
             tokio::select! {
                 stream = connection.accept_uni() => {
-                    let (stream, shared) = (stream?, Arc::clone(&shared));
-                    streams.spawn(async move {
-                        receive(stream, |frames| shared.take(frames.drain(..))).await
-                    });
+                    streams.spawn(one_request(stream?, Arc::clone(&shared)));
                 }
                 Some(done) = streams.join_next() => match done {
-                    // A request that ended has its stream reset.
-                    Ok(Err(Ended::Read(quinn::ReadError::Reset(_)))) => {}
                     Ok(done) => done?,
                     Err(_) => return Err(Ended::Control),
                 }
@@ -99,4 +95,21 @@ async fn one(
     };
     connection.close(code, b"");
     ended
+}
+
+/// What comes of one request.
+async fn one_request(stream: quinn::RecvStream, shared: Arc<Shared>) -> Result<(), Ended> {
+    let mut came = 0;
+    let ended = receive(stream, |frames| {
+        came += frames.iter().map(Frame::data_bytes).sum::<u64>();
+        shared.take(frames.drain(..))
+    });
+    match ended.await {
+        // It has ended. What was sent and did not come had credit, which others need.
+        Err(Ended::Read(quinn::ReadError::Reset(sent))) => {
+            let missing = sent.into_inner().saturating_sub(came);
+            Ok(shared.with(|fetcher| fetcher.on_gone(missing))?)
+        }
+        ended => ended,
+    }
 }

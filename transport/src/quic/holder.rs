@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use quinn::VarInt;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
@@ -150,9 +151,11 @@ async fn sending<S: Source>(
     mut control: quinn::SendStream,
     shared: &Shared<S>,
 ) -> Result<(), Ended> {
-    let mut streams: HashMap<RequestId, quinn::SendStream> = HashMap::new();
+    let mut streams = Streams::new();
     loop {
         while let Some(frame) = shared.next_frame() {
+            // Or they would take a share of the link.
+            reset_ended(&mut streams, shared);
             let request = match &frame {
                 Frame::Describe { request, .. }
                 | Frame::Data { request, .. }
@@ -162,25 +165,19 @@ async fn sending<S: Source>(
                     continue;
                 }
             };
-            let stream = match streams.entry(request) {
+            let (stream, sent) = match streams.entry(request) {
                 std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),
                 std::collections::hash_map::Entry::Vacant(entry) => {
-                    entry.insert(connection.open_uni().await?)
+                    entry.insert((connection.open_uni().await?, 0))
                 }
             };
+            *sent += frame.data_bytes();
             let priority = shared.priority(request).unwrap_or(0);
             // A stream that is gone has no priority.
             let _ = stream.set_priority(i32::try_from(priority).unwrap_or(i32::MAX));
             send(stream, &frame).await?;
         }
-        streams.retain(|request, stream| {
-            let serves = shared.serves(*request);
-            if !serves {
-                // What of it is not acknowledged, nobody waits for.
-                let _ = stream.reset(CLOSED);
-            }
-            serves
-        });
+        reset_ended(&mut streams, shared);
         if shared.is_drained() {
             // The last frames are on their way; the fetcher closes.
             let _ = tokio::time::timeout(CLOSING, connection.closed()).await;
@@ -188,6 +185,21 @@ async fn sending<S: Source>(
         }
         shared.work.notified().await;
     }
+}
+
+/// Of requests, each with the bytes of data that went into it.
+type Streams = HashMap<RequestId, (quinn::SendStream, u64)>;
+
+/// Of what was sent for requests that have ended, forgets what is not acknowledged. The fetcher
+/// learns how much credit it took.
+fn reset_ended<S: Source>(streams: &mut Streams, shared: &Shared<S>) {
+    streams.retain(|request, (stream, sent)| {
+        let serves = shared.serves(*request);
+        if !serves {
+            let _ = stream.reset(VarInt::from_u64(*sent).unwrap_or(VarInt::MAX));
+        }
+        serves
+    });
 }
 
 /// What a peer gets to hear the last words.

@@ -236,6 +236,19 @@ impl Fetcher {
         }
     }
 
+    /// Data of so many bytes was sent, for requests that have ended, and will not come.
+    ///
+    /// # Errors
+    /// [`Violation::Credit`]
+    pub fn on_gone(&mut self, bytes: u64) -> Result<(), Violation> {
+        self.flow.received = self.flow.received.saturating_add(bytes);
+        if self.flow.received > self.flow.granted {
+            return Err(Violation::Credit);
+        }
+        self.consumed(bytes);
+        Ok(())
+    }
+
     fn grant(&mut self, limit: u64) {
         self.flow.granted = limit;
         self.send(Frame::Credit { limit });
