@@ -4,7 +4,7 @@
 //! implementation; [`faulty`] is a device that fails; [`crash`] ends stores and daemons at
 //! any moment and checks what is left; [`soak`] keeps a daemon busy and watches its memory;
 //! [`harness`] starts real processes and sits between them; [`relay`] does so with datagrams,
-//! as a bad network.
+//! as a bad network; [`network`] makes hosts and links.
 
 #![forbid(unsafe_code)]
 
@@ -12,5 +12,6 @@ pub mod conformance;
 pub mod crash;
 pub mod faulty;
 pub mod harness;
+pub mod network;
 pub mod relay;
 pub mod soak;
