@@ -12,7 +12,7 @@
 //!   one of 64 KiB, in ms;
 //! - `relay/RATE`, gets over QUIC through a relay, and through one that loses a datagram in a
 //!   hundred each way (`loss-1`), delays them by 10 ms each way (`rtt-20`), or both, with `ratio`
-//!   = this ÷ `relay`.
+//!   = this ÷ `relay`; both not with `--quick`.
 //!
 //! `levels`: `fetch/RATE/computed` and `fetch/RATE/LEVEL`, time to the first token of a prompt of
 //! `--tokens` tokens of context, over QUIC, with `ratio` = that of `raw` ÷ this; `/bytes`.
@@ -71,7 +71,7 @@ pub(crate) fn run(options: &Options, quick: bool) -> anyhow::Result<Report> {
         "--tokens {tokens} is not a multiple of 256"
     );
     if !quick {
-        eprintln!("this takes about five minutes; --quick takes about one");
+        eprintln!("this takes about six minutes; --quick takes about one and a half");
     }
     let mut report = Report::new("network");
     report.set("model", options.model.to_string_lossy());

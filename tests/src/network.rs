@@ -8,6 +8,7 @@ use std::fs::File;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::AsFd as _;
+use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -39,6 +40,7 @@ impl Network {
             rustix::process::geteuid().is_root(),
             "network namespaces need root; run this as root, or with sudo"
         );
+        remove_abandoned();
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let host = |name: &str, last: u8| Host {
             namespace: format!("kvasir-{}-{number}-{name}", std::process::id()),
@@ -178,7 +180,24 @@ impl Host {
     }
 
     fn path(&self) -> String {
-        format!("/run/netns/{}", self.namespace)
+        format!("{NAMESPACES}/{}", self.namespace)
+    }
+}
+
+/// Removes hosts of processes that were killed and could not.
+fn remove_abandoned() {
+    let Ok(namespaces) = std::fs::read_dir(NAMESPACES) else {
+        return;
+    };
+    for name in namespaces.flatten().map(|entry| entry.file_name()) {
+        let name = name.to_string_lossy();
+        let process = name
+            .strip_prefix("kvasir-")
+            .and_then(|rest| rest.split('-').next());
+        if process.is_some_and(|process| !Path::new("/proc").join(process).exists()) {
+            // Another test may have been faster.
+            let _ = ip(&["netns", "delete", &name]);
+        }
     }
 }
 
@@ -206,6 +225,8 @@ fn run(program: &str, arguments: &[&str]) -> anyhow::Result<()> {
 /// Milliseconds' worth of packets that wait for a link, and bytes of them at least.
 const QUEUE_MS: u32 = 20;
 const LEAST_QUEUE: u32 = 256 << 10;
+/// Where `ip` keeps them.
+const NAMESPACES: &str = "/run/netns";
 /// The name of each host's end of the link.
 const ETHERNET: &str = "eth0";
 /// Of networks in this process.

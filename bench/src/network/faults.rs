@@ -95,6 +95,7 @@ struct Stalled {
     overruns: Vec<f64>,
 }
 
+/// Stops the daemon in the middle of fetches.
 async fn stall(bed: &Bed<'_>, runs: usize) -> anyhow::Result<Stalled> {
     let expected = bed.store_at(Level::RAW).await?;
     bed.network.set_mbps(FAST)?;

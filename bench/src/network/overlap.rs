@@ -16,7 +16,7 @@ use kvasir_types::Level;
 use crate::checkpoint::{self, Shape};
 use crate::report::{Report, Row, median};
 
-use super::bed::{Bed, as_f64, millis};
+use super::bed::{Bed, CHUNK_TOKENS, as_f64, millis};
 
 const CONTEXT_TOKENS: usize = 1024;
 /// One batch.
@@ -28,7 +28,6 @@ pub(super) fn run(network: &Network, quick: bool, report: &mut Report) -> anyhow
     checkpoint::write(directory.path(), &Shape::DEEP)?;
     let model = Arc::new(Model::load(directory.path())?);
     let vocabulary = u32::try_from(Shape::DEEP.vocabulary)?;
-    // The rest is no whole chunk less than it takes to be stored, so it is not.
     let tokens = u32::try_from(CONTEXT_TOKENS + REST_TOKENS)?;
     let prompt: Vec<u32> = (0..tokens).map(|at| at * 7919 % vocabulary).collect();
     let bed = Bed::of(network, Arc::clone(&model), prompt, CONTEXT_TOKENS)?;
@@ -45,7 +44,7 @@ async fn measure(
     report: &mut Report,
 ) -> anyhow::Result<()> {
     let layers = f64::from(bed.layout.layers());
-    let chunks = CONTEXT_TOKENS / usize::from(super::bed::CHUNK_TOKENS as u16);
+    let chunks = CONTEXT_TOKENS / CHUNK_TOKENS as usize;
     let bytes = bed.layout.chunk_bytes() * chunks as u64;
     let writer = bed.rig(Level::RAW, |_| {});
     bed.network.set_mbps(10_000)?;
