@@ -16,7 +16,7 @@ MODEL   ?= models/reader-9m
 RUN     ?= target/reader
 VENV    ?= .venv
 
-.PHONY: help deps deps-neon deps-bench deps-cuda deps-rdma deps-ibverbs build demo test crash soak check check-deep test-neon test-cuda test-rdma rocksdb loom asan fuzz bench quality venv train
+.PHONY: help deps deps-neon deps-bench deps-cuda deps-rdma deps-ibverbs deps-network build demo test crash soak check check-deep test-neon test-cuda test-rdma test-network rocksdb loom asan fuzz bench quality venv train
 
 help:
 	@echo "make demo    build, then answer questions with a computed and a fetched prefill"
@@ -28,6 +28,7 @@ help:
 	@echo "make test-neon   the codec's tests as an ARM CPU runs them, under qemu"
 	@echo "make test-cuda   the CUDA kernel, compiled for every GPU that NVRTC knows; no GPU needed"
 	@echo "make test-rdma   one-sided reads over soft-RoCE, in an emulated machine; no adapter needed"
+	@echo "make test-network  fetches between two hosts: network namespaces, so as root"
 	@echo "make fuzz    hostile bytes for codec and data plane, a minute a target (SECONDS=1200: twenty)"
 	@echo "make bench   run the benchmarks (ARGS='ttft --quick --json' picks one)"
 	@echo "make quality ask the shipped model, write docs/quality.md (an hour; ARGS=--quick: minutes)"
@@ -47,6 +48,8 @@ DEPS_CUDA := python3-pip
 DEPS_IBVERBS := cmake pkg-config libibverbs-dev
 DEPS_RDMA := $(DEPS_IBVERBS) ibverbs-providers perftest qemu-system-x86 busybox-static cpio kmod \
   iproute2 python3
+# What makes hosts of network namespaces.
+DEPS_NETWORK := iproute2 util-linux
 # What the suite `store` is measured beside; no other needs them.
 DEPS_BENCH := fio redis-server
 
@@ -56,8 +59,9 @@ deps-bench: PACKAGES = $(DEPS_BENCH)
 deps-cuda:  PACKAGES = $(DEPS_CUDA)
 deps-rdma:  PACKAGES = $(DEPS_RDMA)
 deps-ibverbs: PACKAGES = $(DEPS_IBVERBS)
+deps-network: PACKAGES = $(DEPS_NETWORK)
 
-deps deps-neon deps-bench deps-cuda deps-rdma deps-ibverbs:
+deps deps-neon deps-bench deps-cuda deps-rdma deps-ibverbs deps-network:
 	@missing=""; for package in $(PACKAGES); do \
 	  dpkg -s $$package >/dev/null 2>&1 || missing="$$missing $$package"; done; \
 	if [ -n "$$missing" ]; then \
@@ -155,6 +159,11 @@ test-rdma: deps deps-rdma
 	  --test rdma --test data_path
 	$(CARGO) test $(PROFILE) --locked -p kvasir-transport --features rdma --lib
 	tests/rdma/run $(abspath $(BUILDS))/rdma
+
+# Two network namespaces, and a link between them whose rate is shaped. The kernel makes them for
+# root alone. What needs no root of the kind, behind a relay of datagrams, is in `make test`.
+test-network: deps-network build
+	$(CARGO) test $(PROFILE) --locked --workspace --test network -- --ignored --test-threads 1
 
 # Each target for SECONDS, from its seeds in the repository; what is found lies in
 # target/fuzz. libFuzzer's instrumentation needs the compiler's unstable flags, which the

@@ -44,6 +44,17 @@ impl Shape {
         positions: 4096,
     };
 
+    /// As deep as larger models are: about 71 M parameters, 24 KiB of f16 KV per token.
+    pub(crate) const DEEP: Self = Self {
+        hidden: 512,
+        layers: 24,
+        heads: 8,
+        kv_heads: 4,
+        intermediate: 1408,
+        vocabulary: 2048,
+        positions: 4096,
+    };
+
     const fn head_dim(&self) -> usize {
         self.hidden / self.heads
     }

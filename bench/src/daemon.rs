@@ -3,12 +3,14 @@
 //! A real process has its own scheduler, allocator and page tables, as it does in
 //! production; nothing is measured through a shortcut.
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::Context as _;
 use kvasir_client::Client;
 use kvasir_server::child::{ListeningChild, drop_page_cache};
+use kvasir_tests::network::Host;
 use kvasir_types::ByteSize;
 
 /// A running daemon; killed when dropped.
@@ -20,14 +22,21 @@ pub(crate) struct Daemon {
 impl Daemon {
     /// Starts a daemon with its data in `data`.
     pub(crate) fn start(data: &Path, memory: ByteSize, listen: &str) -> anyhow::Result<Self> {
-        let mut command = Command::new(std::env::current_exe()?);
-        command
-            .args(["daemon", "--listen", listen, "--data-dir"])
-            .arg(data);
-        command.args(["--memory", &memory.to_string()]);
-        if std::env::var_os("RUST_LOG").is_none() {
-            command.env("RUST_LOG", "warn");
-        }
+        Self::run(command(data, memory, listen)?, data)
+    }
+
+    /// Starts one on another host, at `port`, or at a free one where it is 0.
+    pub(crate) fn start_on(
+        host: &Host,
+        data: &Path,
+        memory: ByteSize,
+        port: u16,
+    ) -> anyhow::Result<Self> {
+        let listen = SocketAddr::new(host.address(), port).to_string();
+        Self::run(host.command(&command(data, memory, &listen)?), data)
+    }
+
+    fn run(command: Command, data: &Path) -> anyhow::Result<Self> {
         Ok(Self {
             child: ListeningChild::start(command)?,
             data: data.to_owned(),
@@ -58,4 +67,16 @@ impl Daemon {
             drop_page_cache(&self.data).context("dropping cached pages of the daemon's data")
         })
     }
+}
+
+fn command(data: &Path, memory: ByteSize, listen: &str) -> anyhow::Result<Command> {
+    let mut command = Command::new(std::env::current_exe()?);
+    command
+        .args(["daemon", "--listen", listen, "--data-dir"])
+        .arg(data);
+    command.args(["--memory", &memory.to_string()]);
+    if std::env::var_os("RUST_LOG").is_none() {
+        command.env("RUST_LOG", "warn");
+    }
+    Ok(command)
 }

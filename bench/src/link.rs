@@ -205,7 +205,7 @@ pub(crate) async fn run(options: &Options, quick: bool) -> anyhow::Result<Report
 }
 
 /// Contexts of the corpus, one after the other, and a question's length more.
-fn prompt(tokens: usize) -> anyhow::Result<Vec<u32>> {
+pub(crate) fn prompt(tokens: usize) -> anyhow::Result<Vec<u32>> {
     let vocabulary = Vocabulary::load()?;
     let mut all = vec![vocabulary.bos];
     for index in 0.. {

@@ -18,6 +18,7 @@ mod kvstats;
 mod link;
 mod lookup;
 mod methods;
+mod network;
 mod page;
 mod prefill;
 mod quality;
@@ -101,6 +102,8 @@ enum Suite {
     Page(page::Options),
     /// Gets over every path, beside what carries them: raw streams, sockets, and memory.
     Transport(transport::Options),
+    /// Gets and fetches between two hosts, over links that are slow, lossy, change and die.
+    Network(network::Options),
     /// `kvasird` for the other suites, in a process of its own.
     #[command(hide = true)]
     Daemon {
@@ -168,6 +171,10 @@ async fn run(suite: Suite, json: bool, quick: bool) -> anyhow::Result<()> {
         Suite::Reference { model } => reference::run(&model),
         Suite::Prefill { python } => prefill::run(quick, python.as_deref())?.print(json),
         Suite::Transport(options) => transport::run(&options, quick).await?.print(json),
+        // It has threads of its own, on hosts of its own.
+        Suite::Network(options) => {
+            tokio::task::block_in_place(|| network::run(&options, quick))?.print(json)
+        }
         Suite::RawSockets { socket } => transport::raw::serve(&socket).await,
         Suite::Page(options) => Ok(page::run(&options)?),
         Suite::Daemon { .. } => Ok(()),

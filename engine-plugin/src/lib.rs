@@ -58,7 +58,9 @@ use std::time::Duration;
 use kvasir_client::{Client, ClientConfig};
 use kvasir_types::{ByteSize, Durability, Namespace};
 
-pub use kvasir_client::{DataPlane, ParseEndpointError, TlsConfig, TlsFileError};
+pub use kvasir_client::{
+    Carrier, DataPlane, ParseEndpointError, PathStatus, TlsConfig, TlsFileError,
+};
 pub use kvasir_codec::{EncodeError, Encoding, KeyRotation, Pairing, Profile};
 
 pub use backend::{BackendError, EngineBackend};
@@ -296,6 +298,11 @@ impl CachePlugin {
             skipped: load(&stats.skipped),
             missed: load(&stats.missed),
         }
+    }
+
+    /// How fetches go at this moment; `None` is gRPC. See [`Client::data_path`].
+    pub fn data_path(&self) -> Option<PathStatus> {
+        self.shared.client.data_path()
     }
 
     /// Whether `bytes` more can wait to be stored. Ask before copying a chunk.

@@ -3,7 +3,8 @@
 //! Suites in [`conformance`] state a trait's contract and run against every
 //! implementation; [`faulty`] is a device that fails; [`crash`] ends stores and daemons at
 //! any moment and checks what is left; [`soak`] keeps a daemon busy and watches its memory;
-//! [`harness`] starts real processes and sits between them.
+//! [`harness`] starts real processes and sits between them; [`relay`] does so with datagrams,
+//! as a bad network; [`network`] makes hosts and links.
 
 #![forbid(unsafe_code)]
 
@@ -11,4 +12,6 @@ pub mod conformance;
 pub mod crash;
 pub mod faulty;
 pub mod harness;
+pub mod network;
+pub mod relay;
 pub mod soak;

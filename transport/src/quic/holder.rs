@@ -234,6 +234,8 @@ async fn sending<S: Source>(
     // Data that is about to be lent; bounded, as all data, by the fetcher's credit.
     let mut lends = FuturesUnordered::new();
     loop {
+        // Or they would take a share of the link.
+        streams.close(shared, lending);
         while let Some(Some(frame)) = lends.next().now_or_never() {
             streams.send(shared, frame).await?;
         }
@@ -248,7 +250,6 @@ async fn sending<S: Source>(
             }
             continue;
         }
-        streams.close(shared, lending);
         if shared.is_drained() {
             // The last frames are on their way; the fetcher closes.
             let _ = tokio::time::timeout(CLOSING, connection.closed()).await;

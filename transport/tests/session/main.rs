@@ -360,6 +360,22 @@ fn what_a_peer_may_not_do_ends_the_connection() {
     assert_eq!(holder.on_frame(now, Frame::Drain), Err(Violation::Role));
 }
 
+/// What was sent for nobody comes back as credit, and no more of it than there was.
+#[test]
+fn credit_of_what_is_gone_comes_back() {
+    let credit = 1000;
+    let mut fetcher = Fetcher::new(Config {
+        credit,
+        ..Config::default()
+    });
+    fetcher.connect(std::time::Instant::now());
+    fetcher.missed(credit).unwrap();
+    let frames: Vec<_> = std::iter::from_fn(|| fetcher.poll_frame()).collect();
+    let limit = 2 * credit;
+    assert_eq!(frames.last(), Some(&Frame::Credit { limit }));
+    assert_eq!(fetcher.missed(credit + 1), Err(Violation::Credit));
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(200))]
 
