@@ -29,7 +29,8 @@
 //! the middle of a fetch, less the fetch's budget, against the 10 ms of the design;
 //! `stalled/overrun_p50`, `_max`: its time to the first token, less budget and `computed`.
 //!
-//! `overlap`, a prompt whose context is cached and whose last 512 tokens are not:
+//! `overlap`, a prompt whose context is cached and whose last 512 tokens are not, with an engine
+//! that leaves a core to the daemon and the sockets of both hosts:
 //! `overlap/transfer`: getting its chunks alone; `overlap/compute`: computing the rest over pages
 //! that have them; `overlap/ttft`: both, with `ratio` = this ÷ the longer of them, over a link on
 //! which both take about as long; `overlap/least`: the same where everything but the first layer

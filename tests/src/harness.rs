@@ -305,17 +305,28 @@ impl Rig {
         endpoint: &str,
         config: PluginConfig,
     ) -> Self {
+        let engine = EngineConfig::for_tokens(kv_tokens);
+        Self::start_with(model, namespace, engine, endpoint, config)
+    }
+
+    /// Starts an engine on `model`, as `engine` says but for the type of its pages' elements.
+    pub fn start_with(
+        model: Arc<Model>,
+        namespace: Namespace,
+        mut engine: EngineConfig,
+        endpoint: &str,
+        config: PluginConfig,
+    ) -> Self {
         let runtime = tokio::runtime::Handle::current();
         let plugin = CachePlugin::connect(endpoint, runtime, namespace, config)
             .expect("the endpoint is well formed");
-        let mut config = EngineConfig::for_tokens(kv_tokens);
-        config.kv_dtype = match plugin.namespace().layout().dtype() {
+        engine.kv_dtype = match plugin.namespace().layout().dtype() {
             DType::Bf16 => KvDtype::Bf16,
             DType::F16 => KvDtype::F16,
             _ => KvDtype::F32,
         };
         let engine =
-            Engine::start(model, &config, Some(plugin.clone())).expect("the system grants threads");
+            Engine::start(model, &engine, Some(plugin.clone())).expect("the system grants threads");
         Self {
             engine: engine.handle(),
             plugin,

@@ -8,6 +8,7 @@ use anyhow::ensure;
 use kvasir_client::{Carrier, Client};
 use kvasir_engine::kv::KvDtype;
 use kvasir_engine::model::Model;
+use kvasir_engine::scheduler::EngineConfig;
 use kvasir_plugin::{CodecConfig, DataPlane, Encoding, LoadPolicy, PluginConfig};
 use kvasir_tests::harness::{Answer, Rig, Use};
 use kvasir_tests::network::Network;
@@ -24,6 +25,8 @@ pub(super) struct Bed<'a> {
     pub(super) prompt: Vec<u32>,
     /// Of context.
     pub(super) tokens: usize,
+    /// That engines compute on.
+    pub(super) threads: usize,
     _data: tempfile::TempDir,
 }
 
@@ -50,6 +53,7 @@ impl<'a> Bed<'a> {
             model,
             prompt,
             tokens,
+            threads: EngineConfig::for_tokens(tokens).threads,
             _data: data,
         })
     }
@@ -72,8 +76,11 @@ impl<'a> Bed<'a> {
         let salt = [stored.code()];
         let namespace = kvasir_engine::cache::namespace(&self.model, self.layout, &[0; 32], &salt);
         let model = Arc::clone(&self.model);
-        let tokens = self.prompt.len() + 32;
-        Rig::start(model, namespace, tokens, self.daemon.address(), config)
+        let engine = EngineConfig {
+            threads: self.threads,
+            ..EngineConfig::for_tokens(self.prompt.len() + 32)
+        };
+        Rig::start_with(model, namespace, engine, self.daemon.address(), config)
     }
 
     /// Has the context stored at each of the levels, over a fast link.

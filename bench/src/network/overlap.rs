@@ -30,7 +30,9 @@ pub(super) fn run(network: &Network, quick: bool, report: &mut Report) -> anyhow
     let vocabulary = u32::try_from(Shape::DEEP.vocabulary)?;
     let tokens = u32::try_from(CONTEXT_TOKENS + REST_TOKENS)?;
     let prompt: Vec<u32> = (0..tokens).map(|at| at * 7919 % vocabulary).collect();
-    let bed = Bed::of(network, Arc::clone(&model), prompt, CONTEXT_TOKENS)?;
+    let mut bed = Bed::of(network, Arc::clone(&model), prompt, CONTEXT_TOKENS)?;
+    // Both hosts are this one: the daemon and what carries its bytes need some of it.
+    bed.threads = (bed.threads - 1).max(1);
     let compute = compute_alone(&bed, runs)?;
     network
         .near()
@@ -105,8 +107,7 @@ async fn measure(
 fn compute_alone(bed: &Bed<'_>, runs: usize) -> anyhow::Result<f64> {
     let blocks = bed.prompt.len().div_ceil(BLOCK_TOKENS);
     let mut pool = KvPool::new(bed.model.config(), blocks, KvDtype::F16);
-    let threads = std::thread::available_parallelism()?.get();
-    let mut scratch = Scratch::new(Threads::new(threads)?);
+    let mut scratch = Scratch::new(Threads::new(bed.threads)?);
     let blocks: Vec<_> = std::iter::from_fn(|| pool.alloc()).collect();
     let mut forward = |range: std::ops::Range<usize>| -> anyhow::Result<f64> {
         let begun = Instant::now();
