@@ -103,7 +103,17 @@ impl PowerCuts {
         chunks: &Chunks,
     ) -> Result<StoreTarget, OpenError> {
         let capacity = if self.tight { TIGHT } else { ROOMY };
-        StoreTarget::open(data, medium, chunks, MEMORY, capacity).await
+        let patience = Instant::now() + PATIENCE;
+        loop {
+            match StoreTarget::open(data, medium, chunks, MEMORY, capacity).await {
+                // A process that somebody else here is about to start has, for a moment, all
+                // files that this one has open, the lock of the store before among them.
+                Err(OpenError::Locked(_)) if Instant::now() < patience => {
+                    tokio::time::sleep(Duration::from_millis(1)).await;
+                }
+                opened => return opened,
+            }
+        }
     }
 }
 
@@ -218,7 +228,7 @@ async fn end(target: StoreTarget, data: &Path) -> anyhow::Result<()> {
     let _ = target.store.close().await;
     drop(target);
     let lock = File::options().write(true).open(data.join("LOCK"))?;
-    let patience = Instant::now() + Duration::from_secs(30);
+    let patience = Instant::now() + PATIENCE;
     while lock.try_lock().is_err() {
         ensure!(Instant::now() < patience, "the store never ends");
         tokio::time::sleep(Duration::from_millis(1)).await;
@@ -270,6 +280,8 @@ fn copy_directory(from: &Path, to: &Path) -> io::Result<()> {
 pub(super) const CLIENTS: u32 = 6;
 const MIN_LOAD: Duration = Duration::from_millis(2);
 const MAX_LOAD: Duration = Duration::from_millis(60);
+/// With what is about to end.
+const PATIENCE: Duration = Duration::from_secs(30);
 const MEMORY: ByteSize = ByteSize::mib(4);
 pub(super) const ROOMY: ByteSize = ByteSize::mib(64);
 pub(super) const TIGHT: ByteSize = ByteSize::mib(1);
