@@ -160,7 +160,10 @@ fn a_silent_peer_costs_one_budget() {
         site.on_near(|| async {
             let rig = site.rig(wary.clone()).await;
             let silence = async {
-                tokio::time::sleep(Duration::from_millis(200)).await;
+                while rig.plugin.fetch_stats().loads == 0 {
+                    tokio::time::sleep(Duration::from_millis(1)).await;
+                }
+                tokio::time::sleep(Duration::from_millis(100)).await;
                 if pulled {
                     site.network.set_up(false).unwrap();
                 } else {
@@ -174,9 +177,10 @@ fn a_silent_peer_costs_one_budget() {
             assert!(answer.ttft() < bound, "{:?} of {bound:?}", answer.ttft());
             rig.ask(&site.prompt, Use::Read).await;
             let stats = rig.plugin.fetch_stats();
-            // The engine's patience ends when the get's deadline does.
+            assert_eq!((stats.loads, stats.skipped), (1, 1));
+            // The engine's patience ends when the get's deadline does, and both may be noticed.
             let ended = stats.late + stats.failed;
-            assert_eq!((stats.loads, ended, stats.skipped), (1, 1, 1));
+            assert!((1..=2).contains(&ended), "{stats:?}");
         });
     }
 }
