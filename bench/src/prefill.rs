@@ -7,7 +7,7 @@ use std::time::Instant;
 use anyhow::{Context as _, ensure};
 use kvasir_engine::kernels::Threads;
 use kvasir_engine::kv::{BLOCK_TOKENS, KvDtype, KvPool};
-use kvasir_engine::model::{LogitsWanted, Model, Scratch, Step};
+use kvasir_engine::model::{LogitsWanted, Model, Positions, Scratch, Step};
 
 use crate::checkpoint::{self, Shape};
 use crate::report::{Report, Row, median};
@@ -57,7 +57,7 @@ fn ours(dir: &Path, threads: usize, repeats: usize) -> anyhow::Result<f64> {
             &mut scratch,
             &[Step {
                 tokens: &prompt,
-                position: 0,
+                positions: Positions::From(0),
                 blocks: &blocks,
                 logits: LogitsWanted::Last,
             }],

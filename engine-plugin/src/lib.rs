@@ -41,6 +41,7 @@
 #![forbid(unsafe_code)]
 
 mod backend;
+pub mod blend;
 mod breaker;
 mod capture;
 mod coding;

@@ -12,7 +12,7 @@ use kvasir_client::Client;
 use kvasir_engine::cache::{self, PoolBackend};
 use kvasir_engine::kernels::Threads;
 use kvasir_engine::kv::{BLOCK_TOKENS, BlockId, KvDtype, KvPool};
-use kvasir_engine::model::{LogitsWanted, Model, Scratch, Step};
+use kvasir_engine::model::{LogitsWanted, Model, Positions, Scratch, Step};
 use kvasir_plugin::{
     CachePlugin, CaptureOutcome, ChunkCopy, EngineBackend as _, FetchOutcome, LoadPolicy,
     PluginConfig, Prompt,
@@ -167,7 +167,7 @@ impl Pages {
     ) -> Vec<u32> {
         let step = Step {
             tokens: &tokens[from..],
-            position: from,
+            positions: Positions::From(from),
             blocks: &self.blocks,
             logits: LogitsWanted::Last,
         };

@@ -8,7 +8,7 @@ use anyhow::ensure;
 use kvasir_client::{Client, ClientConfig, DataPlane, GetEvent, GetOptions};
 use kvasir_engine::kernels::Threads;
 use kvasir_engine::kv::{BLOCK_TOKENS, KvDtype, KvPool};
-use kvasir_engine::model::{LogitsWanted, Model, Scratch, Step};
+use kvasir_engine::model::{LogitsWanted, Model, Positions, Scratch, Step};
 use kvasir_tests::harness::Use;
 use kvasir_tests::network::Network;
 use kvasir_types::Level;
@@ -113,7 +113,7 @@ fn compute_alone(bed: &Bed<'_>, runs: usize) -> anyhow::Result<f64> {
         let begun = Instant::now();
         let step = Step {
             tokens: &bed.prompt[range.clone()],
-            position: range.start,
+            positions: Positions::From(range.start),
             blocks: &blocks,
             logits: LogitsWanted::Last,
         };

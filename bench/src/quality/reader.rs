@@ -7,8 +7,8 @@ use anyhow::Context as _;
 use kvasir_engine::kernels::{Isa, rotate};
 use kvasir_engine::rope::Frequencies;
 use kvasir_engine::{
-    BLOCK_TOKENS, BeforeLayer, BlockId, KvDtype, KvPool, LogitsWanted, Model, ModelConfig, Scratch,
-    Step, Threads,
+    BLOCK_TOKENS, BeforeLayer, BlockId, KvDtype, KvPool, LogitsWanted, Model, ModelConfig,
+    Positions, Scratch, Step, Threads,
 };
 use nalgebra::DMatrix;
 
@@ -122,7 +122,7 @@ impl Reader {
         let mut layers = vec![Vec::new(); config.layers];
         let mut pages = self.empty(tokens.len())?;
         self.extend_with(&mut pages, tokens, &mut |before| {
-            let rows = before.queries.chunks_exact(before.query_stride);
+            let rows = before.rows.chunks_exact(before.stride);
             layers[before.layer].extend(rows.flat_map(|row| &row[..width]));
             ControlFlow::Continue(())
         })?;
@@ -167,7 +167,7 @@ impl Reader {
         for part in tokens.chunks(STEP_TOKENS) {
             let step = Step {
                 tokens: part,
-                position: pages.tokens,
+                positions: Positions::From(pages.tokens),
                 blocks: &pages.blocks,
                 logits: LogitsWanted::None,
             };
@@ -194,7 +194,7 @@ impl Reader {
             .zip(&forks)
             .map(|(tail, fork)| Step {
                 tokens: tail,
-                position: context.tokens,
+                positions: Positions::From(context.tokens),
                 blocks: &fork.blocks,
                 logits: LogitsWanted::All,
             })
@@ -227,7 +227,7 @@ impl Reader {
             let tokens = out.last().map_or(prompt, std::slice::from_ref);
             let step = Step {
                 tokens,
-                position: fork.tokens,
+                positions: Positions::From(fork.tokens),
                 blocks: &fork.blocks,
                 logits: LogitsWanted::Last,
             };

@@ -306,6 +306,29 @@ impl KvPool {
         }
     }
 
+    /// K or V of one token, `[kv_head][head_dim]`, widened: the inverse of
+    /// [`Self::write_token`].
+    pub(crate) fn read_token(
+        &self,
+        blocks: &[BlockId],
+        position: usize,
+        layer: usize,
+        plane: Plane,
+        out: &mut [f32],
+    ) {
+        let (block, slot) = (blocks[position / BLOCK_TOKENS], position % BLOCK_TOKENS);
+        let dim = self.geometry.head_dim;
+        for (kv_head, out) in out.chunks_exact_mut(dim).enumerate() {
+            let at = self.geometry.offset(layer, block, plane, kv_head, slot);
+            let head = match &self.data {
+                Storage::F32(data) => HeadBlock::F32(&data[at..at + dim]),
+                Storage::Bf16(data) => HeadBlock::Bf16(&data[at..at + dim]),
+                Storage::F16(data) => HeadBlock::F16(&data[at..at + dim]),
+            };
+            head.widen(dim, out, dim);
+        }
+    }
+
     /// Checks a page table that must cover `tokens` tokens.
     pub(crate) fn check_table(&self, blocks: &[BlockId], tokens: usize) -> Result<(), KvError> {
         if tokens.div_ceil(BLOCK_TOKENS) > blocks.len() {

@@ -25,6 +25,7 @@
 
 #![deny(unsafe_code)]
 
+pub mod blend;
 pub mod cache;
 pub mod chat;
 pub mod checkpoint;
@@ -44,4 +45,6 @@ pub use checkpoint::CheckpointError;
 pub use config::{Architecture, ConfigError, ModelConfig};
 pub use kernels::Threads;
 pub use kv::{BLOCK_TOKENS, BlockId, KvDtype, KvError, KvPool};
-pub use model::{BeforeLayer, ForwardError, LoadError, Logits, LogitsWanted, Model, Scratch, Step};
+pub use model::{
+    BeforeLayer, ForwardError, LoadError, Logits, LogitsWanted, Model, Positions, Scratch, Step,
+};

@@ -20,7 +20,7 @@ mod forward;
 mod tests;
 mod weights;
 
-pub use forward::{BeforeLayer, ForwardError, Logits, LogitsWanted, Scratch, Step};
+pub use forward::{BeforeLayer, ForwardError, Logits, LogitsWanted, Positions, Scratch, Step};
 
 /// Weights and config of one model.
 pub struct Model {
@@ -89,11 +89,12 @@ impl Model {
 
     /// Runs all `steps` as one batch and writes their K and V into the pages.
     ///
-    /// For each layer, K and V of the new tokens are written first, then
-    /// `before_layer` is called, then attention reads the pages: so
-    /// a caller may land fetched K and V of that layer, of positions before the
-    /// steps, from there. It runs on a thread of the scratch's pool, and other
-    /// threads wait for it. If it breaks, the batch ends there without a result.
+    /// For each layer, `before_layer` is called, then K and V of the new tokens are
+    /// written, then attention reads the pages: so a caller may land fetched K and V of
+    /// that layer from there, those of positions included that it lets the steps compute
+    /// anew, and may [drop](BeforeLayer::keep) rows that need not be computed any
+    /// further. It runs on a thread of the scratch's pool, and other threads wait for it.
+    /// If it breaks, the batch ends there without a result.
     ///
     /// Steps must not write to one page twice.
     ///

@@ -14,7 +14,7 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use kvasir_engine::{
-    BLOCK_TOKENS, BlockId, KvDtype, KvPool, LogitsWanted, Model, Scratch, Step, Threads,
+    BLOCK_TOKENS, BlockId, KvDtype, KvPool, LogitsWanted, Model, Positions, Scratch, Step, Threads,
 };
 use safetensors::{Dtype, SafeTensors};
 
@@ -151,7 +151,7 @@ impl<'a> Engine<'a> {
             .iter()
             .map(|&(sequence, position, tokens)| Step {
                 tokens,
-                position,
+                positions: Positions::From(position),
                 blocks: &self.tables[sequence],
                 logits,
             })
@@ -316,7 +316,7 @@ fn landed_prefixes_change_no_bit() {
             let table = engine.tables[0].clone();
             let step = Step {
                 tokens: &tokens[prefix..],
-                position: prefix,
+                positions: Positions::From(prefix),
                 blocks: &table,
                 logits: LogitsWanted::Last,
             };

@@ -2,7 +2,7 @@
 //!
 //! FlashAttention's recurrence (Dao et al., arXiv 2205.14135) over tiles of
 //! [`KEY_TILE`] keys. A unit of work is one KV head of up to [`QUERY_TILE`]
-//! query rows: all query heads of the group, for some consecutive tokens. So a
+//! query rows: all query heads of the group, for some tokens of a sequence. So a
 //! tile of K and V is widened and transposed once per unit and stays in cache.
 //!
 //! # Order of summation
@@ -43,15 +43,14 @@ pub(crate) struct AttentionShape {
     pub(crate) window: Option<usize>,
 }
 
-/// Consecutive queries of one sequence.
+/// Queries of one sequence, in consecutive rows.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct QueryRange<'a> {
     /// Row of the first query in the matrix of queries and in the output.
     pub(crate) first_row: usize,
-    /// Its position in the sequence; its own K and V are in the pages.
-    pub(crate) position: usize,
-    /// Number of queries.
-    pub(crate) queries: usize,
+    /// Position of each query in the sequence, ascending; their own K and V are in the
+    /// pages, and those of all positions between.
+    pub(crate) positions: &'a [usize],
     /// The sequence's pages, from position 0.
     pub(crate) blocks: &'a [BlockId],
 }
@@ -91,16 +90,14 @@ pub(crate) fn attend(isa: Isa, work: &AttentionWork<'_>, out: &mut [f32]) {
     for range in work.ranges {
         // Ranges are checked here so that units may trust their rows.
         assert!(next_row <= range.first_row, "ranges ascend");
-        next_row = range.first_row.saturating_add(range.queries);
+        next_row = range.first_row.saturating_add(range.positions.len());
         assert!(next_row <= out.len() / width, "rows of out");
-        for first in (0..range.queries).step_by(tokens_per_unit) {
-            let queries = tokens_per_unit.min(range.queries - first);
+        for (index, positions) in range.positions.chunks(tokens_per_unit).enumerate() {
             for kv_head in 0..shape.kv_heads {
                 units.push(Unit {
                     range: QueryRange {
-                        first_row: range.first_row + first,
-                        position: range.position + first,
-                        queries,
+                        first_row: range.first_row + index * tokens_per_unit,
+                        positions,
                         blocks: range.blocks,
                     },
                     kv_head,
@@ -119,7 +116,7 @@ pub(crate) fn attend(isa: Isa, work: &AttentionWork<'_>, out: &mut [f32]) {
         || Workspace::new(shape.head_dim),
         |space, unit| {
             unit.run(isa, work, space);
-            for row in 0..unit.range.queries * group {
+            for row in 0..unit.range.positions.len() * group {
                 let at = (unit.range.first_row + row / group) * width
                     + (unit.kv_head * group + row % group) * shape.head_dim;
                 // SAFETY: no other unit has this row and KV head, ranges being
@@ -244,7 +241,8 @@ impl Unit<'_> {
         let shape = work.shape;
         let dim = shape.head_dim;
         let group = shape.heads / shape.kv_heads;
-        let rows = self.range.queries * group;
+        let positions = self.range.positions;
+        let rows = positions.len() * group;
 
         space.queries.ensure(rows * dim);
         space.sums.ensure(rows * space.padded);
@@ -271,8 +269,11 @@ impl Unit<'_> {
                 .map_or(0, |window| (position + 1).saturating_sub(window));
             (first, position + 1)
         };
-        let (from, _) = visible(self.range.position);
-        let end = self.range.position + self.range.queries;
+        let (Some(&first), Some(&last)) = (positions.first(), positions.last()) else {
+            return;
+        };
+        let (from, _) = visible(first);
+        let (_, end) = visible(last);
         for first in (from / KEY_TILE * KEY_TILE..end).step_by(KEY_TILE) {
             let tokens = KEY_TILE.min(end - first);
             space.load_tile(isa, work, self, first, tokens);
@@ -281,7 +282,7 @@ impl Unit<'_> {
                 // Lanes of the tile that each row sees; empty for none.
                 let mut lanes = [(0, 0); ROW_BLOCK];
                 for (row, lanes) in lanes[..count].iter_mut().enumerate() {
-                    let (from, to) = visible(self.range.position + (start + row) / group);
+                    let (from, to) = visible(positions[(start + row) / group]);
                     *lanes = (
                         from.saturating_sub(first).min(KEY_TILE),
                         to.saturating_sub(first).min(KEY_TILE),

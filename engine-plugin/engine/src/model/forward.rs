@@ -1,6 +1,6 @@
 //! One batch of steps through all layers.
 
-use std::ops::ControlFlow;
+use std::ops::{ControlFlow, Range};
 
 use rayon::prelude::*;
 
@@ -13,32 +13,62 @@ use crate::kernels::{
 };
 use crate::kv::{BlockId, KvError, KvPool};
 
-/// Consecutive tokens of one sequence.
+/// Tokens of one sequence.
 #[derive(Clone, Copy, Debug)]
 pub struct Step<'a> {
     /// Token ids; at least one.
     pub tokens: &'a [u32],
-    /// Position of `tokens[0]`. K and V of all earlier positions are in the
-    /// pages, or will be once `before_layer` has run for a layer.
-    pub position: usize,
+    /// Where they stand. K and V of all positions up to the last that are not among them
+    /// are in the pages, or will be once `before_layer` has run for a layer.
+    pub positions: Positions<'a>,
     /// The sequence's page table from position 0; covers the tokens.
     pub blocks: &'a [BlockId],
     /// Rows of logits to return.
     pub logits: LogitsWanted,
 }
 
+/// Where the tokens of a step stand in their sequence.
+#[derive(Clone, Copy, Debug)]
+pub enum Positions<'a> {
+    /// One after another, from this position on.
+    From(usize),
+    /// As listed, ascending; as many as there are tokens.
+    At(&'a [usize]),
+}
+
+impl Positions<'_> {
+    /// Position of the `index`-th token, if it has one.
+    fn get(&self, index: usize) -> Option<usize> {
+        match self {
+            Self::From(first) => first.checked_add(index),
+            Self::At(positions) => positions.get(index).copied(),
+        }
+    }
+}
+
 /// What a layer is about to attend with.
+///
+/// Rows are the tokens of the steps, in order, that have not been dropped.
 #[derive(Debug)]
 pub struct BeforeLayer<'a> {
     /// Its index.
     pub layer: usize,
-    /// Pages, which hold K and V of the batch's tokens.
+    /// Pages, which do not hold K and V of the rows yet: those that go on are written
+    /// next.
     pub pool: &'a mut KvPool,
-    /// Rows of queries after RoPE, one a token of the batch: `[row][query_stride]`, of which
-    /// the first `heads · head_dim` elements are the query heads.
-    pub queries: &'a [f32],
-    /// Elements from one row of `queries` to the next.
-    pub query_stride: usize,
+    /// Projections after RoPE: `[row][stride]`, of which the first `heads · head_dim`
+    /// elements are the query heads, the next `kv_heads · head_dim` K and as many V.
+    pub rows: &'a [f32],
+    /// Elements from one row to the next.
+    pub stride: usize,
+    /// Position of each row in its sequence.
+    pub positions: &'a [usize],
+    /// Rows of each step.
+    pub steps: &'a [Range<usize>],
+    /// Whether each row goes on; all do until told otherwise. One that does not leaves K and
+    /// V of its position, from this layer on, to what the pages hold. Rows whose logits are
+    /// wanted go on in any case.
+    pub keep: &'a mut [bool],
 }
 
 /// Which rows of logits a step returns.
@@ -161,7 +191,7 @@ pub(super) fn run(
     scratch.reserve(&model.config, rows);
     let threads = scratch.threads.clone();
     threads
-        .run(|| Batch { model, steps, rows }.run(pool, scratch, before_layer))
+        .run(|| Batch::new(model, steps).run(pool, scratch, before_layer))
         .ok_or(ForwardError::Stopped)
 }
 
@@ -174,16 +204,23 @@ fn check(model: &Model, pool: &KvPool, steps: &[Step<'_>]) -> Result<(), Forward
         step,
         Step {
             tokens,
-            position,
+            positions,
             blocks,
             ..
         },
     ) in steps.iter().enumerate()
     {
-        if tokens.is_empty() {
+        let Some(last) = tokens.len().checked_sub(1) else {
             return Err(ForwardError::Empty { step });
+        };
+        if let Positions::At(listed) = positions
+            && (listed.len() != tokens.len() || !listed.is_sorted_by(|a, b| a < b))
+        {
+            return Err(ForwardError::Positions { step });
         }
-        let end = position.saturating_add(tokens.len());
+        let end = positions
+            .get(last)
+            .map_or(usize::MAX, |position| position.saturating_add(1));
         if end > config.max_positions {
             return Err(ForwardError::TooLong {
                 step,
@@ -207,36 +244,63 @@ fn check(model: &Model, pool: &KvPool, steps: &[Step<'_>]) -> Result<(), Forward
     Ok(())
 }
 
-/// Checked steps; their tokens are rows, in order.
+/// Checked steps; their tokens are rows, in order, until they are dropped.
 struct Batch<'a> {
     model: &'a Model,
     steps: &'a [Step<'a>],
-    rows: usize,
+    /// Of each row.
+    positions: Vec<usize>,
+    /// Rows of each step.
+    ranges: Vec<Range<usize>>,
 }
 
-impl Batch<'_> {
+impl<'a> Batch<'a> {
+    fn new(model: &'a Model, steps: &'a [Step<'a>]) -> Self {
+        let mut positions = Vec::new();
+        let ranges = steps.iter().map(|step| {
+            let first = positions.len();
+            positions.extend((0..step.tokens.len()).filter_map(|index| step.positions.get(index)));
+            first..positions.len()
+        });
+        Self {
+            model,
+            steps,
+            ranges: ranges.collect(),
+            positions,
+        }
+    }
+
     fn run(
-        &self,
+        mut self,
         pool: &mut KvPool,
         scratch: &mut Scratch,
         before_layer: &mut (dyn FnMut(BeforeLayer<'_>) -> ControlFlow<()> + Send),
     ) -> Option<Logits> {
-        let config = &self.model.config;
+        let model = self.model;
+        let config = &model.config;
         self.embed(scratch);
-        let mut rows = self.rows;
-        for (index, layer) in self.model.weights.layers.iter().enumerate() {
+        let mut keep = Vec::new();
+        let mut rows = self.positions.len();
+        for (index, layer) in model.weights.layers.iter().enumerate() {
             self.project_qkv(layer, scratch);
-            self.write_pages(pool, scratch, index);
             let width = config.qkv_width();
+            keep.clear();
+            keep.resize(rows, true);
             let before = BeforeLayer {
                 layer: index,
                 pool,
-                queries: &scratch.qkv[..self.rows * width],
-                query_stride: width,
+                rows: &scratch.qkv[..rows * width],
+                stride: width,
+                positions: &self.positions,
+                steps: &self.ranges,
+                keep: &mut keep,
             };
             if before_layer(before).is_break() {
                 return None;
             }
+            self.drop_rows(&mut keep, scratch);
+            rows = self.positions.len();
+            self.write_pages(pool, scratch, index);
             let last = index + 1 == config.layers;
             self.attend(pool, scratch, index, last);
             if last {
@@ -248,19 +312,53 @@ impl Batch<'_> {
         Some(self.logits(scratch, rows))
     }
 
+    /// First row of a step whose logits are wanted; the end of its rows for none.
+    fn first_wanted(&self, step: usize) -> usize {
+        let Range { start, end } = self.ranges[step];
+        start + self.steps[step].logits.first(end - start)
+    }
+
+    /// Takes rows that do not go on out of the buffers that later layers read.
+    fn drop_rows(&mut self, keep: &mut [bool], scratch: &mut Scratch) {
+        for (step, range) in self.ranges.iter().enumerate() {
+            keep[self.first_wanted(step)..range.end].fill(true);
+        }
+        if keep.iter().all(|&keep| keep) {
+            return;
+        }
+        let config = &self.model.config;
+        for (buffer, width) in [
+            (&mut scratch.stream, config.hidden),
+            (&mut scratch.qkv, config.qkv_width()),
+            (&mut scratch.angles, config.head_dim),
+        ] {
+            let kept = keep.iter().enumerate().filter(|(_, keep)| **keep);
+            for (to, (row, _)) in kept.enumerate() {
+                buffer.copy_within(row * width..(row + 1) * width, to * width);
+            }
+        }
+        let mut first = 0;
+        for range in &mut self.ranges {
+            let kept = keep[range.clone()].iter().filter(|keep| **keep).count();
+            *range = first..first + kept;
+            first += kept;
+        }
+        let mut row = 0;
+        self.positions.retain(|_| {
+            row += 1;
+            keep[row - 1]
+        });
+    }
+
     /// Embeddings into the residual stream, and the angles of each row.
     fn embed(&self, scratch: &mut Scratch) {
         let Self { model, steps, .. } = self;
         let (hidden, dim) = (model.config.hidden, model.config.head_dim);
-        let tokens = steps.iter().flat_map(|step| {
-            step.tokens
-                .iter()
-                .enumerate()
-                .map(|(i, &token)| (token, step.position + i))
-        });
+        let tokens = steps.iter().flat_map(|step| step.tokens);
         let stream = scratch.stream.chunks_exact_mut(hidden);
         let angles = scratch.angles.chunks_exact_mut(dim);
-        for (((token, position), row), angles) in tokens.zip(stream).zip(angles) {
+        let rows = tokens.zip(&self.positions).zip(stream).zip(angles);
+        for (((&token, &position), row), angles) in rows {
             model.weights.embed(token, row);
             let (cos, sin) = angles.split_at_mut(dim / 2);
             model.frequencies.angles(position, cos, sin);
@@ -270,7 +368,7 @@ impl Batch<'_> {
     /// Normed stream to Q, K and V, with biases, norms and rotation applied.
     fn project_qkv(&self, layer: &Layer, scratch: &mut Scratch) {
         let config = &self.model.config;
-        let (isa, rows, dim) = (scratch.isa, self.rows, config.head_dim);
+        let (isa, rows, dim) = (scratch.isa, self.positions.len(), config.head_dim);
         norm_rows(scratch, config, &layer.attention_norm, rows);
         let width = config.qkv_width();
         let qkv = &mut scratch.qkv[..rows * width];
@@ -304,34 +402,34 @@ impl Batch<'_> {
     fn write_pages(&self, pool: &mut KvPool, scratch: &Scratch, layer: usize) {
         let config = &self.model.config;
         let mut rows = scratch.qkv.chunks_exact(config.qkv_width());
-        for step in self.steps {
-            for (index, row) in rows.by_ref().take(step.tokens.len()).enumerate() {
+        for (step, range) in self.steps.iter().zip(&self.ranges) {
+            for (&position, row) in self.positions[range.clone()].iter().zip(rows.by_ref()) {
                 let kv = &row[config.heads * config.head_dim..];
                 let (k, v) = kv.split_at(config.kv_heads * config.head_dim);
-                pool.write_token(step.blocks, step.position + index, layer, k, v);
+                pool.write_token(step.blocks, position, layer, k, v);
             }
         }
     }
 
     fn attend(&self, pool: &KvPool, scratch: &mut Scratch, layer: usize, only_wanted: bool) {
         let config = &self.model.config;
-        let mut row = 0;
-        let mut ranges = Vec::with_capacity(self.steps.len());
-        for step in self.steps {
-            let tokens = step.tokens.len();
-            let skip = if only_wanted {
-                step.logits.first(tokens)
-            } else {
-                0
-            };
-            ranges.push(QueryRange {
-                first_row: row + skip,
-                position: step.position + skip,
-                queries: tokens - skip,
-                blocks: step.blocks,
-            });
-            row += tokens;
-        }
+        let ranges: Vec<QueryRange<'_>> = self
+            .ranges
+            .iter()
+            .enumerate()
+            .map(|(step, range)| {
+                let first_row = if only_wanted {
+                    self.first_wanted(step)
+                } else {
+                    range.start
+                };
+                QueryRange {
+                    first_row,
+                    positions: &self.positions[first_row..range.end],
+                    blocks: self.steps[step].blocks,
+                }
+            })
+            .collect();
         let work = AttentionWork {
             shape: AttentionShape {
                 heads: config.heads,
@@ -352,10 +450,9 @@ impl Batch<'_> {
     fn keep_wanted(&self, scratch: &mut Scratch) -> usize {
         let config = &self.model.config;
         let (hidden, heads) = (config.hidden, config.heads * config.head_dim);
-        let (mut row, mut kept) = (0, 0);
-        for step in self.steps {
-            let tokens = step.tokens.len();
-            for wanted in row + step.logits.first(tokens)..row + tokens {
+        let mut kept = 0;
+        for (step, range) in self.ranges.iter().enumerate() {
+            for wanted in self.first_wanted(step)..range.end {
                 scratch
                     .stream
                     .copy_within(wanted * hidden..(wanted + 1) * hidden, kept * hidden);
@@ -364,7 +461,6 @@ impl Batch<'_> {
                     .copy_within(wanted * heads..(wanted + 1) * heads, kept * heads);
                 kept += 1;
             }
-            row += tokens;
         }
         kept
     }
@@ -426,9 +522,8 @@ impl Batch<'_> {
             false,
         );
         let mut first = 0;
-        let steps = self.steps.iter().map(|step| {
-            let tokens = step.tokens.len();
-            let rows = tokens - step.logits.first(tokens);
+        let steps = self.ranges.iter().enumerate().map(|(step, range)| {
+            let rows = range.end - self.first_wanted(step);
             first += rows;
             (first - rows, rows)
         });
@@ -463,7 +558,7 @@ fn linear(isa: Isa, linear: &Linear, rows: usize, x: &[f32], y: &mut [f32], accu
 #[non_exhaustive]
 pub enum ForwardError {
     /// `before_layer` broke off. The pages hold K and V of the steps' tokens for
-    /// the layers up to that one.
+    /// the layers before that one.
     #[error("the caller stopped the batch between layers")]
     Stopped,
     /// The pages were made for a model of another shape.
@@ -472,6 +567,12 @@ pub enum ForwardError {
     /// A step without tokens.
     #[error("step {step} has no tokens")]
     Empty {
+        /// Index of the step.
+        step: usize,
+    },
+    /// Positions that do not ascend, or are not as many as the tokens.
+    #[error("step {step} lists positions that do not ascend, or not one for each token")]
+    Positions {
         /// Index of the step.
         step: usize,
     },

@@ -101,7 +101,7 @@ fn run(model: &Model, threads: usize, batches: &[Vec<(usize, usize, &[u32])>]) -
                 .iter()
                 .map(|&(sequence, position, tokens)| Step {
                     tokens,
-                    position,
+                    positions: Positions::From(position),
                     blocks: &tables[sequence],
                     logits: LogitsWanted::All,
                 })
@@ -276,7 +276,7 @@ fn steps_that_do_not_fit_are_refused() {
     let mut refusal = |tokens: &[u32], position, blocks: &[BlockId]| {
         let step = Step {
             tokens,
-            position,
+            positions: Positions::From(position),
             blocks,
             logits: LogitsWanted::Last,
         };
@@ -321,7 +321,7 @@ fn steps_that_do_not_fit_are_refused() {
     let mut pool = KvPool::new(&config, 2, KvDtype::F32);
     let step = Step {
         tokens: &[1],
-        position: 0,
+        positions: Positions::From(0),
         blocks: &blocks,
         logits: LogitsWanted::None,
     };
@@ -344,7 +344,7 @@ fn steps_without_logits_fill_pages_and_every_layer_is_announced() {
     let mut step = |tokens, position, logits, pool: &mut KvPool| {
         let step = Step {
             tokens,
-            position,
+            positions: Positions::From(position),
             blocks: &blocks,
             logits,
         };

@@ -16,7 +16,9 @@ use crate::cache::PoolBackend;
 use crate::kernels::Threads;
 use crate::kv::{BLOCK_TOKENS, BlockId, KvPool};
 use crate::metrics::{FREE_BLOCKS, RUNNING, WAITING};
-use crate::model::{BeforeLayer, ForwardError, Logits, LogitsWanted, Model, Scratch, Step};
+use crate::model::{
+    BeforeLayer, ForwardError, Logits, LogitsWanted, Model, Positions, Scratch, Step,
+};
 use crate::request::RequestError;
 
 use super::sequence::{Phase, Progress, Sequence};
@@ -98,7 +100,7 @@ impl EngineLoop {
             let prompt = vec![0u32; tokens];
             let step = Step {
                 tokens: &prompt,
-                position: 0,
+                positions: Positions::From(0),
                 blocks: &blocks,
                 logits: LogitsWanted::Last,
             };
@@ -289,7 +291,7 @@ impl EngineLoop {
                 let sequence = &self.running[planned.sequence];
                 Step {
                     tokens: &sequence.tokens[planned.from..planned.to],
-                    position: planned.from,
+                    positions: Positions::From(planned.from),
                     blocks: &sequence.blocks,
                     logits: if planned.wants_logits {
                         LogitsWanted::Last

@@ -52,6 +52,8 @@ proptest! {
     }
 }
 
+const POSITIONS: [usize; 3] = [0, 1, 2];
+
 /// Attends over a page of zeros with two heads of 16; each range is its first
 /// row and its number of queries.
 fn attend_rows(ranges: &[(usize, usize)], out_rows: usize) {
@@ -63,8 +65,7 @@ fn attend_rows(ranges: &[(usize, usize)], out_rows: usize) {
     let blocks = [pool.alloc().expect("the pool has a page")];
     let range = |&(first_row, queries): &(usize, usize)| QueryRange {
         first_row,
-        position: 0,
-        queries,
+        positions: &POSITIONS[..queries],
         blocks: &blocks,
     };
     let work = AttentionWork {
@@ -98,4 +99,66 @@ fn overlapping_ranges_are_refused() {
 #[should_panic(expected = "rows of out")]
 fn ranges_outside_the_output_are_refused() {
     attend_rows(&[(6, 2)], 7);
+}
+
+proptest! {
+    /// Queries at any positions, beside dense attention in f64 under the mask
+    /// `key <= query`, and inside the window if there is one.
+    #[test]
+    fn scattered_queries_see_what_a_dense_mask_shows(
+        positions in proptest::collection::btree_set(0usize..150, 1..60),
+        window in proptest::option::of(1usize..100),
+        seed: u64,
+    ) {
+        let config = r#"{"architectures": ["LlamaForCausalLM"], "vocab_size": 8, "hidden_size": 64,
+            "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "max_position_embeddings": 512}"#;
+        let config = ModelConfig::from_json(config.as_bytes()).expect("the config is complete");
+        let (dim, heads, group) = (16, 4, 2);
+        let positions: Vec<usize> = positions.into_iter().collect();
+        let mut pool = KvPool::new(&config, 10, KvDtype::F32);
+        let blocks: Vec<BlockId> = (0..10).filter_map(|_| pool.alloc()).rev().collect();
+        let mut state = seed;
+        let kv: Vec<(Vec<f32>, Vec<f32>)> = (0..150)
+            .map(|_| (numbers(2 * dim, &mut state), numbers(2 * dim, &mut state)))
+            .collect();
+        for (position, (k, v)) in kv.iter().enumerate() {
+            pool.write_token(&blocks, position, 0, k, v);
+        }
+        let queries = numbers(positions.len() * heads * dim, &mut state);
+        let range = QueryRange { first_row: 0, positions: &positions, blocks: &blocks };
+        let work = AttentionWork {
+            shape: AttentionShape { heads, kv_heads: 2, head_dim: dim, window },
+            ranges: &[range],
+            queries: &queries,
+            query_stride: heads * dim,
+            pool: &pool,
+            layer: 0,
+        };
+        let mut out = vec![0.0; queries.len()];
+        attend(Isa::detect(), &work, &mut out);
+        for (row, &position) in positions.iter().enumerate() {
+            for head in 0..heads {
+                let at = (row * heads + head) * dim;
+                let weight = |key: usize| {
+                    let behind = window.is_some_and(|window| key + window <= position);
+                    if key > position || behind {
+                        return 0.0;
+                    }
+                    let k = &kv[key].0[head / group * dim..][..dim];
+                    let dot: f64 = queries[at..at + dim].iter().zip(k)
+                        .map(|(q, k)| f64::from(*q) * f64::from(*k)).sum();
+                    (dot / 4.0).exp()
+                };
+                let weights: Vec<f64> = (0..150).map(weight).collect();
+                let total: f64 = weights.iter().sum();
+                for d in 0..dim {
+                    let expected: f64 = kv.iter().zip(&weights)
+                        .map(|((_, v), weight)| f64::from(v[head / group * dim + d]) * weight / total)
+                        .sum();
+                    prop_assert!((f64::from(out[at + d]) - expected).abs() < 1e-5);
+                }
+            }
+        }
+    }
 }

@@ -1,0 +1,251 @@
+//! Which tokens of reused chunks are computed anew.
+//!
+//! A token that is computed in some layer is computed in all layers before it, since it needs
+//! its hidden state; so what a rule decides is up to which layer each token goes. All rules but
+//! one decide before anything is computed. [`Rule::Deviation`] computes every token of the
+//! first layers and goes on with those whose KV has changed most.
+
+use std::ops::Range;
+
+/// How tokens are chosen. The share of [`Selector`] is of the tokens that are reused.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
+pub enum Rule {
+    /// No token: chunks are reused as they are.
+    None,
+    /// The first tokens of every chunk (EPIC, Hu et al., arXiv 2410.15332).
+    First,
+    /// Any, evenly. To compare with.
+    Random {
+        /// Of the choice.
+        seed: u64,
+    },
+    /// Those with the largest scores, which the caller has: recorded when the chunk was
+    /// compiled, or from attention of the question (ProphetKV), or from an oracle.
+    Scored,
+    /// The first tokens of every chunk, and then those with the largest scores.
+    FirstAndScored {
+        /// Tokens of each chunk.
+        first: usize,
+    },
+    /// Those whose KV differs most from the reused (HKVD of CacheBlend).
+    Deviation(Check),
+}
+
+/// When and how reused KV is compared with computed KV.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Check {
+    /// The layer whose K and V are compared, from 0. All tokens are computed up to it. In layer 0
+    /// nothing differs.
+    pub layer: u16,
+    /// What is compared.
+    pub of: Compared,
+    /// Gradual filtering: half as many tokens again go on behind the check, and each of the
+    /// next layers leaves fewer, until [`Selector::share`] are left two layers later.
+    pub gradual: bool,
+}
+
+/// Planes that [`Check`] compares.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Compared {
+    /// Keys, rotated for their new positions.
+    Keys,
+    /// Values.
+    Values,
+    /// Both.
+    Both,
+}
+
+/// A rule, and how many tokens it chooses.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Selector {
+    /// How.
+    pub rule: Rule,
+    /// How many, as a share of the tokens reused. 1 is all of them: full prefill.
+    pub share: f32,
+}
+
+/// Up to which layer each token of a prompt is computed.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Selection {
+    /// By token: layers that it is computed in, counted from the first. Tokens that are not
+    /// reused are computed in all.
+    pub layers: Vec<u16>,
+    /// Tokens that are reused.
+    pub reused: Vec<Range<usize>>,
+    /// Where tokens are chosen while they are computed, and the share that is left.
+    check: Option<(Check, f32)>,
+    /// Layers of the model.
+    depth: u16,
+}
+
+impl Selection {
+    /// What `selector` decides about a prompt of `tokens` tokens, of which `reused` have KV in a
+    /// cache, for a model of `layers` layers. `scores` are by token of the prompt; the larger,
+    /// the sooner computed. Rules without scores ignore them.
+    ///
+    /// # Panics
+    /// When `reused` is not inside the prompt, or scores are wanted and fewer than tokens.
+    pub fn new(
+        selector: Selector,
+        tokens: usize,
+        reused: &[Range<usize>],
+        layers: u16,
+        scores: &[f32],
+    ) -> Self {
+        let mut selection = Self {
+            layers: vec![layers; tokens],
+            reused: reused.to_vec(),
+            check: None,
+            depth: layers,
+        };
+        let total: usize = reused.iter().map(Range::len).sum();
+        let count = count(total, selector.share);
+        if count == total {
+            return selection;
+        }
+        for range in reused {
+            selection.layers[range.clone()].fill(0);
+        }
+        if count == 0 {
+            return selection;
+        }
+        match selector.rule {
+            Rule::None => {}
+            Rule::First => selection.first(count, usize::MAX),
+            Rule::Random { seed } => {
+                let scores: Vec<f32> = (0..tokens as u64).map(|token| noise(seed, token)).collect();
+                selection.scored(count, &scores);
+            }
+            Rule::Scored => selection.scored(count, scores),
+            Rule::FirstAndScored { first } => {
+                selection.first(count, first);
+                let computed = |token: &usize| selection.layers[*token] > 0;
+                let done = reused.iter().cloned().flatten().filter(computed).count();
+                selection.scored(count - done, scores);
+            }
+            Rule::Deviation(check) => {
+                for range in reused {
+                    selection.layers[range.clone()].fill(layers);
+                }
+                selection.check = Some((check, selector.share));
+            }
+        }
+        selection
+    }
+
+    /// `count` tokens, as many of each chunk as of the others, `most` at most.
+    fn first(&mut self, count: usize, most: usize) {
+        let mut left = count;
+        for place in 0..most {
+            let mut any = false;
+            for range in &self.reused {
+                if place < range.len() && left > 0 {
+                    self.layers[range.start + place] = self.depth;
+                    left -= 1;
+                    any = true;
+                }
+            }
+            if !any {
+                return;
+            }
+        }
+    }
+
+    /// Those `count` of the tokens not chosen yet that have the largest scores.
+    fn scored(&mut self, count: usize, scores: &[f32]) {
+        let open = self.reused.iter().cloned().flatten();
+        let open: Vec<usize> = open.filter(|&token| self.layers[token] == 0).collect();
+        let values: Vec<f32> = open.iter().map(|&token| scores[token]).collect();
+        for index in largest(&values, count) {
+            self.layers[open[index]] = self.depth;
+        }
+    }
+
+    /// What of `layer` is compared with what is reused there, for [`Self::narrow`].
+    pub fn compares_at(&self, layer: u16) -> Option<Compared> {
+        let (check, share) = self.check?;
+        let layers = check.layer..check.layer + check.stages(share);
+        layers.contains(&layer).then_some(check.of)
+    }
+
+    /// Leaves those tokens out, from `layer` on, that a check drops there. `deviations` are by
+    /// token of the prompt; of tokens that are not computed any more they do not matter.
+    pub fn narrow(&mut self, layer: u16, deviations: &[f32]) {
+        let Some((check, share)) = self.check else {
+            return;
+        };
+        let total = self.reused.iter().map(Range::len).sum();
+        let wider = f32::from(
+            check
+                .stages(share)
+                .saturating_sub(1 + layer.saturating_sub(check.layer)),
+        );
+        let count = count(total, share * (1.0 + wider / 4.0));
+        let alive = self.reused.iter().cloned().flatten();
+        let alive: Vec<usize> = alive.filter(|&token| self.layers[token] > layer).collect();
+        let values: Vec<f32> = alive.iter().map(|&token| deviations[token]).collect();
+        let mut dropped = vec![true; alive.len()];
+        for index in largest(&values, count) {
+            dropped[index] = false;
+        }
+        for (token, dropped) in alive.into_iter().zip(dropped) {
+            if dropped {
+                self.layers[token] = layer;
+            }
+        }
+    }
+
+    /// Rows of reused tokens that are run through a layer, as a share of those tokens times
+    /// layers: the charged budget. Holds once all choices have been made.
+    pub fn charged(&self) -> f64 {
+        let tokens: usize = self.reused.iter().map(Range::len).sum();
+        let rows: u64 = self
+            .reused
+            .iter()
+            .flat_map(|range| &self.layers[range.clone()])
+            .map(|&layers| u64::from(layers))
+            .sum();
+        #[expect(clippy::cast_precision_loss, reason = "a share")]
+        let charged = rows as f64 / (tokens.max(1) as f64 * f64::from(self.depth.max(1)));
+        charged
+    }
+}
+
+impl Check {
+    /// Layers that choose.
+    fn stages(self, share: f32) -> u16 {
+        if self.gradual && share < 0.5 { 3 } else { 1 }
+    }
+}
+
+/// Indices of the `count` largest values, of equals the earlier, in no order.
+pub fn largest(values: &[f32], count: usize) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..values.len()).collect();
+    if count < order.len() {
+        order.select_nth_unstable_by(count, |&a, &b| {
+            values[b].total_cmp(&values[a]).then(a.cmp(&b))
+        });
+        order.truncate(count);
+    }
+    order
+}
+
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    clippy::cast_precision_loss,
+    reason = "a share of the tokens of a prompt"
+)]
+fn count(total: usize, share: f32) -> usize {
+    ((total as f32 * share.clamp(0.0, 1.0)).round() as usize).min(total)
+}
+
+/// SplitMix64 (Steele, Lea, Flood, 2014), in [0, 1).
+#[expect(clippy::cast_precision_loss, reason = "24 bits")]
+fn noise(seed: u64, index: u64) -> f32 {
+    let mut z = seed.wrapping_add(index.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    ((z ^ (z >> 31)) >> 40) as f32 / 16_777_216.0
+}
