@@ -40,10 +40,10 @@ use crate::quality::method::Caches;
 use crate::quality::reader::{Kv, Reader};
 use crate::report::{Report, Row, median};
 
-mod deviation;
+pub(crate) mod deviation;
 mod klt;
 mod moments;
-mod plane;
+pub(crate) mod plane;
 mod sinks;
 
 use deviation::Deviation;

@@ -19,7 +19,7 @@
 //!   `ratio` 1.0 or more where it does.
 //!
 //! A METHOD is one of reuse ([`method::Method`]), or codes KV: `METHOD` or `METHOD:VARIANT`
-//! of [`crate::methods`], see [`coded`] for how. For these, `bits` are those of the very
+//! of [`crate::methods`], see [`coded`] for how, or computes a part of it anew, see [`blended`]. For these, `bits` are those of the very
 //! bytes that were decoded, protected tokens included.
 //!
 //! A CELL is a task at 8 chunks of 64 tokens; `TASK@N` at N chunks; `all` are all tasks at
@@ -39,6 +39,7 @@ use crate::page::Scatter;
 use crate::report::{Report, Row, median, percentile};
 
 pub(crate) mod bars;
+pub(crate) mod blended;
 pub(crate) mod coded;
 pub(crate) mod gates;
 pub(crate) mod interval;
@@ -48,6 +49,7 @@ pub(crate) mod reader;
 mod score;
 pub(crate) mod sensitivity;
 
+use blended::Blended;
 use coded::Coded;
 use interval::Estimate;
 use method::{Caches, Charge, Method, Way};
@@ -80,8 +82,10 @@ pub(crate) struct Options {
     /// Tasks to ask; all of them when left out.
     #[arg(long, value_delimiter = ',')]
     pub(crate) tasks: Vec<String>,
-    /// Methods beside full prefill: prefix, naive, naive-unpositioned, recompute-all, and
-    /// what codes KV, as METHOD or METHOD:VARIANT; `codecs` are all of these.
+    /// Methods beside full prefill: prefix, naive, naive-unpositioned, recompute-all;
+    /// what codes KV, as METHOD or METHOD:VARIANT, `codecs` being all of these; and what
+    /// computes some tokens of reused chunks anew, as blend:RULE:BUDGET[:LAYERS], see
+    /// bench/src/quality/blended.rs.
     #[arg(
         long,
         value_delimiter = ',',
@@ -155,7 +159,7 @@ impl Options {
     }
 
     /// Methods beside full prefill, and whether any codes KV.
-    fn ways(&self, reader: &mut Reader) -> anyhow::Result<Vec<Way>> {
+    fn ways(&self, reader: &mut Reader, vocabulary: &Vocabulary) -> anyhow::Result<Vec<Way>> {
         let geometry = Arc::new(Geometry::new(reader.config()));
         let factors = self.allocation.as_deref().map(sensitivity::read);
         let factors = factors.transpose()?;
@@ -180,6 +184,11 @@ impl Options {
             match <Method as clap::ValueEnum>::from_str(&name, false) {
                 Ok(Method::Full) => {}
                 Ok(method) => ways.push(Way::Reuse(method)),
+                Err(_) if name.starts_with("blend:") => {
+                    let blended: Blended = name.parse()?;
+                    let blended = blended.with_probes(vocabulary, self.size)?;
+                    ways.push(Way::Blended(Arc::new(blended)));
+                }
                 Err(_) => {
                     let spec: Spec = name.parse()?;
                     if spec.is_calibrated() && !is_trained {
@@ -263,7 +272,7 @@ pub(crate) fn run(options: &Options, quick: bool) -> anyhow::Result<Report> {
     let mut report = Report::new("quality");
     let mut gates = gates::Gates::default();
     let mut charges: BTreeMap<String, Vec<Charge>> = BTreeMap::new();
-    let ways = options.ways(&mut reader)?;
+    let ways = options.ways(&mut reader, &vocabulary)?;
     let wanted = options.wanted(quick);
     options.record(&reader, wanted, quick, &mut report);
     match options.sensitivity {
@@ -420,9 +429,20 @@ fn ask(
         let full = score::answer(reader, &pages, &questions, vocabulary.eos)?;
         reader.release(pages)?;
         let mut held = |reader: &mut Reader, way: &Way| -> anyhow::Result<(Held, Charge)> {
-            let (pages, charge) = way.prepare(reader, &caches)?;
-            let found = score::answer(reader, &pages, &questions, vocabulary.eos)?;
-            reader.release(pages)?;
+            let mut found = Vec::with_capacity(questions.len());
+            let mut charge = Charge::default();
+            let apart = if way.is_per_question() {
+                1
+            } else {
+                questions.len()
+            };
+            for together in questions.chunks(apart.max(1)) {
+                let question = &together[0].prompt;
+                let pages;
+                (pages, charge) = way.prepare(reader, &caches, question)?;
+                found.extend(score::answer(reader, &pages, together, vocabulary.eos)?);
+                reader.release(pages)?;
+            }
             let held: Held = found
                 .into_iter()
                 .zip(&full)
@@ -644,7 +664,7 @@ fn continuations(
         caches.keep(reader.take(&pages, 0..caches.tokens().len())?);
         reader.release(pages)?;
         for (method, losses) in all.iter().zip(&mut losses) {
-            let (pages, _) = method.prepare(reader, &caches)?;
+            let (pages, _) = method.prepare(reader, &caches, &continuation)?;
             let loss = score::negative_log_likelihood(reader, &pages, &continuation)?;
             reader.release(pages)?;
             losses.push(vec![loss]);

@@ -71,7 +71,7 @@ impl Deviation {
 }
 
 /// Squared deviation of every token after the first chunk.
-fn of_layer(shape: Shape, full: &Kv, reused: &[Kv], layer: usize) -> Vec<f64> {
+pub(crate) fn of_layer(shape: Shape, full: &Kv, reused: &[Kv], layer: usize) -> Vec<f64> {
     let mut position = 1;
     let mut deviations = Vec::with_capacity(full.tokens);
     for (index, chunk) in reused.iter().enumerate() {

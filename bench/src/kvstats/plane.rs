@@ -15,15 +15,15 @@ pub(super) enum Plane {
 
 /// Sizes of one token's K, and of its V.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Shape {
-    pub(super) layers: usize,
-    pub(super) kv_heads: usize,
-    pub(super) head_dim: usize,
+pub(crate) struct Shape {
+    pub(crate) layers: usize,
+    pub(crate) kv_heads: usize,
+    pub(crate) head_dim: usize,
 }
 
 impl Shape {
     /// Values of one token's K in one layer.
-    pub(super) fn channels(self) -> usize {
+    pub(crate) fn channels(self) -> usize {
         self.kv_heads * self.head_dim
     }
 

@@ -1,7 +1,12 @@
 //! Ways to have the KV of a context: the thing under test.
 
+use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use kvasir_engine::blend::Probes;
+
+use super::blended::Blended;
 use super::coded::Coded;
 use super::reader::{Kv, Pages, Reader};
 
@@ -38,6 +43,8 @@ pub(crate) enum Way {
     Reuse(Method),
     /// KV is coded and decoded.
     Coded(Arc<Coded>),
+    /// Chunks are reused, and some of their tokens computed anew.
+    Blended(Arc<Blended>),
 }
 
 impl Way {
@@ -46,16 +53,24 @@ impl Way {
         match self {
             Self::Reuse(method) => method.name(),
             Self::Coded(coded) => &coded.name,
+            Self::Blended(blended) => &blended.name,
         }
     }
 
-    /// Fills pages with the whole context.
+    /// Whether each question has its own way to have the context.
+    pub(crate) fn is_per_question(&self) -> bool {
+        matches!(self, Self::Blended(blended) if blended.is_per_question())
+    }
+
+    /// Fills pages with the whole context, for `question` where that matters.
     pub(crate) fn prepare(
         &self,
         reader: &mut Reader,
         caches: &Caches,
+        question: &[u32],
     ) -> anyhow::Result<(Pages, Charge)> {
         match self {
+            Self::Blended(blended) => blended.prepare(reader, caches, question),
             Self::Reuse(method) => method.prepare(reader, caches),
             Self::Coded(coded) => coded.prepare(reader, caches),
         }
@@ -72,6 +87,8 @@ pub(crate) struct Caches {
     /// K and V of all tokens as full prefill computed them, where they are kept.
     full: Option<Kv>,
     first: u32,
+    /// What probes recorded, by layer.
+    probed: RefCell<BTreeMap<usize, Vec<f32>>>,
 }
 
 impl Caches {
@@ -94,7 +111,23 @@ impl Caches {
             alone,
             full: None,
             first,
+            probed: RefCell::default(),
         })
+    }
+
+    /// By token of the context: how much it deviates in a layer behind texts that are
+    /// strange to it; see [`kvasir_engine::blend::Probes`].
+    pub(crate) fn probed(&self, reader: &mut Reader, probes: &Probes) -> anyhow::Result<Vec<f32>> {
+        if let Some(scores) = self.probed.borrow().get(&probes.layer) {
+            return Ok(scores.clone());
+        }
+        let mut scores = vec![0.0];
+        for chunk in &self.chunks {
+            scores.extend(reader.record(probes, &[self.first], chunk)?);
+        }
+        let mut known = self.probed.borrow_mut();
+        known.insert(probes.layer, scores.clone());
+        Ok(scores)
     }
 
     /// Keeps what full prefill computed.

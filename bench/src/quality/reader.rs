@@ -4,12 +4,14 @@ use std::ops::{ControlFlow, Range};
 use std::path::Path;
 
 use anyhow::Context as _;
+use kvasir_engine::blend::{self, Probes};
 use kvasir_engine::kernels::{Isa, rotate};
 use kvasir_engine::rope::Frequencies;
 use kvasir_engine::{
     BLOCK_TOKENS, BeforeLayer, BlockId, KvDtype, KvPool, LogitsWanted, Model, ModelConfig,
     Positions, Scratch, Step, Threads,
 };
+use kvasir_plugin::blend::Selection;
 use nalgebra::DMatrix;
 
 /// Tokens of one step while filling pages.
@@ -213,38 +215,138 @@ impl Reader {
         Ok(rows)
     }
 
-    /// Greedy tokens after the prompt, up to and without the end token.
+    /// Greedy tokens after each prompt, up to and without the end token, as if each
+    /// followed the context alone.
     pub(crate) fn greedy(
         &mut self,
         context: &Pages,
-        prompt: &[u32],
+        prompts: &[&[u32]],
         end: u32,
         limit: usize,
-    ) -> anyhow::Result<Vec<u32>> {
-        let mut out: Vec<u32> = Vec::new();
-        let mut fork = self.fork(context, prompt.len() + limit)?;
-        while out.len() < limit {
-            let tokens = out.last().map_or(prompt, std::slice::from_ref);
-            let step = Step {
-                tokens,
-                positions: Positions::From(fork.tokens),
-                blocks: &fork.blocks,
-                logits: LogitsWanted::Last,
+    ) -> anyhow::Result<Vec<Vec<u32>>> {
+        let mut out: Vec<Vec<u32>> = vec![Vec::new(); prompts.len()];
+        let mut forks = prompts
+            .iter()
+            .map(|prompt| self.fork(context, prompt.len() + limit))
+            .collect::<anyhow::Result<Vec<_>>>()?;
+        let mut going: Vec<usize> = (0..prompts.len()).collect();
+        for round in 0..limit {
+            let next = |&index: &usize| match round {
+                0 => prompts[index],
+                _ => &out[index][round - 1..],
             };
+            let steps: Vec<Step<'_>> = going
+                .iter()
+                .map(|index| Step {
+                    tokens: next(index),
+                    positions: Positions::From(forks[*index].tokens),
+                    blocks: &forks[*index].blocks,
+                    logits: LogitsWanted::Last,
+                })
+                .collect();
             let logits =
                 self.model
-                    .forward(&mut self.pool, &mut self.scratch, &[step], &mut |_| {
+                    .forward(&mut self.pool, &mut self.scratch, &steps, &mut |_| {
                         ControlFlow::Continue(())
                     })?;
-            fork.tokens += tokens.len();
-            let next = argmax(logits.last(0).context("asked for the last row")?);
-            if next == end {
+            let lengths: Vec<usize> = steps.iter().map(|step| step.tokens.len()).collect();
+            let mut left = Vec::with_capacity(going.len());
+            for (step, (index, length)) in going.into_iter().zip(lengths).enumerate() {
+                // Where the own tokens begin: a fork's `tokens` counts what its pages share.
+                forks[index].tokens += length;
+                let token = argmax(logits.last(step).context("asked for the last row")?);
+                if token != end {
+                    out[index].push(token);
+                    left.push(index);
+                }
+            }
+            going = left;
+            if going.is_empty() {
                 break;
             }
-            out.push(next);
         }
-        self.release_fork(context, fork)?;
+        for fork in forks {
+            self.release_fork(context, fork)?;
+        }
         Ok(out)
+    }
+
+    /// Runs what `selection` names of the tokens over KV that lands at the positions given,
+    /// and the rows of all others; no logits. `before_layer` sees what is about to attend.
+    pub(crate) fn blend(
+        &mut self,
+        pages: &mut Pages,
+        tokens: &[u32],
+        selection: &mut Selection,
+        landing: &[(usize, &Kv)],
+    ) -> anyhow::Result<()> {
+        let blocks = &pages.blocks;
+        let prompt = blend::Prompt {
+            tokens,
+            blocks,
+            selection,
+            ready: 0,
+            logits: LogitsWanted::None,
+        };
+        blend::run(
+            &self.model,
+            &mut self.pool,
+            &mut self.scratch,
+            &mut [prompt],
+            &mut |layer, pool| {
+                for (first, kv) in landing {
+                    let bytes: Vec<u8> = to_bytes(&kv.layers[layer]);
+                    pool.write_layer(blocks, *first, kv.tokens, layer, &bytes)
+                        .expect("a context fits its pages");
+                }
+                ControlFlow::Continue(())
+            },
+        )?;
+        pages.tokens = tokens.len();
+        Ok(())
+    }
+
+    /// What probes tell of a chunk behind `prefix`.
+    pub(crate) fn record(
+        &mut self,
+        probes: &Probes,
+        prefix: &[u32],
+        chunk: &[u32],
+    ) -> anyhow::Result<Vec<f32>> {
+        let pages = self.empty(probes.tokens(prefix.len(), chunk.len()))?;
+        let (pool, scratch) = (&mut self.pool, &mut self.scratch);
+        let scores = probes.record(&self.model, pool, scratch, &pages.blocks, prefix, chunk)?;
+        self.release(pages)?;
+        Ok(scores)
+    }
+
+    /// By token of the context, the attention that a question pays it, and by layer.
+    pub(crate) fn attention(
+        &mut self,
+        context: &Pages,
+        question: &[u32],
+    ) -> anyhow::Result<Vec<Vec<f32>>> {
+        let fork = self.fork(context, question.len())?;
+        let step = Step {
+            tokens: question,
+            positions: Positions::From(context.tokens),
+            blocks: &fork.blocks,
+            logits: LogitsWanted::None,
+        };
+        let mut layers = Vec::new();
+        let model = &self.model;
+        model.forward(&mut self.pool, &mut self.scratch, &[step], &mut |before| {
+            layers.push(blend::attention_of(
+                model,
+                &before,
+                0,
+                &fork.blocks,
+                context.tokens,
+            ));
+            ControlFlow::Continue(())
+        })?;
+        self.release_fork(context, fork)?;
+        Ok(layers)
     }
 
     /// Copies K and V of a range of positions out of the pages.
@@ -269,10 +371,7 @@ impl Reader {
     /// Puts K and V at the next positions.
     pub(crate) fn land(&mut self, pages: &mut Pages, kv: &Kv) -> anyhow::Result<()> {
         for (layer, values) in kv.layers.iter().enumerate() {
-            let bytes: Vec<u8> = values
-                .iter()
-                .flat_map(|value| value.to_le_bytes())
-                .collect();
+            let bytes = to_bytes(values);
             self.pool
                 .write_layer(&pages.blocks, pages.tokens, kv.tokens, layer, &bytes)?;
         }
@@ -324,6 +423,13 @@ impl Reader {
         fork.blocks.drain(..context.tokens / BLOCK_TOKENS);
         self.release(fork)
     }
+}
+
+fn to_bytes(values: &[f32]) -> Vec<u8> {
+    values
+        .iter()
+        .flat_map(|value| value.to_le_bytes())
+        .collect()
 }
 
 /// Rotates the keys of every token between the positions that `positions` gives.

@@ -56,28 +56,36 @@ pub(crate) fn answer(
         .map(|question| [&question.prompt[..], &question.answer].concat())
         .collect();
     let rows = reader.ask(context, &tails)?;
-    questions
+    let exact: Vec<bool> = questions
         .iter()
-        .zip(rows)
+        .zip(&rows)
         .map(|(question, rows)| {
             let rows = &rows[question.prompt.len() - 1..];
             let likeliest: Vec<u32> = rows.iter().map(|row| argmax(row)).collect();
             let (last, before) = likeliest.split_last().expect("a prompt has a token");
             // Greedy decoding sees what teacher forcing sees up to its first mistake.
-            let exact = before == question.answer && *last == end;
-            let tokens = if exact {
-                question.answer.clone()
-            } else {
-                reader.greedy(context, &question.prompt, end, LONGEST_ANSWER)?
-            };
-            Ok(Answer {
-                exact,
-                f1: f1(&tokens, &question.answer),
-                tokens,
-                logits: rows.to_vec(),
-            })
+            before == question.answer && *last == end
         })
-        .collect()
+        .collect();
+    let wrong = questions.iter().zip(&exact).filter(|(_, exact)| !**exact);
+    let prompts: Vec<&[u32]> = wrong.map(|(question, _)| &question.prompt[..]).collect();
+    let mut greedy = reader
+        .greedy(context, &prompts, end, LONGEST_ANSWER)?
+        .into_iter();
+    let answers = questions.iter().zip(rows).zip(exact);
+    let answers = answers.map(|((question, rows), exact)| {
+        let tokens = match exact {
+            true => question.answer.clone(),
+            false => greedy.next().unwrap_or_default(),
+        };
+        Answer {
+            exact,
+            f1: f1(&tokens, &question.answer),
+            tokens,
+            logits: rows[question.prompt.len() - 1..].to_vec(),
+        }
+    });
+    Ok(answers.collect())
 }
 
 /// Mean negative log-likelihood in nats of the tokens after the context; the

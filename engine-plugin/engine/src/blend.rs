@@ -13,15 +13,20 @@
 //! rotations by a common offset would leave keys off by up to half a unit in the last place
 //! of their angle, a tenth of a milliradian at position 2048.
 
-use std::ops::ControlFlow;
+use std::ops::{ControlFlow, Range};
 
 use kvasir_plugin::blend::{Compared, Selection};
 use rayon::prelude::*;
 
+use crate::kernels::{Isa, rotate};
 use crate::kv::{BlockId, KvPool, Plane};
 use crate::model::{
-    BeforeLayer, ForwardError, Logits, LogitsWanted, Model, Positions, Scratch, Step,
+    BeforeLayer, Fate, ForwardError, Logits, LogitsWanted, Model, Positions, Scratch, Step,
 };
+
+mod probe;
+
+pub use probe::Probes;
 
 /// One prompt.
 #[derive(Debug)]
@@ -86,7 +91,12 @@ pub fn run(
                 selection.narrow(layer, &deviations);
             }
             for row in before.steps[step].clone() {
-                before.keep[row] = selection.layers[before.positions[row]] > layer;
+                let layers = selection.layers[before.positions[row]];
+                before.fates[row] = match layers.checked_sub(layer + 1) {
+                    None => Fate::Dropped,
+                    Some(0) => Fate::Ends,
+                    Some(_) => Fate::GoesOn,
+                };
             }
         }
         ControlFlow::Continue(())
@@ -196,4 +206,67 @@ pub fn attention_of(
             sums
         },
     )
+}
+
+/// K and V of some tokens in one layer, each `[token][kv_head · head_dim]`.
+#[derive(Clone, Debug, Default, PartialEq)]
+struct Span {
+    width: usize,
+    keys: Vec<f32>,
+    values: Vec<f32>,
+}
+
+impl Span {
+    /// What was just computed for some rows.
+    fn of_rows(model: &Model, before: &BeforeLayer<'_>, rows: Range<usize>) -> Self {
+        let config = model.config();
+        let width = config.kv_heads * config.head_dim;
+        let mut span = Self {
+            width,
+            ..Self::default()
+        };
+        for row in rows {
+            let row = &before.rows[row * before.stride..][..before.stride];
+            let kv = &row[config.heads * config.head_dim..];
+            span.keys.extend_from_slice(&kv[..width]);
+            span.values.extend_from_slice(&kv[width..2 * width]);
+        }
+        span
+    }
+
+    /// Turns keys from positions `from..` to positions `to..`.
+    fn turn(&mut self, model: &Model, from: usize, to: usize) {
+        let dim = model.config().head_dim;
+        let (mut cos, mut sin) = (vec![0.0; dim / 2], vec![0.0; dim / 2]);
+        let isa = Isa::detect();
+        for (token, keys) in self.keys.chunks_exact_mut(self.width).enumerate() {
+            let shift = (from + token, to + token);
+            model
+                .frequencies()
+                .shift(shift.0, shift.1, &mut cos, &mut sin);
+            for head in keys.chunks_exact_mut(dim) {
+                rotate(isa, head, &cos, &sin);
+            }
+        }
+    }
+}
+
+/// By token: squared difference of keys and of values, each as a share of its mean square.
+fn between(reference: &Span, other: &Span) -> Vec<f32> {
+    let width = reference.width.max(1);
+    let mut deviations = vec![0.0; reference.keys.len() / width];
+    for (a, b) in [
+        (&reference.keys, &other.keys),
+        (&reference.values, &other.values),
+    ] {
+        #[expect(clippy::cast_precision_loss, reason = "tokens of a chunk")]
+        let tokens = deviations.len() as f32;
+        let mean = a.iter().map(|x| x * x).sum::<f32>() / tokens;
+        let rows = a.chunks_exact(width).zip(b.chunks_exact(width));
+        for (deviation, (a, b)) in deviations.iter_mut().zip(rows) {
+            let squares = a.iter().zip(b).map(|(a, b)| (a - b) * (a - b));
+            *deviation += squares.sum::<f32>() / mean.max(f32::MIN_POSITIVE);
+        }
+    }
+    deviations
 }

@@ -20,7 +20,9 @@ mod forward;
 mod tests;
 mod weights;
 
-pub use forward::{BeforeLayer, ForwardError, Logits, LogitsWanted, Positions, Scratch, Step};
+pub use forward::{
+    BeforeLayer, Fate, ForwardError, Logits, LogitsWanted, Positions, Scratch, Step,
+};
 
 /// Weights and config of one model.
 pub struct Model {
@@ -60,6 +62,11 @@ impl Model {
         &self.config
     }
 
+    /// How keys and queries turn with their positions.
+    pub(crate) fn frequencies(&self) -> &Frequencies {
+        &self.frequencies
+    }
+
     /// Bytes that weights take in memory.
     pub fn weights_bytes(&self) -> u64 {
         self.weights.bytes()
@@ -92,7 +99,7 @@ impl Model {
     /// For each layer, `before_layer` is called, then K and V of the new tokens are
     /// written, then attention reads the pages: so a caller may land fetched K and V of
     /// that layer from there, those of positions included that it lets the steps compute
-    /// anew, and may [drop](BeforeLayer::keep) rows that need not be computed any
+    /// anew, and may [end](BeforeLayer::fates) rows that need not be computed any
     /// further. It runs on a thread of the scratch's pool, and other threads wait for it.
     /// If it breaks, the batch ends there without a result.
     ///

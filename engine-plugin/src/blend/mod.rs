@@ -6,4 +6,4 @@
 
 mod selector;
 
-pub use selector::{Check, Compared, Rule, Selection, Selector, largest};
+pub use selector::{Check, Compared, Reused, Rule, Selection, Selector, largest};

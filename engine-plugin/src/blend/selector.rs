@@ -5,6 +5,7 @@
 //! one decide before anything is computed. [`Rule::Deviation`] computes every token of the
 //! first layers and goes on with those whose KV has changed most.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 
 /// How tokens are chosen. The share of [`Selector`] is of the tokens that are reused.
@@ -56,13 +57,26 @@ pub enum Compared {
     Both,
 }
 
-/// A rule, and how many tokens it chooses.
+/// A rule, how many tokens it chooses, and how far they are computed.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Selector {
     /// How.
     pub rule: Rule,
-    /// How many, as a share of the tokens reused. 1 is all of them: full prefill.
+    /// How many, as a share of the tokens reused.
     pub share: f32,
+    /// In how many layers their K and V are computed, from the first; later layers keep what is
+    /// reused. `None` for all. With all tokens in all layers, this is full prefill.
+    pub layers: Option<u16>,
+}
+
+/// Tokens of a prompt whose KV comes from a cache.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Reused {
+    /// Where they stand.
+    pub tokens: Range<usize>,
+    /// Whether what stands before them is what they were computed behind: then their KV is
+    /// right, and none of them is chosen.
+    pub exact: bool,
 }
 
 /// Up to which layer each token of a prompt is computed.
@@ -72,10 +86,12 @@ pub struct Selection {
     /// reused are computed in all.
     pub layers: Vec<u16>,
     /// Tokens that are reused.
-    pub reused: Vec<Range<usize>>,
+    reused: Vec<Reused>,
     /// Where tokens are chosen while they are computed, and the share that is left.
     check: Option<(Check, f32)>,
     /// Layers of the model.
+    all: u16,
+    /// Layers in which chosen tokens are computed.
     depth: u16,
 }
 
@@ -89,7 +105,7 @@ impl Selection {
     pub fn new(
         selector: Selector,
         tokens: usize,
-        reused: &[Range<usize>],
+        reused: &[Reused],
         layers: u16,
         scores: &[f32],
     ) -> Self {
@@ -97,15 +113,13 @@ impl Selection {
             layers: vec![layers; tokens],
             reused: reused.to_vec(),
             check: None,
-            depth: layers,
+            all: layers,
+            depth: selector.layers.unwrap_or(layers).min(layers),
         };
-        let total: usize = reused.iter().map(Range::len).sum();
+        let total = selection.open().count();
         let count = count(total, selector.share);
-        if count == total {
-            return selection;
-        }
-        for range in reused {
-            selection.layers[range.clone()].fill(0);
+        for reused in reused {
+            selection.layers[reused.tokens.clone()].fill(0);
         }
         if count == 0 {
             return selection;
@@ -121,12 +135,13 @@ impl Selection {
             Rule::FirstAndScored { first } => {
                 selection.first(count, first);
                 let computed = |token: &usize| selection.layers[*token] > 0;
-                let done = reused.iter().cloned().flatten().filter(computed).count();
+                let done = selection.open().filter(computed).count();
                 selection.scored(count - done, scores);
             }
             Rule::Deviation(check) => {
-                for range in reused {
-                    selection.layers[range.clone()].fill(layers);
+                let open: Vec<usize> = selection.open().collect();
+                for token in open {
+                    selection.layers[token] = selection.depth;
                 }
                 selection.check = Some((check, selector.share));
             }
@@ -134,14 +149,20 @@ impl Selection {
         selection
     }
 
+    /// Tokens that may be chosen.
+    fn open(&self) -> impl Iterator<Item = usize> + use<'_> {
+        let inexact = self.reused.iter().filter(|reused| !reused.exact);
+        inexact.flat_map(|reused| reused.tokens.clone())
+    }
+
     /// `count` tokens, as many of each chunk as of the others, `most` at most.
     fn first(&mut self, count: usize, most: usize) {
         let mut left = count;
         for place in 0..most {
             let mut any = false;
-            for range in &self.reused {
-                if place < range.len() && left > 0 {
-                    self.layers[range.start + place] = self.depth;
+            for reused in self.reused.iter().filter(|reused| !reused.exact) {
+                if place < reused.tokens.len() && left > 0 {
+                    self.layers[reused.tokens.start + place] = self.depth;
                     left -= 1;
                     any = true;
                 }
@@ -154,8 +175,8 @@ impl Selection {
 
     /// Those `count` of the tokens not chosen yet that have the largest scores.
     fn scored(&mut self, count: usize, scores: &[f32]) {
-        let open = self.reused.iter().cloned().flatten();
-        let open: Vec<usize> = open.filter(|&token| self.layers[token] == 0).collect();
+        let open = self.open().filter(|&token| self.layers[token] == 0);
+        let open: Vec<usize> = open.collect();
         let values: Vec<f32> = open.iter().map(|&token| scores[token]).collect();
         for index in largest(&values, count) {
             self.layers[open[index]] = self.depth;
@@ -175,15 +196,15 @@ impl Selection {
         let Some((check, share)) = self.check else {
             return;
         };
-        let total = self.reused.iter().map(Range::len).sum();
+        let total = self.open().count();
         let wider = f32::from(
             check
                 .stages(share)
                 .saturating_sub(1 + layer.saturating_sub(check.layer)),
         );
         let count = count(total, share * (1.0 + wider / 4.0));
-        let alive = self.reused.iter().cloned().flatten();
-        let alive: Vec<usize> = alive.filter(|&token| self.layers[token] > layer).collect();
+        let alive = self.open().filter(|&token| self.layers[token] > layer);
+        let alive: Vec<usize> = alive.collect();
         let values: Vec<f32> = alive.iter().map(|&token| deviations[token]).collect();
         let mut dropped = vec![true; alive.len()];
         for index in largest(&values, count) {
@@ -196,18 +217,25 @@ impl Selection {
         }
     }
 
-    /// Rows of reused tokens that are run through a layer, as a share of those tokens times
-    /// layers: the charged budget. Holds once all choices have been made.
+    /// Rows of reused tokens whose Q, K and V are computed, summed over layers, as a share of
+    /// those tokens times layers: the charged budget. Holds once all choices have been made.
+    /// Rows that are computed to be compared, and then left out, count.
     pub fn charged(&self) -> f64 {
-        let tokens: usize = self.reused.iter().map(Range::len).sum();
-        let rows: u64 = self
-            .reused
-            .iter()
-            .flat_map(|range| &self.layers[range.clone()])
-            .map(|&layers| u64::from(layers))
+        let reused = self.reused.iter().flat_map(|reused| reused.tokens.clone());
+        let tokens = reused.clone().count();
+        let compared = match self.check {
+            Some((check, _)) => check.layer + 1,
+            None => 0,
+        };
+        let open: BTreeSet<usize> = self.open().collect();
+        let rows: u64 = reused
+            .map(|token| match open.contains(&token) {
+                true => u64::from(self.layers[token].max(compared)),
+                false => u64::from(self.layers[token]),
+            })
             .sum();
         #[expect(clippy::cast_precision_loss, reason = "a share")]
-        let charged = rows as f64 / (tokens.max(1) as f64 * f64::from(self.depth.max(1)));
+        let charged = rows as f64 / (tokens.max(1) as f64 * f64::from(self.all.max(1)));
         charged
     }
 }

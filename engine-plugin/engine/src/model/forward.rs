@@ -48,13 +48,12 @@ impl Positions<'_> {
 
 /// What a layer is about to attend with.
 ///
-/// Rows are the tokens of the steps, in order, that have not been dropped.
+/// Rows are the tokens of the steps, in order, that have gone on so far.
 #[derive(Debug)]
 pub struct BeforeLayer<'a> {
     /// Its index.
     pub layer: usize,
-    /// Pages, which do not hold K and V of the rows yet: those that go on are written
-    /// next.
+    /// Pages, which do not hold K and V of the rows yet.
     pub pool: &'a mut KvPool,
     /// Projections after RoPE: `[row][stride]`, of which the first `heads · head_dim`
     /// elements are the query heads, the next `kv_heads · head_dim` K and as many V.
@@ -65,10 +64,22 @@ pub struct BeforeLayer<'a> {
     pub positions: &'a [usize],
     /// Rows of each step.
     pub steps: &'a [Range<usize>],
-    /// Whether each row goes on; all do until told otherwise. One that does not leaves K and
-    /// V of its position, from this layer on, to what the pages hold. Rows whose logits are
+    /// What becomes of each row; all go on until told otherwise. Rows whose logits are
     /// wanted go on in any case.
-    pub keep: &'a mut [bool],
+    pub fates: &'a mut [Fate],
+}
+
+/// What becomes of a row in a layer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Fate {
+    /// Its K and V are written, and it goes on to the next layer.
+    #[default]
+    GoesOn,
+    /// Its K and V are written, which is all that is wanted of it. In later layers, those of
+    /// its position are what the pages hold.
+    Ends,
+    /// It has ended before: K and V of its position are what the pages hold.
+    Dropped,
 }
 
 /// Which rows of logits a step returns.
@@ -279,13 +290,13 @@ impl<'a> Batch<'a> {
         let model = self.model;
         let config = &model.config;
         self.embed(scratch);
-        let mut keep = Vec::new();
+        let mut fates = Vec::new();
         let mut rows = self.positions.len();
         for (index, layer) in model.weights.layers.iter().enumerate() {
             self.project_qkv(layer, scratch);
             let width = config.qkv_width();
-            keep.clear();
-            keep.resize(rows, true);
+            fates.clear();
+            fates.resize(rows, Fate::GoesOn);
             let before = BeforeLayer {
                 layer: index,
                 pool,
@@ -293,14 +304,17 @@ impl<'a> Batch<'a> {
                 stride: width,
                 positions: &self.positions,
                 steps: &self.ranges,
-                keep: &mut keep,
+                fates: &mut fates,
             };
             if before_layer(before).is_break() {
                 return None;
             }
-            self.drop_rows(&mut keep, scratch);
+            for (step, range) in self.ranges.iter().enumerate() {
+                fates[self.first_wanted(step)..range.end].fill(Fate::GoesOn);
+            }
+            self.write_pages(pool, scratch, index, &fates);
+            self.drop_rows(&fates, scratch);
             rows = self.positions.len();
-            self.write_pages(pool, scratch, index);
             let last = index + 1 == config.layers;
             self.attend(pool, scratch, index, last);
             if last {
@@ -318,12 +332,10 @@ impl<'a> Batch<'a> {
         start + self.steps[step].logits.first(end - start)
     }
 
-    /// Takes rows that do not go on out of the buffers that later layers read.
-    fn drop_rows(&mut self, keep: &mut [bool], scratch: &mut Scratch) {
-        for (step, range) in self.ranges.iter().enumerate() {
-            keep[self.first_wanted(step)..range.end].fill(true);
-        }
-        if keep.iter().all(|&keep| keep) {
+    /// Takes rows that do not go on out of the buffers that are still to be read.
+    fn drop_rows(&mut self, fates: &[Fate], scratch: &mut Scratch) {
+        let goes_on = |fate: &Fate| *fate == Fate::GoesOn;
+        if fates.iter().all(goes_on) {
             return;
         }
         let config = &self.model.config;
@@ -332,22 +344,20 @@ impl<'a> Batch<'a> {
             (&mut scratch.qkv, config.qkv_width()),
             (&mut scratch.angles, config.head_dim),
         ] {
-            let kept = keep.iter().enumerate().filter(|(_, keep)| **keep);
+            let kept = fates.iter().enumerate().filter(|(_, fate)| goes_on(fate));
             for (to, (row, _)) in kept.enumerate() {
                 buffer.copy_within(row * width..(row + 1) * width, to * width);
             }
         }
         let mut first = 0;
         for range in &mut self.ranges {
-            let kept = keep[range.clone()].iter().filter(|keep| **keep).count();
+            let kept = fates[range.clone()].iter().filter(|fate| goes_on(fate));
+            let kept = kept.count();
             *range = first..first + kept;
             first += kept;
         }
-        let mut row = 0;
-        self.positions.retain(|_| {
-            row += 1;
-            keep[row - 1]
-        });
+        let mut fates = fates.iter();
+        self.positions.retain(|_| fates.next().is_some_and(goes_on));
     }
 
     /// Embeddings into the residual stream, and the angles of each row.
@@ -399,11 +409,15 @@ impl<'a> Batch<'a> {
             });
     }
 
-    fn write_pages(&self, pool: &mut KvPool, scratch: &Scratch, layer: usize) {
+    fn write_pages(&self, pool: &mut KvPool, scratch: &Scratch, layer: usize, fates: &[Fate]) {
         let config = &self.model.config;
-        let mut rows = scratch.qkv.chunks_exact(config.qkv_width());
+        let mut rows = scratch.qkv.chunks_exact(config.qkv_width()).zip(fates);
         for (step, range) in self.steps.iter().zip(&self.ranges) {
-            for (&position, row) in self.positions[range.clone()].iter().zip(rows.by_ref()) {
+            for (&position, (row, fate)) in self.positions[range.clone()].iter().zip(rows.by_ref())
+            {
+                if *fate == Fate::Dropped {
+                    continue;
+                }
                 let kv = &row[config.heads * config.head_dim..];
                 let (k, v) = kv.split_at(config.kv_heads * config.head_dim);
                 pool.write_token(step.blocks, position, layer, k, v);
