@@ -135,7 +135,12 @@ impl CostModel {
 
     /// Time to compute tokens `from..to` of a sequence.
     pub fn compute_time(&self, from: usize, to: usize) -> Duration {
-        let seconds = self.prefill.predict(tokens(from, to), pairs(from, to));
+        self.work_time(tokens(from, to), pairs(from, to))
+    }
+
+    /// Time to compute so many rows, which see so many keys together.
+    pub fn work_time(&self, rows: f64, pairs: f64) -> Duration {
+        let seconds = self.prefill.predict(rows, pairs);
         Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX)
     }
 

@@ -277,3 +277,6 @@ fn noise(seed: u64, index: u64) -> f32 {
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     ((z ^ (z >> 31)) >> 40) as f32 / 16_777_216.0
 }
+
+#[cfg(test)]
+mod tests;
