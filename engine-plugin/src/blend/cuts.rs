@@ -118,10 +118,10 @@ mod tests {
     /// Other cuts would find nothing of what is stored.
     #[test]
     fn cuts_are_the_same_for_ever() {
-        assert_eq!(gear(0), 0);
-        assert_eq!(gear(1), 0);
+        assert_eq!(gear(0), 0x134f_f8f1_31e8_aab8);
+        assert_eq!(gear(1), 0xe3b7_fb7a_93ba_f746);
         let cut = ContentCuts::default().segments(&text(2000, 1));
-        assert_eq!(lengths(&cut), []);
+        assert_eq!(lengths(&cut), [194, 203, 323, 196, 294, 316, 105, 207, 162]);
     }
 
     #[test]
