@@ -447,31 +447,27 @@ fn plan(found: &[Found]) -> VecDeque<Segment> {
     let Some(layers) = found.first().map(|first| first.layout.layers()) else {
         return VecDeque::new();
     };
-    let steps = match groups.as_slice() {
-        // One get streams layer by layer.
-        [_] => vec![0..layers],
-        groups => {
-            let stored: u64 = found.iter().map(|found| found.bytes).sum();
-            let of_a_get = stored / u64::from(layers) / groups.len() as u64;
-            let step = GET_BYTES.div_ceil(of_a_get.max(1)).min(layers.into());
-            let step = u16::try_from(step).unwrap_or(layers);
-            let later = (1..layers).step_by(step.into());
-            let later = later.map(|from| from..from.saturating_add(step).min(layers));
-            std::iter::once(0..1).chain(later).collect()
-        }
-    };
+    let stored: u64 = found.iter().map(|found| found.bytes).sum();
+    let of_a_get = stored / u64::from(layers) / groups.len() as u64;
+    let step = GET_BYTES.div_ceil(of_a_get.max(1)).min(layers.into());
+    let step = u16::try_from(step).unwrap_or(layers);
+    // One get streams layer by layer, and needs no other.
+    let first = if groups.len() == 1 { layers } else { 1 };
+    let later = (first..layers).step_by(step.into());
+    let later = later.map(|from| from..from.saturating_add(step).min(layers));
+    let steps = std::iter::once(0..first).chain(later);
     let of_step = |layers: Range<u16>| {
         groups.iter().map(move |group| Segment {
             chunks: group.to_vec(),
             layers: layers.clone(),
         })
     };
-    steps.into_iter().flat_map(of_step).collect()
+    steps.flat_map(of_step).collect()
 }
 
 /// Gets under way at once: enough to hide their round trips, and few of those that a daemon
 /// admits.
-const GETS: usize = 8;
+const GETS: usize = 4;
 /// Bytes that make a get worth its round trip.
 const GET_BYTES: u64 = 1 << 20;
 
