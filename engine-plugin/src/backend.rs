@@ -1,6 +1,31 @@
 //! The seam to an engine's pages.
 
+use std::ops::Range;
+
 use kvasir_types::{KvLayout, LayerIdx};
+
+/// Where a content chunk lies in a sequence, and where it was computed. In tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Placement {
+    /// Its first token in the sequence.
+    pub first: usize,
+    /// The position that its first token had when its keys and values were computed.
+    pub compiled_at: usize,
+    /// Its tokens.
+    pub tokens: usize,
+}
+
+impl Placement {
+    /// Its tokens in the sequence.
+    pub fn range(&self) -> Range<usize> {
+        self.first..self.first.saturating_add(self.tokens)
+    }
+
+    /// Whether it lies where it was computed.
+    pub fn is_unmoved(&self) -> bool {
+        self.first == self.compiled_at
+    }
+}
 
 /// An engine's paged KV, seen chunk by chunk and layer by layer.
 ///
@@ -9,6 +34,11 @@ use kvasir_types::{KvLayout, LayerIdx};
 ///   `[plane (K, V), kv_head, token, dim]`, row-major, little-endian,
 ///   [`KvLayout::layer_bytes`] long.
 /// - `read_layer` after `write_layer` gives the same bytes, bit for bit, NaN included.
+/// - `write_moved` writes the tokens of its placement and changes no other. What was not
+///   moved is written bit for bit. Values are written bit for bit wherever they come to lie.
+///   Keys are turned from the position of each token when it was computed to the one that it
+///   has now: keys of the first layer, which depend on nothing but token and position, are
+///   those that would be computed here, up to the rounding of the element type.
 /// - Writing one chunk or layer changes no other.
 /// - A chunk outside the sequence's pages, or a payload of another length, is an
 ///   error and changes nothing.
@@ -29,6 +59,20 @@ pub trait EngineBackend {
         &mut self,
         pages: &Self::Pages,
         chunk: usize,
+        layer: LayerIdx,
+        payload: &[u8],
+    ) -> Result<(), BackendError>;
+
+    /// Writes one layer of a content chunk into the pages of a sequence, at any token, with its
+    /// keys turned to where it lies now. The payload is in the order of the layout with as many
+    /// tokens as the chunk has.
+    ///
+    /// # Errors
+    /// See the contract.
+    fn write_moved(
+        &mut self,
+        pages: &Self::Pages,
+        at: Placement,
         layer: LayerIdx,
         payload: &[u8],
     ) -> Result<(), BackendError>;
@@ -56,6 +100,17 @@ pub enum BackendError {
         /// Index of the chunk in its sequence.
         chunk: usize,
     },
+    /// The sequence's pages end before the content chunk does.
+    #[error("a content chunk at tokens {first}..{end} lies beyond the sequence's pages")]
+    PlacedOutsidePages {
+        /// Its first token in the sequence.
+        first: usize,
+        /// One past its last.
+        end: usize,
+    },
+    /// The backend was not told how the model turns its keys.
+    #[error("keys cannot be turned here: give the backend the model's rotation")]
+    NoRotation,
     /// The layout has no such layer.
     #[error("layer {0} does not exist")]
     NoSuchLayer(LayerIdx),

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
 use kvasir_client::{Client, PutOptions};
-use kvasir_types::{ChunkKey, Hints};
+use kvasir_types::{ChunkKey, Hints, KvLayout};
 use tokio::sync::mpsc;
 use tracing::warn;
 
@@ -20,9 +20,12 @@ const WAITING: &str = "kvasir_plugin_chunks_waiting";
 pub struct ChunkCopy {
     /// Its key.
     pub key: ChunkKey,
+    /// What it holds: the namespace's layout, or, of a content chunk, one with as many
+    /// tokens as that has.
+    pub layout: KvLayout,
     /// Position of its first token.
     pub start: u64,
-    /// Its layers, in order, each in the canonical order of the namespace's layout.
+    /// Its layers, in order, each in the canonical order of the layout.
     pub layers: Vec<Bytes>,
     /// What it is worth. With the key of the chunk before it as its parent, the cache
     /// drops prompts from their ends.

@@ -69,7 +69,6 @@ impl CodecConfig {
 #[derive(Debug)]
 pub(crate) struct Coder {
     config: CodecConfig,
-    layout: KvLayout,
     profiles: Arc<Profiles>,
     threads: Semaphore,
     /// What came of what was stored, in thousandths: less than all where chunks are fetched
@@ -80,6 +79,7 @@ pub(crate) struct Coder {
 /// How a chunk under way is decoded; found out when it is first needed.
 #[derive(Debug)]
 pub(crate) struct Decoding {
+    layout: KvLayout,
     level: Level,
     prelude: Bytes,
     /// The one that the prelude names.
@@ -87,15 +87,32 @@ pub(crate) struct Decoding {
     decoder: OnceLock<Result<ChunkDecoder, ChunkError>>,
 }
 
+/// A layer that came.
+#[derive(Debug)]
+pub(crate) struct Decoded {
+    /// The level that it came at.
+    pub(crate) level: Level,
+    /// Raw.
+    pub(crate) data: Bytes,
+    /// Bytes that came for it.
+    pub(crate) received: u64,
+}
+
 impl Decoding {
     /// Of a chunk without a prelude.
-    pub(crate) fn raw(level: Level) -> Self {
+    pub(crate) fn raw(layout: KvLayout, level: Level) -> Self {
         Self {
+            layout,
             level,
             prelude: Bytes::new(),
             profile: None,
             decoder: OnceLock::new(),
         }
+    }
+
+    /// The level that the chunk is stored at.
+    pub(crate) fn level(&self) -> Level {
+        self.level
     }
 
     /// The level of a layer that is decoded from so many parts.
@@ -107,11 +124,10 @@ impl Decoding {
 }
 
 impl Coder {
-    pub(crate) fn new(config: CodecConfig, layout: KvLayout, profiles: Arc<Profiles>) -> Self {
+    pub(crate) fn new(config: CodecConfig, profiles: Arc<Profiles>) -> Self {
         Self {
             threads: Semaphore::new(config.threads.max(1)),
             config,
-            layout,
             profiles,
             share: AtomicU32::new(WHOLE),
         }
@@ -148,14 +164,14 @@ impl Coder {
 
     /// A chunk in the form that it is stored in. One that cannot be encoded stays raw.
     pub(crate) async fn encode(self: &Arc<Self>, copy: ChunkCopy) -> Chunk {
-        let raw = |copy: ChunkCopy, layout: KvLayout| Chunk {
+        let raw = |copy: ChunkCopy| Chunk {
             key: copy.key,
-            layout,
+            layout: copy.layout,
             level: Level::RAW,
             extents: copy.layers,
         };
         if !self.config.encoding.level.is_encoded() {
-            return raw(copy, self.layout);
+            return raw(copy);
         }
         let coder = Arc::clone(self);
         let job = {
@@ -166,9 +182,9 @@ impl Coder {
             Some(Ok(chunk)) => chunk,
             Some(Err(error)) => {
                 warn!(key = %copy.key, %error, "a chunk cannot be encoded; storing it raw");
-                raw(copy, self.layout)
+                raw(copy)
             }
-            None => raw(copy, self.layout),
+            None => raw(copy),
         }
     }
 
@@ -178,30 +194,36 @@ impl Coder {
             start: copy.start,
             ..rotation
         });
+        let layout = copy.layout;
         let exact = u64::from(config.exact_tokens).saturating_sub(copy.start);
         let prelude = Prelude {
             rotation,
-            exact_tokens: u32::try_from(exact).map_or(0, |it| it.min(self.layout.tokens())),
+            exact_tokens: u32::try_from(exact).map_or(0, |it| it.min(layout.tokens())),
             ..Prelude::default()
         };
         let object = config
             .encoding
-            .encode(copy.key, &self.layout, &prelude, copy.layers)?;
+            .encode(copy.key, &layout, &prelude, copy.layers)?;
         let level = object.header().level();
         let (header, extents) = object.into_parts();
         Ok(Chunk {
             key: *header.key(),
-            layout: self.layout,
+            layout,
             level,
             extents,
         })
     }
 
-    /// How a chunk of this prelude is decoded; `None` where it names a profile that is not
-    /// here, yet.
-    pub(crate) fn decoding(&self, level: Level, prelude: Bytes) -> Option<Decoding> {
+    /// How a chunk of this layout and prelude is decoded; `None` where it names a profile that
+    /// is not here, yet.
+    pub(crate) fn decoding(
+        &self,
+        layout: KvLayout,
+        level: Level,
+        prelude: Bytes,
+    ) -> Option<Decoding> {
         // One that is damaged says so when its layers are decoded.
-        let parsed = Prelude::parse(&prelude, &self.layout).ok();
+        let parsed = Prelude::parse(&prelude, &layout).ok();
         let profile = match parsed.and_then(|prelude| prelude.profile) {
             Some(named) => Some(self.profiles.get(ProfileDigest::from_bytes(named))?),
             None => None,
@@ -209,33 +231,59 @@ impl Coder {
         Some(Decoding {
             prelude,
             profile,
-            ..Decoding::raw(level)
+            ..Decoding::raw(layout, level)
         })
     }
 
+    /// A layer of some chunk from those of its parts that came. `None` where it cannot be
+    /// decoded.
+    pub(crate) async fn layer(
+        self: &Arc<Self>,
+        decoding: Arc<Decoding>,
+        chunk: usize,
+        layer: LayerIdx,
+        parts: Vec<Bytes>,
+    ) -> Option<Decoded> {
+        let received = parts.iter().map(|part| part.len() as u64).sum();
+        let level = decoding.level_of(parts.len());
+        let failed = match self.decode(decoding, layer, parts).await {
+            Some(Ok(data)) => {
+                return Some(Decoded {
+                    level,
+                    data,
+                    received,
+                });
+            }
+            Some(Err(error)) => error.to_string(),
+            None => "the runtime is shutting down".to_owned(),
+        };
+        warn!(chunk, %layer, error = failed, "a cached chunk cannot be decoded; computing it");
+        None
+    }
+
     /// A raw layer from its parts. `None` where the runtime is shutting down.
-    pub(crate) async fn decode(
+    async fn decode(
         self: &Arc<Self>,
         decoding: Arc<Decoding>,
         layer: LayerIdx,
         parts: Vec<Bytes>,
     ) -> Option<Result<Bytes, ChunkError>> {
-        let layer_bytes = self.layout.layer_bytes();
+        let layer_bytes = decoding.layout.layer_bytes();
         if !decoding.level.is_encoded()
             && let [layer] = parts.as_slice()
             && layer.len() == layer_bytes
         {
             return Some(Ok(layer.clone()));
         }
-        let layout = self.layout;
         self.run(move || {
             let Decoding {
+                layout,
                 level,
                 prelude,
                 profile,
                 ..
             } = &*decoding;
-            let decoder = || ChunkDecoder::new(layout, *level, prelude, profile.as_slice());
+            let decoder = || ChunkDecoder::new(*layout, *level, prelude, profile.as_slice());
             let decoder = decoding.decoder.get_or_init(decoder);
             let mut raw = vec![0; layer_bytes];
             match decoder {

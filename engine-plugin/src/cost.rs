@@ -153,9 +153,13 @@ impl CostModel {
 
     /// Whether to fetch the first `tokens` tokens of a prompt as `bytes` bytes.
     pub fn decide(&self, tokens: usize, bytes: u64, now: Instant) -> Decision {
-        let compute = self.compute_time(0, tokens);
+        self.decide_against(self.compute_time(0, tokens), bytes, now)
+    }
+
+    /// Whether to fetch `bytes` bytes instead of computing what takes so long.
+    pub fn decide_against(&self, compute: Duration, bytes: u64, now: Instant) -> Decision {
         let fetch = self.fetch_time(bytes, now);
-        if tokens == 0 || fetch >= compute {
+        if fetch >= compute {
             return Decision::Compute;
         }
         let patience = Duration::try_from_secs_f64(fetch.as_secs_f64() * PATIENCE)

@@ -9,11 +9,10 @@ use futures::future::Either;
 use futures::stream::FuturesOrdered;
 use kvasir_client::{CallError, Client, GetEvent, GetOptions, LayerStream};
 use kvasir_types::{LayerIdx, Level};
-use tokio::sync::mpsc;
-use tokio::task::AbortHandle;
 use tracing::{debug, warn};
 
-use crate::coding::Decoding;
+use crate::coding::{Decoded, Decoding};
+use crate::inbox::{End, Inbox, Outbox, Received, Stage, Wish};
 use crate::{
     Decision, EngineBackend, FetchObservation, Happened, LAYERS, LoadPolicy, Prompt, Shared,
 };
@@ -30,14 +29,7 @@ use crate::{
 #[derive(Debug)]
 pub struct Prefetch {
     shared: Arc<Shared>,
-    arrivals: mpsc::Receiver<(Instant, Arrival)>,
-    task: Option<AbortHandle>,
-    begun: Instant,
-    /// How much longer the engine waits for the cache, over all arrivals.
-    patience: Duration,
-    /// Since when the engine has had nothing of this fetch to land.
-    idle_since: Option<Instant>,
-    stage: Stage,
+    inbox: Inbox<Arrival>,
     /// Layers landed, per planned chunk.
     landed: Vec<u16>,
     /// Chunks that are still expected to become whole; shrinks, never grows.
@@ -48,13 +40,6 @@ pub struct Prefetch {
     bytes: u64,
     /// When the first token is reckoned with, and when it is due.
     expected: Option<[Instant; 2]>,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Stage {
-    Deciding,
-    Loading,
-    Done,
 }
 
 #[derive(Debug)]
@@ -69,12 +54,7 @@ pub(crate) enum Arrival {
     Layer {
         chunk: usize,
         layer: LayerIdx,
-        /// The level that it came at.
-        level: Level,
-        /// Raw.
-        data: Bytes,
-        /// Bytes that came for it.
-        received: u64,
+        came: Decoded,
     },
     /// This chunk and all later ones will not come.
     Lost { chunk: usize },
@@ -116,43 +96,24 @@ pub enum LayerWait {
 }
 
 pub(crate) fn start(shared: &Arc<Shared>, prompt: &Prompt) -> Prefetch {
-    let now = Instant::now();
-    let layer_bytes = shared.namespace.layout().layer_bytes() as u64;
-    let buffered = shared.config.fetch_buffer.as_u64() / layer_bytes;
-    let capacity = usize::try_from(buffered.clamp(1, 1 << 16)).unwrap_or(1);
-    let (sender, arrivals) = mpsc::channel(capacity);
-    // Asking must not take longer than computing what could be found.
-    let compute = shared
-        .cost()
-        .compute_time(0, prompt.resume_at(prompt.keys().len()));
-    let worthwhile = match shared.config.load {
-        LoadPolicy::WhenFaster => shared.cost().fetch_time(0, now) < compute,
-        LoadPolicy::Always => true,
+    let keys = prompt.keys().len();
+    let wish = Wish {
+        chunks: keys,
+        compute: shared.cost().compute_time(0, prompt.resume_at(keys)),
+        layer_bytes: shared.namespace.layout().layer_bytes() as u64,
     };
-    let allowed = shared.breaker().allows(now);
-    if !allowed {
-        shared.stats.note(Happened::Skipped);
-    }
-    let skip = prompt.keys().is_empty() || !worthwhile || !allowed;
-    let task = (!skip).then(|| {
+    let (asking, prompt) = (Arc::clone(shared), prompt.clone());
+    let inbox = Inbox::begin(shared, &wish, move |outbox, begun| {
         let fetch = Fetch {
-            shared: Arc::clone(shared),
-            prompt: prompt.clone(),
-            arrivals: sender,
+            shared: asking,
+            prompt,
+            outbox,
         };
-        shared.runtime.spawn(fetch.run()).abort_handle()
+        async move { fetch.run(begun).await }
     });
     Prefetch {
         shared: Arc::clone(shared),
-        arrivals,
-        task,
-        begun: now,
-        patience: match shared.config.load {
-            LoadPolicy::WhenFaster => shared.config.lookup_timeout.min(compute),
-            LoadPolicy::Always => shared.config.lookup_timeout,
-        },
-        idle_since: Some(now),
-        stage: if skip { Stage::Done } else { Stage::Deciding },
+        inbox,
         landed: Vec::new(),
         target: 0,
         levels: Vec::new(),
@@ -210,18 +171,10 @@ impl Prefetch {
 
     /// Lands what has arrived, without waiting.
     pub fn poll<B: EngineBackend>(&mut self, backend: &mut B, pages: &B::Pages) -> FetchOutcome {
-        while self.stage != Stage::Done {
-            match self.arrivals.try_recv() {
-                Ok((at, arrival)) => self.take(at, arrival, backend, pages),
-                Err(mpsc::error::TryRecvError::Disconnected) => self.finish(),
-                Err(mpsc::error::TryRecvError::Empty) => {
-                    let now = Instant::now();
-                    self.charge(now);
-                    self.idle_since = Some(now);
-                    break;
-                }
-            }
+        while let Some(arrival) = self.inbox.arrived() {
+            self.take(arrival, backend, pages);
         }
+        self.settle();
         self.outcome()
     }
 
@@ -233,8 +186,8 @@ impl Prefetch {
         backend: &mut B,
         pages: &B::Pages,
     ) -> FetchOutcome {
-        if self.stage != Stage::Done {
-            self.receive(longest, backend, pages);
+        if let Some(arrival) = self.inbox.wait(longest) {
+            self.take(arrival, backend, pages);
         }
         self.poll(backend, pages)
     }
@@ -261,65 +214,14 @@ impl Prefetch {
             if left.is_zero() {
                 return LayerWait::Pending;
             }
-            self.receive(left, backend, pages);
-        }
-    }
-
-    fn receive<B: EngineBackend>(&mut self, longest: Duration, backend: &mut B, pages: &B::Pages) {
-        self.idle_since.get_or_insert_with(Instant::now);
-        let longest = longest.min(self.patience);
-        let received = self
-            .shared
-            .runtime
-            .block_on(async { tokio::time::timeout(longest, self.arrivals.recv()).await });
-        match received {
-            Ok(Some((at, arrival))) => {
-                // Waking up is part of the wait.
-                self.charge(Instant::now());
-                self.take(at, arrival, backend, pages);
+            if let Some(arrival) = self.inbox.wait(left) {
+                self.take(arrival, backend, pages);
             }
-            Ok(None) => self.finish(),
-            Err(_) => {
-                let now = Instant::now();
-                self.charge(now);
-                self.idle_since = Some(now);
-            }
+            self.settle();
         }
     }
 
-    /// Charges the time until `until` in which the engine had nothing to land.
-    fn charge(&mut self, until: Instant) {
-        if let Some(since) = self.idle_since.take() {
-            self.patience = self
-                .patience
-                .saturating_sub(until.saturating_duration_since(since));
-        }
-        if self.patience.is_zero() && self.stage != Stage::Done {
-            self.give_up(until);
-        }
-    }
-
-    /// The cache is late, which counts as a failure.
-    fn give_up(&mut self, now: Instant) {
-        debug!(target = self.target, "the cache is late; computing instead");
-        if self.stage == Stage::Loading {
-            self.shared.stats.note(Happened::Late);
-            self.shared.breaker().failed(self.begun, now);
-        }
-        self.finish();
-    }
-
-    fn take<B: EngineBackend>(
-        &mut self,
-        at: Instant,
-        arrival: Arrival,
-        backend: &mut B,
-        pages: &B::Pages,
-    ) {
-        self.charge(at);
-        if self.stage == Stage::Done {
-            return;
-        }
+    fn take<B: EngineBackend>(&mut self, arrival: Arrival, backend: &mut B, pages: &B::Pages) {
         match arrival {
             Arrival::Planned {
                 present,
@@ -329,25 +231,18 @@ impl Prefetch {
                 self.present = present;
                 self.target = load;
                 self.landed = vec![0; load];
-                self.patience = budget;
-                self.stage = Stage::Loading;
+                self.inbox.decided(budget);
             }
-            Arrival::Layer {
-                chunk,
-                layer,
-                level,
-                data,
-                received,
-            } => {
+            Arrival::Layer { chunk, layer, came } => {
                 // Chunks beyond a loss may still be in the channel.
                 if chunk >= self.target {
                     return;
                 }
-                match backend.write_layer(pages, chunk, layer, &data) {
+                match backend.write_layer(pages, chunk, layer, &came.data) {
                     Ok(()) => {
                         self.landed[chunk] = layer.0 + 1;
-                        self.bytes += received;
-                        self.came_at(chunk, level);
+                        self.bytes += came.received;
+                        self.came_at(chunk, came.level);
                     }
                     Err(error) => {
                         warn!(%error, chunk, %layer, "a fetched layer does not fit the pages");
@@ -359,8 +254,8 @@ impl Prefetch {
             Arrival::Left { chunk } => self.target = self.target.min(chunk),
             Arrival::Expected { at, due } => self.expected = Some([at, due]),
         }
-        if self.stage == Stage::Loading && self.whole() == self.target {
-            self.finish();
+        if self.inbox.stage() == Stage::Loading && self.whole() == self.target {
+            self.inbox.close(self.target == self.landed.len());
         }
     }
 
@@ -387,18 +282,16 @@ impl Prefetch {
             .count()
     }
 
-    fn finish(&mut self) {
-        self.stage = Stage::Done;
-        self.target = self.whole();
-        if let Some(task) = self.task.take()
-            && self.target < self.landed.len()
-        {
-            task.abort();
+    /// When nothing more will be taken, what is whole is all there is.
+    fn settle(&mut self) {
+        if self.inbox.stage() == Stage::Done {
+            self.target = self.whole();
+            self.inbox.close(self.target == self.landed.len());
         }
     }
 
     fn outcome(&self) -> FetchOutcome {
-        match self.stage {
+        match self.inbox.stage() {
             Stage::Deciding => FetchOutcome::Deciding,
             Stage::Loading => FetchOutcome::Loading,
             Stage::Done => FetchOutcome::Done {
@@ -408,52 +301,19 @@ impl Prefetch {
     }
 }
 
-impl Drop for Prefetch {
-    fn drop(&mut self) {
-        if let Some(task) = &self.task {
-            task.abort();
-        }
-    }
-}
-
 /// The async half: talks to the daemon, feeds the channel.
 pub(crate) struct Fetch {
     pub(crate) shared: Arc<Shared>,
     pub(crate) prompt: Prompt,
-    /// When each arrival was handed over, and what it is.
-    arrivals: mpsc::Sender<(Instant, Arrival)>,
-}
-
-/// How the async half ended, when nothing failed.
-pub(crate) enum End {
-    /// The daemon did all that was asked of it.
-    Completed,
-    /// The engine has no use for the rest; nothing was learnt about the daemon.
-    Abandoned,
+    outbox: Outbox<Arrival>,
 }
 
 impl Fetch {
-    async fn run(self) {
-        let begun = Instant::now();
-        match self.fetch(begun).await {
-            Ok(End::Completed) => self.shared.breaker().succeeded(),
-            Ok(End::Abandoned) => {}
-            Err(error) => {
-                warn!(%error, "the cache failed; computing instead");
-                self.shared.stats.note(Happened::Failed);
-                self.shared.breaker().failed(begun, Instant::now());
-            }
-        }
-    }
-
-    /// False when nobody waits any more.
     pub(crate) async fn hand_over(&self, arrival: Arrival) -> bool {
-        // The time of arrival, not of acceptance: a full channel is the engine's doing.
-        let stamped = (Instant::now(), arrival);
-        self.arrivals.send(stamped).await.is_ok()
+        self.outbox.hand_over(arrival).await
     }
 
-    async fn fetch(&self, begun: Instant) -> Result<End, CallError> {
+    async fn run(&self, begun: Instant) -> Result<End, CallError> {
         let shared = &self.shared;
         let keys = self.prompt.keys();
         let deadline = shared.steered_within();
@@ -563,23 +423,11 @@ impl Fetch {
         layer: LayerIdx,
         parts: Vec<Bytes>,
     ) -> Arrival {
-        let received = parts.iter().map(|part| part.len() as u64).sum();
-        let level = decoding.level_of(parts.len());
-        let failed = match self.shared.coder.decode(decoding, layer, parts).await {
-            Some(Ok(data)) => {
-                return Arrival::Layer {
-                    chunk,
-                    layer,
-                    level,
-                    data,
-                    received,
-                };
-            }
-            Some(Err(error)) => error.to_string(),
-            None => "the runtime is shutting down".to_owned(),
-        };
-        warn!(chunk, %layer, error = failed, "a cached chunk cannot be decoded; computing it");
-        Arrival::Lost { chunk }
+        let coder = &self.shared.coder;
+        match coder.layer(decoding, chunk, layer, parts).await {
+            Some(came) => Arrival::Layer { chunk, layer, came },
+            None => Arrival::Lost { chunk },
+        }
     }
 
     /// Decodes layers while further ones arrive, and hands them over in order. False when
@@ -591,7 +439,8 @@ impl Fetch {
     ) -> Result<bool, CallError> {
         let coder = &self.shared.coder;
         let stored = stream.chunks().iter().map(|chunk| chunk.level);
-        let raw = |level| Arc::new(Decoding::raw(level));
+        let layout = *self.shared.namespace.layout();
+        let raw = |level| Arc::new(Decoding::raw(layout, level));
         let mut decodings: Vec<Arc<Decoding>> = stored.map(raw).collect();
         let most = 2 * coder.config().threads.max(1);
         let mut decodes = FuturesOrdered::new();
@@ -607,7 +456,7 @@ impl Fetch {
                         None => ended = true,
                         Some(GetEvent::Prelude { chunk, data }) => {
                             let level = stream.chunks()[chunk].level;
-                            match coder.decoding(level, data) {
+                            match coder.decoding(layout, level, data) {
                                 Some(decoding) => decodings[chunk] = Arc::new(decoding),
                                 None if chunk < live => {
                                     debug!(chunk, "a cached chunk needs a profile; computing it");
@@ -643,27 +492,6 @@ impl Fetch {
                 return Ok(false);
             }
             received.busy += handed.elapsed();
-        }
-    }
-}
-
-/// What came of a stream, for the cost model.
-#[derive(Debug, Default)]
-struct Received {
-    bytes: u64,
-    lost: bool,
-    first: Option<Instant>,
-    after_first: u64,
-    /// Time in which the engine was busy.
-    busy: Duration,
-}
-
-impl Received {
-    fn note(&mut self, bytes: usize) {
-        self.bytes += bytes as u64;
-        match self.first {
-            None => self.first = Some(Instant::now()),
-            Some(_) => self.after_first += bytes as u64,
         }
     }
 }

@@ -32,6 +32,8 @@
 //! the background. One that is not here costs the first request that meets it its hit, and
 //! no time: it computes, while the profile is fetched for the next one.
 //!
+//! Text that stands elsewhere in every prompt is reused as content chunks: [`blend`].
+//!
 //! Ownership: the engine thread owns the pages and does every copy into and out of
 //! them, so no page is ever shared between threads. Dropping a [`Prefetch`] cancels
 //! its fetch. Chunks waiting for capture are lost when the process ends.
@@ -48,6 +50,7 @@ mod coding;
 pub mod controller;
 mod cost;
 mod fetch;
+mod inbox;
 mod profiles;
 mod prompt;
 mod steer;
@@ -64,7 +67,7 @@ pub use kvasir_client::{
 };
 pub use kvasir_codec::{EncodeError, Encoding, KeyRotation, Pairing, Profile};
 
-pub use backend::{BackendError, EngineBackend};
+pub use backend::{BackendError, EngineBackend, Placement};
 pub use capture::{CaptureOutcome, CaptureStats, ChunkCopy};
 pub use coding::CodecConfig;
 pub use cost::{CostModel, Decision, FetchObservation};
@@ -121,6 +124,11 @@ pub struct PluginConfig {
     /// [`CodecConfig::fetch`] names no level. Default: none; chunks come as they are stored,
     /// however long that takes.
     pub deadline: Option<Duration>,
+    /// A namespace of the same model that content chunks are also looked up in, such as that
+    /// of documents which all tenants may read. The tenant's own copy wins. Nothing is ever
+    /// written there, and prefix chunks never come from it. Whoever names it trusts whoever
+    /// fills it: it must differ from the engine's own in its tenant salt alone. Default: none.
+    pub corpus: Option<Namespace>,
     /// Which way fetches go. Default: the best that the daemon offers.
     pub data_plane: DataPlane,
     /// Whom the data plane believes. Default: whom the control calls name.
@@ -140,6 +148,7 @@ impl Default for PluginConfig {
             cooldown: Duration::from_secs(1),
             codec: CodecConfig::default(),
             deadline: None,
+            corpus: None,
             data_plane: DataPlane::default(),
             tls: TlsConfig::default(),
         }
@@ -168,16 +177,16 @@ pub(crate) struct Shared {
     stats: FetchCounters,
 }
 
-/// What became of prefetches so far.
+/// What became of prefetches and gathers so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FetchStats {
-    /// Prefetches that fetched something, or tried to.
+    /// Those that fetched something, or tried to.
     pub loads: u64,
     /// Fetches given up because they took longer than their budget.
     pub late: u64,
     /// Lookups and fetches the daemon failed.
     pub failed: u64,
-    /// Prefetches not begun because the daemon had failed shortly before.
+    /// Those not begun because the daemon had failed shortly before.
     pub skipped: u64,
     /// Fetches behind which the first token came later than [`PluginConfig::deadline`].
     pub missed: u64,
@@ -234,7 +243,7 @@ impl CachePlugin {
     ) -> Self {
         let layout = *namespace.layout();
         let profiles = Profiles::start(client.clone(), runtime.clone(), &config.codec, layout);
-        let coder = Arc::new(Coder::new(config.codec.clone(), layout, profiles));
+        let coder = Arc::new(Coder::new(config.codec.clone(), profiles));
         let queue = CaptureQueue::start(&runtime, client.clone(), Arc::clone(&coder), &config);
         Self {
             shared: Arc::new(Shared {
@@ -288,7 +297,13 @@ impl CachePlugin {
         fetch::start(&self.shared, prompt)
     }
 
-    /// What became of prefetches so far.
+    /// Starts to look for the content chunks of `prompt`, and to fetch those that are cached if
+    /// that is expected to be faster than computing them. Returns at once.
+    pub fn gather(&self, prompt: &blend::Segmented) -> blend::Gather {
+        blend::start(&self.shared, prompt)
+    }
+
+    /// What became of prefetches and gathers so far.
     pub fn fetch_stats(&self) -> FetchStats {
         let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let stats = &self.shared.stats;

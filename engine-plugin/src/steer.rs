@@ -17,7 +17,8 @@ use tracing::{debug, warn};
 
 use crate::coding::Decoding;
 use crate::controller::{Action, Controller, Goal, PARTS, Segment, Stored};
-use crate::fetch::{Arrival, End, Fetch};
+use crate::fetch::{Arrival, Fetch};
+use crate::inbox::End;
 use crate::{FetchObservation, Shared};
 
 impl Shared {
@@ -133,7 +134,8 @@ impl Loading<'_> {
     async fn run(&mut self) -> bool {
         let fetch = self.fetch;
         let coder = &fetch.shared.coder;
-        let layer_bytes = fetch.shared.namespace.layout().layer_bytes() as u64;
+        let layout = *fetch.shared.namespace.layout();
+        let layer_bytes = layout.layer_bytes() as u64;
         let most = 2 * coder.config().threads.max(1);
         let mut decodes = FuturesOrdered::new();
         // Since when layers have been decoded without a break, their bytes, and most parts.
@@ -169,7 +171,7 @@ impl Loading<'_> {
                 *finest = count.max(*finest);
                 let how = match &self.decodings[chunk] {
                     Some(decoding) => Arc::clone(decoding),
-                    None => Arc::new(Decoding::raw(self.held.chunks[chunk].level)),
+                    None => Arc::new(Decoding::raw(layout, self.held.chunks[chunk].level)),
                 };
                 decodes.push_back(fetch.decode(how, chunk, layer, parts));
             }
@@ -282,8 +284,8 @@ impl Loading<'_> {
                 if self.decodings[chunk].is_some() {
                     return None;
                 }
-                let level = self.held.chunks[chunk].level;
-                match self.fetch.shared.coder.decoding(level, data) {
+                let ChunkInfo { layout, level, .. } = self.held.chunks[chunk];
+                match self.fetch.shared.coder.decoding(layout, level, data) {
                     Some(decoding) => self.decodings[chunk] = Some(Arc::new(decoding)),
                     None => {
                         debug!(chunk, "a cached chunk needs a profile; computing it");

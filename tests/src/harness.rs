@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use kvasir_client::Client;
+use kvasir_codec::{Profile, ProfileBasis, ProfilePlane, ProfileShape};
 use kvasir_engine::kv::KvDtype;
 use kvasir_engine::model::Model;
 use kvasir_engine::request::{Event, GenerateRequest, Usage};
@@ -287,6 +288,31 @@ pub fn prompt(tokens: usize, seed: usize) -> Vec<u32> {
 /// The shipped model's tokenizer.
 pub fn tokenizer() -> Tokenizer {
     Tokenizer::load(&model_dir(), &[]).expect("the shipped tokenizer loads")
+}
+
+/// A profile as fine as any, in a basis that is none.
+///
+/// # Panics
+/// With a unit that is none.
+pub fn profile_of(shape: ProfileShape, unit: f32) -> Arc<Profile> {
+    let heads = shape.heads_per_basis();
+    let plane = |plane: usize| {
+        let channels = usize::from(heads[plane] * shape.dims[plane]);
+        let ones = vec![1.0; channels];
+        let same = |at: usize| {
+            if at.is_multiple_of(channels + 1) {
+                1.0
+            } else {
+                0.0
+            }
+        };
+        let vectors: Vec<f32> = (0..channels * channels).map(same).collect();
+        let basis = ProfileBasis::new(vec![0.0; channels], ones, &vectors, &vectors);
+        let bases = vec![basis; usize::from(shape.kv_heads / heads[plane])];
+        ProfilePlane { unit, bases }
+    };
+    let planes = (0..shape.layers).flat_map(|_| [plane(0), plane(1)]);
+    Arc::new(Profile::new(shape, planes.collect()).expect("its planes are those of its shape"))
 }
 
 impl Rig {

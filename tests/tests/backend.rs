@@ -6,69 +6,166 @@
 )]
 
 use std::collections::HashMap;
+use std::ops::Range;
 
 use kvasir_engine::ModelConfig;
-use kvasir_engine::cache::PoolBackend;
+use kvasir_engine::cache::{PoolBackend, Turns};
+use kvasir_engine::kernels::{self, Isa};
 use kvasir_engine::kv::{BLOCK_TOKENS, BlockId, KvDtype, KvPool};
-use kvasir_plugin::{BackendError, EngineBackend};
-use kvasir_tests::conformance::backend;
-use kvasir_types::{KvLayout, LayerIdx};
+use kvasir_engine::rope::RopeScaling;
+use kvasir_plugin::{BackendError, EngineBackend, Placement};
+use kvasir_tests::conformance::backend::{self, Keys};
+use kvasir_types::{KvLayout, LayerIdx, Slice, TokenRange};
 
-/// The engine's paged pool, with a page table that is not in order.
+/// The engine's paged pool, with a page table that is not in order: every element type, and
+/// every kind of RoPE.
 #[test]
 fn paged_pool() {
-    for (name, dtype) in [
-        ("llama3-gqa", KvDtype::F32),
-        ("llama2-mha", KvDtype::Bf16),
-        ("qwen3", KvDtype::F16),
-    ] {
+    let of_fixture = |name: &str| {
         let path = format!(
             "{}/../engine-plugin/engine/fixtures/{name}/config.json",
             env!("CARGO_MANIFEST_DIR")
         );
-        let config = ModelConfig::from_json(&std::fs::read(path).unwrap()).unwrap();
-        for chunk_tokens in [16, 48] {
-            let layout = kvasir_engine::cache::layout(&config, dtype, chunk_tokens).unwrap();
-            let blocks = chunk_tokens as usize / BLOCK_TOKENS * backend::CHUNKS;
-            let mut pool = KvPool::new(&config, 2 * blocks, dtype);
-            let mut pages: Vec<BlockId> = std::iter::from_fn(|| pool.alloc()).collect();
-            pages.reverse();
-            let others = pages.split_off(blocks);
-            backend::run(
-                &mut PoolBackend::new(&mut pool, &layout),
-                &pages[..],
-                &others[..],
-            );
+        ModelConfig::from_json(&std::fs::read(path).unwrap()).unwrap()
+    };
+    let kinds = ["llama2-mha", "llama-linear", "llama3-gqa", "llama-yarn"];
+    let scalings: Vec<_> = kinds.iter().map(|it| of_fixture(it).rope.scaling).collect();
+    assert!(matches!(
+        scalings.as_slice(),
+        [
+            RopeScaling::None,
+            RopeScaling::Linear { .. },
+            RopeScaling::Llama3 { .. },
+            RopeScaling::Yarn { .. },
+        ]
+    ));
+    for name in kinds {
+        for dtype in [KvDtype::F32, KvDtype::Bf16, KvDtype::F16] {
+            for chunk_tokens in [16, 48] {
+                run_on_pool(&of_fixture(name), dtype, chunk_tokens);
+            }
         }
     }
 }
 
-/// The simplest thing that keeps the contract.
+fn run_on_pool(config: &ModelConfig, dtype: KvDtype, chunk_tokens: u32) {
+    let layout = kvasir_engine::cache::layout(config, dtype, chunk_tokens).unwrap();
+    let blocks = chunk_tokens as usize / BLOCK_TOKENS * backend::CHUNKS;
+    let mut pool = KvPool::new(config, 2 * blocks, dtype);
+    let mut pages: Vec<BlockId> = std::iter::from_fn(|| pool.alloc()).collect();
+    pages.reverse();
+    let others = pages.split_off(blocks);
+    let frequencies = config.rope.frequencies(config.head_dim);
+    let turn = |key: &mut [f32], position: usize| {
+        let (mut cos, mut sin) = (vec![0.0; key.len() / 2], vec![0.0; key.len() / 2]);
+        frequencies.angles(position, &mut cos, &mut sin);
+        kernels::rotate(Isa::detect(), key, &cos, &sin);
+    };
+    let mut turns = Turns::new(config);
+    backend::run(
+        &mut PoolBackend::new(&mut pool, &layout).with_turns(&mut turns),
+        &pages[..],
+        &others[..],
+        &Keys { turn: &turn },
+    );
+}
+
+/// Pages whose backend was not told how keys turn take what needs no turning, and no more.
+#[test]
+fn keys_are_not_left_as_they_were() {
+    let path = "../engine-plugin/engine/fixtures/llama2-mha/config.json";
+    let path = format!("{}/{path}", env!("CARGO_MANIFEST_DIR"));
+    let config = ModelConfig::from_json(&std::fs::read(path).unwrap()).unwrap();
+    let layout = kvasir_engine::cache::layout(&config, KvDtype::F32, 16).unwrap();
+    let mut pool = KvPool::new(&config, 2, KvDtype::F32);
+    let pages: Vec<BlockId> = std::iter::from_fn(|| pool.alloc()).collect();
+    let mut backend = PoolBackend::new(&mut pool, &layout);
+    let payload = vec![1; layout.layer_bytes()];
+    let mut put = |first| {
+        let at = Placement {
+            first,
+            compiled_at: 1,
+            tokens: 16,
+        };
+        backend.write_moved(&pages[..], at, LayerIdx(0), &payload)
+    };
+    assert_eq!(put(1), Ok(()));
+    assert_eq!(put(2), Err(BackendError::NoRotation));
+}
+
+/// The simplest thing that keeps the contract: of a model without RoPE, whose keys are the
+/// same everywhere.
 #[derive(Debug)]
 struct MapBackend {
     layout: KvLayout,
-    layers: HashMap<(u32, usize, u16), Vec<u8>>,
+    /// By sequence and layer: all tokens.
+    layers: HashMap<(u32, u16), Vec<u8>>,
 }
 
 /// A sequence by its number.
 struct MapPages(u32);
 
 impl MapBackend {
-    fn check(&self, chunk: usize, layer: LayerIdx, length: usize) -> Result<(), BackendError> {
-        if chunk >= backend::CHUNKS {
-            return Err(BackendError::OutsidePages { chunk });
+    fn whole(&self) -> KvLayout {
+        let chunks = u32::try_from(backend::CHUNKS).unwrap();
+        self.layout
+            .with_tokens(chunks * self.layout.tokens())
+            .unwrap()
+    }
+
+    /// Where some tokens of a layer lie.
+    fn runs(
+        &self,
+        tokens: Range<usize>,
+        layer: LayerIdx,
+        length: usize,
+        outside: BackendError,
+    ) -> Result<Vec<Range<usize>>, BackendError> {
+        if tokens.end > self.whole().tokens() as usize {
+            return Err(outside);
         }
         if layer.0 >= self.layout.layers() {
             return Err(BackendError::NoSuchLayer(layer));
         }
-        let expected = self.layout.layer_bytes();
+        let narrow = |at: usize| u32::try_from(at).unwrap();
+        let tokens = TokenRange::new(narrow(tokens.start), narrow(tokens.end)).unwrap();
+        let slice = Slice {
+            heads: None,
+            tokens: Some(tokens),
+        };
+        let expected = self.layout.with_tokens(tokens.len()).unwrap().layer_bytes();
         if length != expected {
             return Err(BackendError::WrongLength {
                 expected,
                 found: length,
             });
         }
-        Ok(())
+        Ok(self.whole().cut(slice).collect())
+    }
+
+    fn of_chunk(&self, chunk: usize) -> (Range<usize>, BackendError) {
+        let tokens = self.layout.tokens() as usize;
+        let start = chunk.saturating_mul(tokens);
+        let outside = BackendError::OutsidePages { chunk };
+        (start..start.saturating_add(tokens), outside)
+    }
+
+    fn write(
+        &mut self,
+        pages: &MapPages,
+        layer: LayerIdx,
+        runs: Vec<Range<usize>>,
+        payload: &[u8],
+    ) {
+        let bytes = self.whole().layer_bytes();
+        let all = self.layers.entry((pages.0, layer.0));
+        let all = all.or_insert_with(|| vec![0; bytes]);
+        let mut rest = payload;
+        for run in runs {
+            let (now, later) = rest.split_at(run.len());
+            all[run].copy_from_slice(now);
+            rest = later;
+        }
     }
 }
 
@@ -86,9 +183,23 @@ impl EngineBackend for MapBackend {
         layer: LayerIdx,
         payload: &[u8],
     ) -> Result<(), BackendError> {
-        self.check(chunk, layer, payload.len())?;
-        self.layers
-            .insert((pages.0, chunk, layer.0), payload.to_vec());
+        let (tokens, outside) = self.of_chunk(chunk);
+        let runs = self.runs(tokens, layer, payload.len(), outside)?;
+        self.write(pages, layer, runs, payload);
+        Ok(())
+    }
+
+    fn write_moved(
+        &mut self,
+        pages: &MapPages,
+        at: Placement,
+        layer: LayerIdx,
+        payload: &[u8],
+    ) -> Result<(), BackendError> {
+        let Range { start: first, end } = at.range();
+        let outside = BackendError::PlacedOutsidePages { first, end };
+        let runs = self.runs(at.range(), layer, payload.len(), outside)?;
+        self.write(pages, layer, runs, payload);
         Ok(())
     }
 
@@ -99,10 +210,12 @@ impl EngineBackend for MapBackend {
         layer: LayerIdx,
         payload: &mut [u8],
     ) -> Result<(), BackendError> {
-        self.check(chunk, layer, payload.len())?;
-        match self.layers.get(&(pages.0, chunk, layer.0)) {
-            Some(stored) => payload.copy_from_slice(stored),
-            None => payload.fill(0),
+        let (tokens, outside) = self.of_chunk(chunk);
+        let runs = self.runs(tokens, layer, payload.len(), outside)?;
+        payload.fill(0);
+        if let Some(all) = self.layers.get(&(pages.0, layer.0)) {
+            let bytes: Vec<u8> = runs.into_iter().flat_map(|run| all[run].to_vec()).collect();
+            payload.copy_from_slice(&bytes);
         }
         Ok(())
     }
@@ -117,6 +230,7 @@ fn map() {
             layout,
             layers: HashMap::new(),
         };
-        backend::run(&mut backend, &MapPages(0), &MapPages(1));
+        let keys = Keys { turn: &|_, _| {} };
+        backend::run(&mut backend, &MapPages(0), &MapPages(1), &keys);
     }
 }

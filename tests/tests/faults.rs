@@ -5,17 +5,15 @@
     reason = "a test states its expectations by unwrapping"
 )]
 
-use std::os::unix::fs::FileExt as _;
-use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bytes::Bytes;
 use kvasir_client::{Chunk, Client, Tier};
-use kvasir_codec::ObjectHeader;
 use kvasir_plugin::{DataPlane, LoadPolicy, PluginConfig};
 use kvasir_server::child::ListeningChild;
+use kvasir_tests::frame::Frame;
 use kvasir_tests::harness::{self, Answer, CHUNK_TOKENS, Proxy, Rig, Use, signal, start_daemon};
-use kvasir_types::{ChunkKey, DType, KvLayout, Level, Planes};
+use kvasir_types::{DType, KvLayout, Level, Planes};
 use rustix::process::Signal;
 
 const DAEMON: &str = env!("CARGO_BIN_EXE_daemon");
@@ -296,49 +294,3 @@ async fn a_wrong_layout_under_the_right_name_is_a_miss() {
     let answer = faulty.ask().await;
     assert_eq!(answer.usage.cached_tokens, 2 * CHUNK_TOKENS as usize);
 }
-
-/// Where a chunk lies in the segments of a stopped daemon.
-struct Frame {
-    file: PathBuf,
-    start: usize,
-    len: usize,
-}
-
-impl Frame {
-    fn of(data: &Path, key: &ChunkKey) -> Self {
-        let mut found = Vec::new();
-        for entry in std::fs::read_dir(data.join("segments")).unwrap() {
-            let file = entry.unwrap().path();
-            let bytes = std::fs::read(&file).unwrap();
-            for start in (0..bytes.len()).step_by(BLOCK) {
-                let Ok((header, _)) = ObjectHeader::parse(&bytes[start..]) else {
-                    continue;
-                };
-                if header.key() == key {
-                    let payload = header.payload_bytes();
-                    let header = header.object_bytes() - payload;
-                    let len = header.next_multiple_of(BLOCK as u64) + payload;
-                    let len = usize::try_from(len).unwrap();
-                    let file = file.clone();
-                    found.push(Self { file, start, len });
-                }
-            }
-        }
-        assert_eq!(found.len(), 1, "frames of {key}");
-        found.remove(0)
-    }
-
-    fn read(&self) -> Vec<u8> {
-        let bytes = std::fs::read(&self.file).unwrap();
-        bytes[self.start..][..self.len].to_vec()
-    }
-
-    fn write(&self, bytes: &[u8]) {
-        let file = std::fs::File::options().write(true).open(&self.file);
-        file.unwrap()
-            .write_all_at(bytes, self.start as u64)
-            .unwrap();
-    }
-}
-
-const BLOCK: usize = 4096;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kvasir_client::{Chunk, Client, GetEvent, GetOptions};
-use kvasir_codec::{Prelude, ProfileBasis, ProfilePlane, ProfileShape};
+use kvasir_codec::{Prelude, ProfileShape};
 use kvasir_engine::KvDtype;
 use kvasir_engine::cache;
 use kvasir_engine::model::Model;
@@ -83,28 +83,7 @@ fn profile(unit: f32) -> Arc<Profile> {
     let model = Model::load(&harness::model_dir()).unwrap();
     let layout = cache::layout(model.config(), KvDtype::F32, harness::CHUNK_TOKENS).unwrap();
     let rotation = cache::rotation(model.config());
-    profile_of(ProfileShape::of(&layout, Some(rotation.pairing)), unit)
-}
-
-fn profile_of(shape: ProfileShape, unit: f32) -> Arc<Profile> {
-    let heads = shape.heads_per_basis();
-    let plane = |plane: usize| {
-        let channels = usize::from(heads[plane] * shape.dims[plane]);
-        let ones = vec![1.0; channels];
-        let same = |at: usize| {
-            if at.is_multiple_of(channels + 1) {
-                1.0
-            } else {
-                0.0
-            }
-        };
-        let vectors: Vec<f32> = (0..channels * channels).map(same).collect();
-        let basis = ProfileBasis::new(vec![0.0; channels], ones, &vectors, &vectors);
-        let bases = vec![basis; usize::from(shape.kv_heads / heads[plane])];
-        ProfilePlane { unit, bases }
-    };
-    let planes = (0..shape.layers).flat_map(|_| [plane(0), plane(1)]);
-    Arc::new(Profile::new(shape, planes.collect()).unwrap())
+    harness::profile_of(ProfileShape::of(&layout, Some(rotation.pairing)), unit)
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -237,7 +216,7 @@ async fn a_profile_of_another_model_is_not_used() {
     let planes = Planes::symmetric(ProfileShape::of(&layout, None).dims[0]);
     let more = layout.layers() + 1;
     let taller = KvLayout::new(more, layout.kv_heads(), planes, 16, layout.dtype()).unwrap();
-    let other = profile_of(ProfileShape::of(&taller, Some(rotation.pairing)), 0.01);
+    let other = harness::profile_of(ProfileShape::of(&taller, Some(rotation.pairing)), 0.01);
     client.put_profile(&other).await.unwrap();
     let keys = writer.plugin.namespace().prefix_keys(&prompt);
     let mut stream = client.get(&keys[..1], GetOptions::default()).await.unwrap();

@@ -106,6 +106,7 @@ async fn fetched_pages_are_byte_equal() {
             .collect();
         let copy = ChunkCopy {
             key: *key,
+            layout,
             start: chunk as u64 * u64::from(layout.tokens()),
             layers,
             hints: Hints::default(),

@@ -1,11 +1,15 @@
 //! The engine's pages as the cache plugin sees them, and what its KV is.
 
-use kvasir_plugin::{BackendError, EngineBackend, KeyRotation, Pairing};
+mod turns;
+
+use kvasir_plugin::{BackendError, EngineBackend, KeyRotation, Pairing, Placement};
 use kvasir_types::{DType, KvLayout, LayerIdx, LayoutError, ModelIdentity, Namespace, Planes};
 
 use crate::config::ModelConfig;
 use crate::kv::{BlockId, KvDtype, KvPool};
 use crate::model::Model;
+
+pub use turns::{MOST_TOKENS, Turns};
 
 /// Geometry of the chunks a model exchanges.
 ///
@@ -69,12 +73,51 @@ pub fn rotation(config: &ModelConfig) -> KeyRotation {
 pub struct PoolBackend<'a> {
     pool: &'a mut KvPool,
     layout: &'a KvLayout,
+    turns: Option<&'a mut Turns>,
 }
 
 impl<'a> PoolBackend<'a> {
     /// `pool` must have the geometry and element type of `layout`.
     pub fn new(pool: &'a mut KvPool, layout: &'a KvLayout) -> Self {
-        Self { pool, layout }
+        Self {
+            pool,
+            layout,
+            turns: None,
+        }
+    }
+
+    /// Lands content chunks too. `turns` must be of the pool's model; it lasts longer than
+    /// this, so that what it knows of a chunk serves all of its layers.
+    #[must_use]
+    pub fn with_turns(mut self, turns: &'a mut Turns) -> Self {
+        self.turns = Some(turns);
+        self
+    }
+
+    fn check_moved(
+        &self,
+        pages: &[BlockId],
+        at: Placement,
+        layer: LayerIdx,
+        length: usize,
+    ) -> Result<(), BackendError> {
+        if layer.0 >= self.layout.layers() {
+            return Err(BackendError::NoSuchLayer(layer));
+        }
+        let end = at.first.saturating_add(at.tokens);
+        if end > pages.len() * crate::kv::BLOCK_TOKENS {
+            let first = at.first;
+            return Err(BackendError::PlacedOutsidePages { first, end });
+        }
+        // The pages hold that many tokens, so this is far from overflowing.
+        let expected = self.pool.layer_bytes(at.tokens);
+        if length != expected {
+            return Err(BackendError::WrongLength {
+                expected,
+                found: length,
+            });
+        }
+        Ok(())
     }
 
     fn check(
@@ -122,6 +165,27 @@ impl EngineBackend for PoolBackend<'_> {
         self.pool
             .write_layer(pages, first, tokens, layer.0.into(), payload)
             .map_err(|_| BackendError::OutsidePages { chunk })
+    }
+
+    fn write_moved(
+        &mut self,
+        pages: &[BlockId],
+        at: Placement,
+        layer: LayerIdx,
+        payload: &[u8],
+    ) -> Result<(), BackendError> {
+        self.check_moved(pages, at, layer, payload.len())?;
+        let payload = match &mut self.turns {
+            _ if at.is_unmoved() => payload,
+            Some(turns) => turns.turn(self.pool.dtype(), at, payload),
+            None => return Err(BackendError::NoRotation),
+        };
+        self.pool
+            .write_layer(pages, at.first, at.tokens, layer.0.into(), payload)
+            .map_err(|_| BackendError::PlacedOutsidePages {
+                first: at.first,
+                end: at.range().end,
+            })
     }
 
     fn read_layer(

@@ -169,8 +169,19 @@ impl Namespace {
 
     /// Key of a content chunk: its own tokens only, reusable at any position.
     pub fn content(&self, tokens: &[u32]) -> ChunkKey {
+        self.content_after(&[], tokens)
+    }
+
+    /// Key of a content chunk whose KV was computed behind `prefix`, such as the token
+    /// that every prompt begins with: it is part of what the chunk's values came from. With
+    /// no prefix, [`content`](Self::content).
+    pub fn content_after(&self, prefix: &[u32], tokens: &[u32]) -> ChunkKey {
         let mut canonical = Canonical::new("kvasir v1 chunk content");
         canonical.field(1, &self.digest).tokens(3, tokens);
+        // Absent rather than empty: keys without a prefix are older than this field.
+        if !prefix.is_empty() {
+            canonical.tokens(5, prefix);
+        }
         ChunkKey(canonical.digest())
     }
 

@@ -197,6 +197,15 @@ impl KvLayout {
         })
     }
 
+    /// This layout for chunks of `tokens` tokens: content chunks differ in length, and every
+    /// stored object says its own layout.
+    ///
+    /// # Errors
+    /// No tokens, or a chunk above [`Self::MAX_CHUNK_BYTES`].
+    pub fn with_tokens(&self, tokens: u32) -> Result<Self, LayoutError> {
+        Self::new(self.layers, self.kv_heads, self.planes, tokens, self.dtype)
+    }
+
     /// Transformer layers.
     pub const fn layers(&self) -> u16 {
         self.layers
@@ -503,6 +512,21 @@ mod tests {
         }
         let outside = HeadRange::new(7, 9).unwrap();
         assert_eq!(layout.head_slice(Plane::Key, outside), None);
+    }
+
+    #[test]
+    fn other_lengths_differ_in_nothing_else() {
+        let longer = gqa().with_tokens(300).unwrap();
+        assert_eq!(longer.tokens(), 300);
+        assert_eq!(longer.with_tokens(256), Ok(gqa()));
+        assert_eq!(gqa().with_tokens(0), Err(LayoutError::Zero("tokens")));
+        let most = KvLayout::MAX_CHUNK_BYTES / (gqa().chunk_bytes() / 256);
+        let most = u32::try_from(most).unwrap();
+        assert_eq!(gqa().with_tokens(most).unwrap().tokens(), most);
+        assert!(matches!(
+            gqa().with_tokens(most + 1),
+            Err(LayoutError::TooLarge(_))
+        ));
     }
 
     #[test]

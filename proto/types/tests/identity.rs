@@ -162,6 +162,27 @@ proptest! {
         prop_assert_ne!(keys[0], keys[2]);
     }
 
+    /// What a chunk was computed behind is part of its key, and not of its tokens.
+    #[test]
+    fn a_content_chunk_is_of_its_prefix(
+        inputs in any_inputs(),
+        prefix in prop::collection::vec(any::<u32>(), 1..8),
+    ) {
+        let namespace = inputs.namespace();
+        let key = namespace.content_after(&prefix, &inputs.tokens);
+        prop_assert_ne!(key, namespace.content(&inputs.tokens));
+        let mut other = prefix.clone();
+        other[0] ^= 1;
+        prop_assert_ne!(key, namespace.content_after(&other, &inputs.tokens));
+        let longer: Vec<u32> = prefix.iter().chain(&inputs.tokens).copied().collect();
+        prop_assert_ne!(key, namespace.content(&longer));
+        prop_assert_ne!(key, namespace.content_after(&prefix[1..], &inputs.tokens));
+        prop_assert_eq!(
+            namespace.content_after(&[], &inputs.tokens),
+            namespace.content(&inputs.tokens)
+        );
+    }
+
     #[test]
     fn text_form_round_trips(bytes in any::<[u8; 32]>()) {
         let key = ChunkKey::from_bytes(bytes);
@@ -217,6 +238,9 @@ fn published_vectors() {
             namespace.content(&inputs.tokens).to_string(),
             "{name}"
         );
+        let before = usize::try_from(vector["content_prefix"].as_u64().unwrap()).unwrap();
+        let after = namespace.content_after(&inputs.tokens[..before], &inputs.tokens);
+        assert_eq!(vector["content_key_after"], after.to_string(), "{name}");
         assert_eq!(
             vector["opaque_key"],
             namespace.opaque(b"block-1").to_string(),

@@ -46,6 +46,7 @@ def derive(v):
         chunk = struct.pack(f"<{size}I", *tokens[start:start + size])
         keys.append(digest("kvasir v1 chunk prefix", field(1, namespace), *parent, field(3, chunk)))
     everything = struct.pack(f"<{len(tokens)}I", *tokens)
+    before = struct.pack(f"<{v['content_prefix']}I", *tokens[:v["content_prefix"]])
     return {
         **v,
         "layout_encoding": layout.hex(),
@@ -53,6 +54,8 @@ def derive(v):
         "namespace": namespace.hex(),
         "prefix_keys": [key.hex() for key in keys],
         "content_key": digest("kvasir v1 chunk content", field(1, namespace), field(3, everything)).hex(),
+        "content_key_after": digest("kvasir v1 chunk content", field(1, namespace),
+                                    field(3, everything), *[field(5, before)] * bool(before)).hex(),
         "opaque_key": digest("kvasir v1 chunk opaque", field(1, namespace), field(4, b"block-1")).hex(),
     }
 
@@ -61,7 +64,7 @@ BASE = {
     "name": "grouped-query", "architecture": "llama hidden=4096", "weights": "rev-1",
     "rope": "default theta=500000", "adapter": None, "layers": 32, "kv_heads": 8,
     "planes": [128, 128], "chunk_tokens": 256, "dtype": "bf16", "tokenizer_byte": 7,
-    "tenant": "", "token_count": 600,
+    "tenant": "", "token_count": 600, "content_prefix": 1,
 }
 CASES = [
     BASE,
@@ -70,13 +73,15 @@ CASES = [
     {**BASE, "name": "different key and value widths", "planes": [192, 128], "dtype": "f8e4m3"},
     {**BASE, "name": "adapter", "adapter": ["sql", "3"]},
     {**BASE, "name": "empty adapter is not no adapter", "adapter": ["", ""]},
-    {**BASE, "name": "tenant", "tenant": "acme"},
-    {**BASE, "name": "shorter than a chunk", "token_count": 255, "dtype": "f32"},
+    {**BASE, "name": "tenant", "tenant": "acme", "content_prefix": 7},
+    {**BASE, "name": "shorter than a chunk", "token_count": 255, "dtype": "f32",
+     "content_prefix": 0},
 ]
 
 print(json.dumps({
     "tokens": "token i of token_count is 7*i + 1",
     "tokenizer": "32 times tokenizer_byte",
+    "content_key_after": "the prefix is the first content_prefix tokens",
     "opaque_key": "name is the ASCII text block-1",
     "vectors": [derive(v) for v in CASES],
 }, indent=1))

@@ -1,16 +1,29 @@
 //! The contract of [`EngineBackend`].
 
+mod moved;
+
 use kvasir_plugin::{BackendError, EngineBackend};
 use kvasir_types::LayerIdx;
 
 /// Chunks that each sequence's pages must hold.
 pub const CHUNKS: usize = 3;
 
-/// Runs the suite on two sequences' pages of [`CHUNKS`] chunks each.
+/// How the model behind a backend turns its keys.
+pub struct Keys<'a> {
+    /// Turns a key of one head to a position; the same for all heads.
+    pub turn: &'a dyn Fn(&mut [f32], usize),
+}
+
+/// Runs the suite on two sequences' pages of [`CHUNKS`] chunks each, of 16 tokens at least.
 ///
 /// # Panics
 /// When the implementation breaks its contract.
-pub fn run<B: EngineBackend>(backend: &mut B, pages: &B::Pages, others: &B::Pages) {
+pub fn run<B: EngineBackend>(
+    backend: &mut B,
+    pages: &B::Pages,
+    others: &B::Pages,
+    keys: &Keys<'_>,
+) {
     let layout = *backend.layout();
     let layers = layout.layers();
     let payload = |sequence: usize, chunk: usize, layer: u16| -> Vec<u8> {
@@ -85,4 +98,17 @@ pub fn run<B: EngineBackend>(backend: &mut B, pages: &B::Pages, others: &B::Page
     }
     // A refused write changes nothing.
     check_all(backend);
+
+    moved::run(backend, pages, keys);
+    // The other sequence has nothing of this.
+    for (chunk, layer) in every() {
+        let mut read = vec![0; layout.layer_bytes()];
+        backend
+            .read_layer(others, chunk, layer, &mut read)
+            .expect("a written chunk can be read");
+        assert!(
+            read == payload(1, chunk, layer.0),
+            "chunk {chunk}, layer {layer} changed"
+        );
+    }
 }

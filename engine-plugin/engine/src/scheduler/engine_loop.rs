@@ -483,6 +483,7 @@ impl EngineLoop {
                 };
                 let copy = ChunkCopy {
                     key,
+                    layout,
                     start: (chunk * prompt.chunk_tokens()) as u64,
                     layers,
                     hints,
