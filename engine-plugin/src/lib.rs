@@ -297,6 +297,11 @@ impl CachePlugin {
         fetch::start(&self.shared, prompt)
     }
 
+    /// When what is cached is loaded.
+    pub fn load_policy(&self) -> LoadPolicy {
+        self.shared.config.load
+    }
+
     /// Starts to look for the content chunks of `prompt`, and to fetch those that are cached if
     /// that is expected to be faster than computing them. Returns at once.
     pub fn gather(&self, prompt: &blend::Segmented) -> blend::Gather {

@@ -1,5 +1,6 @@
 //! Real processes and sockets for end-to-end tests.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -369,11 +370,22 @@ impl Rig {
 
     /// Runs one request; `None` when it failed.
     pub async fn submit(&self, prompt: &[u32], cache: Use) -> Option<Answer> {
+        self.submit_chunks(prompt, &[], cache).await
+    }
+
+    /// Runs one request whose prompt has chunks that others have too; `None` when it failed.
+    pub async fn submit_chunks(
+        &self,
+        prompt: &[u32],
+        chunks: &[Range<usize>],
+        cache: Use,
+    ) -> Option<Answer> {
         let begun = Instant::now();
         let mut events = self
             .engine
             .submit(GenerateRequest {
                 prompt: prompt.to_vec(),
+                chunks: chunks.to_vec(),
                 max_tokens: 4,
                 sampling: SamplingParams::greedy(),
                 stop_tokens: Vec::new(),

@@ -27,6 +27,7 @@ use crate::model::{
 mod probe;
 
 pub use probe::Probes;
+pub(crate) use probe::Recording;
 
 /// One prompt.
 #[derive(Debug)]
@@ -90,17 +91,34 @@ pub fn run(
                 let deviations = deviations(model, &before, step, blocks, compared, selection);
                 selection.narrow(layer, &deviations);
             }
-            for row in before.steps[step].clone() {
-                let layers = selection.layers[before.positions[row]];
-                before.fates[row] = match layers.checked_sub(layer + 1) {
-                    None => Fate::Dropped,
-                    Some(0) => Fate::Ends,
-                    Some(_) => Fate::GoesOn,
-                };
-            }
+            end_rows(
+                before.fates,
+                before.positions,
+                &before.steps[step],
+                layer,
+                selection,
+            );
         }
         ControlFlow::Continue(())
     })
+}
+
+/// Ends those rows of a step that `selection` has not computed in `layer` and behind it.
+pub(crate) fn end_rows(
+    fates: &mut [Fate],
+    positions: &[usize],
+    rows: &Range<usize>,
+    layer: u16,
+    selection: &Selection,
+) {
+    for row in rows.clone() {
+        let layers = selection.layers[positions[row]];
+        fates[row] = match layers.checked_sub(layer + 1) {
+            None => Fate::Dropped,
+            Some(0) => Fate::Ends,
+            Some(_) => Fate::GoesOn,
+        };
+    }
 }
 
 /// By token of the prompt: squared difference of computed from reused K or V, over all heads.

@@ -85,6 +85,8 @@ pub struct Front {
     pub limits: Limits,
     /// What a request gets that says nothing.
     pub defaults: Defaults,
+    /// How prompts are put together from chunks.
+    pub chunks: Chunks,
     /// Source of `/metrics`; without it the route is not found.
     pub metrics: Option<PrometheusHandle>,
 }
@@ -98,6 +100,16 @@ impl fmt::Debug for Front {
             .field("defaults", &self.defaults)
             .finish_non_exhaustive()
     }
+}
+
+/// How prompts are put together from texts that other prompts have too.
+#[derive(Clone, Debug, Default)]
+pub struct Chunks {
+    /// Tokens in front of the chunks that a request names: what chunks are compiled behind.
+    pub prefix: Vec<u32>,
+    /// Text between the chunks of a prompt that is one text: what stands before the first is
+    /// text, and so is what stands behind the last; separators are taken out. Default: none.
+    pub separator: Option<String>,
 }
 
 /// Bounds on one request.

@@ -4,7 +4,7 @@
 
 use std::mem::ManuallyDrop;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -13,10 +13,11 @@ use anyhow::{Context as _, ensure};
 use clap::{Parser, Subcommand, ValueEnum};
 use kvasir_engine::cache;
 use kvasir_engine::chat::ChatTemplate;
-use kvasir_engine::http::{self, Defaults, Front, Limits, Preparation};
-use kvasir_engine::scheduler::{Engine, EngineConfig};
+use kvasir_engine::http::{self, Chunks, Defaults, Front, Limits, Preparation};
+use kvasir_engine::scheduler::{BlendConfig, Engine, EngineConfig};
 use kvasir_engine::tokenizer::Tokenizer;
 use kvasir_engine::{BLOCK_TOKENS, KvDtype, Model, metrics};
+use kvasir_plugin::blend::{Gate, Quality};
 use kvasir_plugin::{CachePlugin, CodecConfig, Encoding, PluginConfig, Profile, TlsConfig};
 use kvasir_types::{ByteSize, Level};
 use tokio::net::TcpListener;
@@ -98,6 +99,18 @@ struct ServeArgs {
     /// Threads that compute. Default: one per core.
     #[arg(long)]
     threads: Option<usize>,
+    /// How chunks of a prompt are reused where they did not stand before: as `blend-check` found
+    /// this model to allow, or never.
+    #[arg(long, value_enum, default_value_t = BlendArg::Proven)]
+    blend: BlendArg,
+    /// How near to full prefill answers over such chunks must be, among the repairs that
+    /// `blend-check` measured.
+    #[arg(long, value_enum, default_value_t = QualityArg::High)]
+    blend_quality: QualityArg,
+    /// Text that separates chunks in the prompts of completions. Default: none; requests name
+    /// their chunks.
+    #[arg(long, value_name = "TEXT")]
+    chunk_separator: Option<String>,
     /// Tokens of one batch, prefill and decode together.
     #[arg(long, default_value_t = EngineConfig::BATCH_TOKENS)]
     batch_tokens: usize,
@@ -108,6 +121,34 @@ struct ServeArgs {
     /// ends them at once.
     #[arg(long, default_value_t = 10)]
     drain_timeout: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
+enum BlendArg {
+    /// With a repair that was found to be good enough.
+    Proven,
+    /// Never.
+    Off,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum QualityArg {
+    /// Nothing but chunks in the place that they were computed for is reused.
+    Exact,
+    /// Nine tenths of the gap between reuse as it is and full prefill are closed.
+    High,
+    /// Seven tenths.
+    Fair,
+}
+
+impl From<QualityArg> for Quality {
+    fn from(arg: QualityArg) -> Self {
+        match arg {
+            QualityArg::Exact => Self::Exact,
+            QualityArg::High => Self::High,
+            QualityArg::Fair => Self::Fair,
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -149,6 +190,22 @@ fn profile(args: &ServeArgs) -> anyhow::Result<Option<Arc<Profile>>> {
     let bytes = std::fs::read(path).with_context(reading)?;
     let profile = Profile::parse(&bytes).with_context(reading)?;
     Ok(Some(Arc::new(profile)))
+}
+
+/// What was measured on blending this very model.
+fn proven(directory: &Path, model: &Model) -> anyhow::Result<Option<Gate>> {
+    let Some(gate) = Gate::load(directory)? else {
+        tracing::info!("chunks are not reused at other places: `blend-check` has not been run");
+        return Ok(None);
+    };
+    let digest = model.weights_digest();
+    let digest: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
+    ensure!(
+        gate.weights == digest,
+        "{} is about other weights; run `kvasir-engine blend-check` again, or remove it",
+        directory.join(Gate::FILE).display()
+    );
+    Ok(Some(gate))
 }
 
 async fn serve(args: ServeArgs) -> anyhow::Result<()> {
@@ -221,6 +278,21 @@ async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     config.batch_tokens = args.batch_tokens;
     config.max_waiting = args.max_waiting;
     config.threads = args.threads.unwrap_or(config.threads);
+    let gate = match args.blend {
+        BlendArg::Proven if plugin.is_some() => proven(&args.model, &model)?,
+        _ => None,
+    };
+    let mut chunks = Chunks {
+        prefix: tokenizer.encode("", true)?,
+        separator: args.chunk_separator,
+    };
+    if let Some(gate) = gate {
+        chunks.prefix.clone_from(&gate.prefix);
+        config.blend = Some(BlendConfig {
+            quality: args.blend_quality.into(),
+            ..BlendConfig::new(gate)
+        });
+    }
 
     let listener = TcpListener::bind(args.listen)
         .await
@@ -242,6 +314,7 @@ async fn serve(args: ServeArgs) -> anyhow::Result<()> {
         ready: engine.ready(),
         limits,
         defaults: Defaults::default(),
+        chunks,
         metrics: Some(recorder),
     };
     tracing::info!(

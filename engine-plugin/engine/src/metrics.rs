@@ -7,11 +7,13 @@
 //! | [`PROMPT_TOKENS`] | counter | | HTTP front, when a sequence ends |
 //! | [`COMPLETION_TOKENS`] | counter | | HTTP front, when a sequence ends |
 //! | [`CACHED_TOKENS`] | counter | | HTTP front, when a sequence ends |
+//! | [`BLENDED_TOKENS`] | counter | | HTTP front, when a sequence ends |
 //! | [`TTFT_SECONDS`] | histogram | | HTTP front, at the first token |
 //! | [`TPOT_SECONDS`] | histogram | | HTTP front, when a sequence ends |
 //! | [`RUNNING`] | gauge | | scheduler |
 //! | [`WAITING`] | gauge | | scheduler |
 //! | [`FREE_BLOCKS`] | gauge | | scheduler |
+//! | [`COMPILED`] | counter | | scheduler |
 
 #![forbid(unsafe_code)]
 
@@ -35,6 +37,12 @@ pub const COMPLETION_TOKENS: &str = "kvasir_engine_completion_tokens_total";
 
 /// Prompt tokens whose KV came from the cache.
 pub const CACHED_TOKENS: &str = "kvasir_engine_cached_tokens_total";
+
+/// Prompt tokens of chunks that were reused where they did not stand before.
+pub const BLENDED_TOKENS: &str = "kvasir_engine_blended_tokens_total";
+
+/// Content chunks computed for the cache.
+pub const COMPILED: &str = "kvasir_engine_compiled_chunks_total";
 
 /// From the request's arrival to its first token, tokenising and queueing included.
 pub const TTFT_SECONDS: &str = "kvasir_engine_ttft_seconds";

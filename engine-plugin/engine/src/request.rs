@@ -3,6 +3,7 @@
 //! The scheduler speaks tokens only. Text (stop strings, chat templates,
 //! detokenisation) belongs to the HTTP front.
 
+use std::ops::Range;
 use std::time::Duration;
 
 use kvasir_types::Level;
@@ -14,6 +15,10 @@ use crate::sampling::SamplingParams;
 pub struct GenerateRequest {
     /// Token ids of the prompt; at least one.
     pub prompt: Vec<u32>,
+    /// Parts of the prompt that other prompts have too, wherever they stand: documents.
+    /// Ascending, and none over another. Their KV is reused at any position, if the engine
+    /// blends; see [`BlendConfig`](crate::scheduler::BlendConfig).
+    pub chunks: Vec<Range<usize>>,
     /// Most tokens to generate; 0 counts as 1, and what does not fit is cut.
     pub max_tokens: usize,
     /// How the next token is chosen.
@@ -36,6 +41,8 @@ pub enum Event {
     Prefilled {
         /// Prompt tokens whose KV came from the cache.
         cached_tokens: usize,
+        /// Prompt tokens of chunks that were reused where they did not stand before.
+        blended_tokens: usize,
         /// Payload bytes fetched, those of chunks that fell short included.
         fetched_bytes: u64,
     },
@@ -77,6 +84,10 @@ pub struct Usage {
     pub completion_tokens: usize,
     /// Prompt tokens whose KV came from the cache instead of prefill.
     pub cached_tokens: usize,
+    /// Prompt tokens of chunks that were reused where they did not stand before.
+    pub blended_tokens: usize,
+    /// Of the KV of these, the share that was computed anew.
+    pub recomputed: f32,
     /// Payload bytes fetched from the cache, as they were sent.
     pub fetched_bytes: u64,
     /// The coarsest level among the chunks that these tokens came in, if any.
@@ -100,6 +111,9 @@ pub enum RequestError {
         /// Size of the vocabulary.
         vocabulary: usize,
     },
+    /// Chunks reach over each other, or past the prompt.
+    #[error("chunks must ascend, not overlap, and lie inside the prompt")]
+    Chunks,
     /// The prompt and one more token do not fit the model's context or the KV pool.
     #[error("{needed} tokens do not fit: the limit is {limit}; shorten the prompt")]
     TooLong {

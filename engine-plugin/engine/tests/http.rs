@@ -31,8 +31,8 @@ async fn completion_is_openais() {
         "prompt_tokens": prompt.len(), "completion_tokens": generated,
         "total_tokens": prompt.len() + generated, "prompt_tokens_details": {"cached_tokens": 3}});
     assert_eq!(answer["usage"], usage);
-    let kvasir =
-        json!({"cached_tokens": 3, "fetched_bytes": 1000, "cached_level": "l1", "ttft_ms": 250.0});
+    let kvasir = json!({"cached_tokens": 3, "blended_tokens": 2, "recomputed": 0.5, "fetched_bytes": 1000,
+            "cached_level": "l1", "ttft_ms": 250.0});
     assert_eq!(answer["kvasir"], kvasir);
 
     let request = server.requests().remove(0);
@@ -68,6 +68,43 @@ async fn prompts_come_in_four_forms() {
             assert_eq!(choice["index"], index);
             assert_eq!(choice["text"], "ok");
         }
+    }
+}
+
+/// Named in a field, behind the canonical prefix, or separated in the prompt.
+#[tokio::test]
+async fn chunks_come_in_two_forms() {
+    let server = Server::start(Play::text("ok")).await;
+    let of = |text: &str| tokens(text, false);
+    let (hello, world) = (of("Hello"), of(" world!"));
+    let ask = async |body: Value| {
+        let (status, answer) = server.post("/v1/completions", &body).await;
+        assert_eq!(status, StatusCode::OK, "{answer}");
+        let request = server.requests().remove(0);
+        (request.prompt, request.chunks)
+    };
+    let found = ask(json!({"chunks": ["Hello", " world!"], "prompt": "Hello"})).await;
+    let prompt = [&[1, 2], &hello[..], &world, &hello].concat();
+    let first = 2..2 + hello.len();
+    let second = first.end..first.end + world.len();
+    assert_eq!(found, (prompt, vec![first, second]));
+
+    let found = ask(json!({"prompt": "Hello # #  world! # # Hello"})).await;
+    let before = tokens("Hello", true);
+    let chunk = before.len()..before.len() + world.len();
+    assert_eq!(found, ([before, world, hello].concat(), vec![chunk]));
+
+    let found = ask(json!({"prompt": "Hello"})).await;
+    assert_eq!(found, (tokens("Hello", true), vec![]));
+
+    for body in [
+        json!({"chunks": ["Hello"], "prompt": [5, 6]}),
+        json!({"chunks": [""], "prompt": "Hello"}),
+        json!({"chunks": "Hello", "prompt": "Hello"}),
+    ] {
+        let (status, answer) = server.post("/v1/completions", &body).await;
+        assert_eq!(status, StatusCode::BAD_REQUEST, "{answer}");
+        assert_eq!(answer["error"]["param"], "chunks");
     }
 }
 

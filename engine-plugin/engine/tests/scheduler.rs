@@ -53,6 +53,7 @@ fn fixture(name: &str) -> Fixture {
 fn request(prompt: &[u32], max_tokens: usize) -> GenerateRequest {
     GenerateRequest {
         prompt: prompt.to_vec(),
+        chunks: Vec::new(),
         max_tokens,
         sampling: SamplingParams::greedy(),
         stop_tokens: Vec::new(),

@@ -13,7 +13,7 @@
 use std::time::Duration;
 
 use super::{Gate, Quality, Repair, Reused, Rule, Selector};
-use crate::CostModel;
+use crate::{CostModel, LoadPolicy};
 
 /// What is known when a prompt is to be answered.
 #[derive(Clone, Debug)]
@@ -30,6 +30,8 @@ pub struct Situation<'a> {
     pub layers: u16,
     /// How near to full prefill the answer must be.
     pub quality: Quality,
+    /// Whether chunks are reused even where that is not faster.
+    pub policy: LoadPolicy,
 }
 
 /// What to do.
@@ -94,7 +96,8 @@ impl BlendPlan {
         let Some(soonest) = timed.iter().map(|(_, expected)| *expected).min() else {
             return Self::Compute(Why::NotProven);
         };
-        if soonest >= cost.compute_time(situation.ready, situation.tokens) {
+        let computed = cost.compute_time(situation.ready, situation.tokens);
+        if situation.policy == LoadPolicy::WhenFaster && soonest >= computed {
             return Self::Compute(Why::NotFaster);
         }
         // Later ones repair more.
@@ -222,6 +225,7 @@ mod tests {
             load: Duration::from_millis(load),
             layers: LAYERS,
             quality: Quality::High,
+            policy: LoadPolicy::WhenFaster,
         }
     }
 
@@ -276,6 +280,11 @@ mod tests {
         );
         let weak = gate(&[(0.2, 2, 0.3)]);
         assert_eq!(plan(&chunks, 0, &weak), BlendPlan::Compute(Why::NotProven));
+        let always = Situation {
+            policy: LoadPolicy::Always,
+            ..situation(&chunks, 4000)
+        };
+        assert_eq!(share(&BlendPlan::new(&always, &proven, &cost())), Some(0.2));
         let full = gate(&[(1.0, LAYERS, 0.0)]);
         assert_eq!(plan(&chunks, 10, &full), BlendPlan::Compute(Why::NotFaster));
     }

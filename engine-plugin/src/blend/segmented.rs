@@ -128,6 +128,11 @@ impl Segmented {
         }
     }
 
+    /// Whether any of its chunks begins at `token` or behind it.
+    pub fn begins_behind(&self, token: usize) -> bool {
+        self.chunks.iter().any(|chunk| chunk.range.start >= token)
+    }
+
     /// This prompt without the chunks that begin before `token`: those that came with a
     /// cached prefix.
     #[must_use]

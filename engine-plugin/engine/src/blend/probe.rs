@@ -46,6 +46,35 @@ impl Probes {
         prefix: &[u32],
         chunk: &[u32],
     ) -> Result<Vec<f32>, ForwardError> {
+        let mut recording = Recording::default();
+        while recording.step(self, model, pool, scratch, blocks, prefix, chunk)? {}
+        Ok(recording.scores)
+    }
+}
+
+/// What is recorded of a chunk, a prefill at a time.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Recording {
+    alone: Option<Span>,
+    /// Probes that have been compared.
+    done: usize,
+    /// By token.
+    pub(crate) scores: Vec<f32>,
+}
+
+impl Recording {
+    /// Computes the chunk alone, or behind the next probe. False when there is none left.
+    #[expect(clippy::too_many_arguments, reason = "what a prefill takes")]
+    pub(crate) fn step(
+        &mut self,
+        probes: &Probes,
+        model: &Model,
+        pool: &mut KvPool,
+        scratch: &mut Scratch,
+        blocks: &[BlockId],
+        prefix: &[u32],
+        chunk: &[u32],
+    ) -> Result<bool, ForwardError> {
         let mut behind = |text: &[u32]| {
             let tokens = [prefix, text, chunk].concat();
             let step = Step {
@@ -57,7 +86,7 @@ impl Probes {
             let mut found = Span::default();
             let first = prefix.len() + text.len();
             let outcome = model.forward(pool, scratch, &[step], &mut |before| {
-                if before.layer < self.layer {
+                if before.layer < probes.layer {
                     return ControlFlow::Continue(());
                 }
                 found = Span::of_rows(model, &before, first..tokens.len());
@@ -71,14 +100,19 @@ impl Probes {
                 Err(error) => Err(error),
             }
         };
-        let alone = behind(&[])?;
-        let mut scores = vec![0.0f32; chunk.len()];
-        for text in &self.texts {
-            let moved = behind(text)?;
-            for (score, deviation) in scores.iter_mut().zip(between(&alone, &moved)) {
-                *score = score.max(deviation);
-            }
+        let Some(alone) = &self.alone else {
+            self.alone = Some(behind(&[])?);
+            self.scores = vec![0.0; chunk.len()];
+            return Ok(true);
+        };
+        let Some(text) = probes.texts.get(self.done) else {
+            return Ok(false);
+        };
+        let moved = behind(text)?;
+        for (score, deviation) in self.scores.iter_mut().zip(between(alone, &moved)) {
+            *score = score.max(deviation);
         }
-        Ok(scores)
+        self.done += 1;
+        Ok(true)
     }
 }

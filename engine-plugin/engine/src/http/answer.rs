@@ -199,10 +199,20 @@ impl Tally {
 
     fn kvasir(&self) -> Value {
         let fetched: u64 = self.ended.iter().map(|cost| cost.fetched_bytes).sum();
+        let blended: usize = self.ended.iter().map(|cost| cost.blended_tokens).sum();
+        #[expect(clippy::cast_precision_loss, reason = "tokens of prompts")]
+        let recomputed = self
+            .ended
+            .iter()
+            .map(|cost| cost.recomputed * cost.blended_tokens as f32);
+        #[expect(clippy::cast_precision_loss, reason = "tokens of prompts")]
+        let recomputed = recomputed.sum::<f32>() / blended.max(1) as f32;
         let ttft = self.ended.iter().map(|cost| cost.ttft).max();
         let level = Level::coarsest(self.ended.iter().filter_map(|cost| cost.cached_level));
         let mut kvasir = json!({
             "cached_tokens": self.cached_tokens(),
+            "blended_tokens": blended,
+            "recomputed": recomputed,
             "fetched_bytes": fetched,
             "cached_level": level.map(|level| level.to_string()),
             "ttft_ms": ttft.as_ref().map(Duration::as_secs_f64).map(|s| s * 1e3),

@@ -48,6 +48,7 @@ async fn converse(front: &Arc<Front>, body: Bytes, arrived: Instant) -> Result<R
             detokenizer: worker.tokenizer.detokenizer(&[])?,
             max_tokens: max_tokens.unwrap_or(default).max(1),
             ids,
+            chunks: Vec::new(),
             param: MESSAGES,
             arrived,
         };

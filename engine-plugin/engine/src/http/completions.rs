@@ -1,5 +1,6 @@
 //! `POST /v1/completions`.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -33,14 +34,16 @@ async fn complete(front: &Arc<Front>, body: Bytes, arrived: Instant) -> Result<R
         let Request {
             common,
             prompts,
+            chunks,
             max_tokens,
             logprobs,
         } = Request::parse(&body, &worker)?;
         let prompt = |input: Input| {
-            let ids = input.ids(&worker.tokenizer)?;
+            let (ids, chunks) = input.ids(&worker, &chunks)?;
             Ok(Prompt {
                 detokenizer: worker.tokenizer.detokenizer(&ids)?,
                 ids,
+                chunks,
                 max_tokens,
                 param: PROMPT,
                 arrived,
@@ -67,6 +70,8 @@ async fn complete(front: &Arc<Front>, body: Bytes, arrived: Instant) -> Result<R
 struct Request {
     common: Common,
     prompts: Vec<Input>,
+    /// Texts in front of each prompt.
+    chunks: Vec<String>,
     max_tokens: usize,
     logprobs: bool,
 }
@@ -98,6 +103,10 @@ impl Request {
         if common.kvasir.logits_digest && prompts.len() > 1 {
             return refuse("kvasir", "takes logits_digest with one prompt only");
         }
+        let chunks: Vec<String> = fields.get(CHUNKS)?.unwrap_or_default();
+        if chunks.iter().any(String::is_empty) {
+            return refuse(CHUNKS, "must not hold an empty text");
+        }
         let logprobs = fields.get::<u8>("logprobs")?;
         if logprobs.is_some_and(|count| count > 5) {
             return refuse("logprobs", "must be at most 5");
@@ -106,6 +115,7 @@ impl Request {
         Ok(Self {
             common,
             prompts,
+            chunks,
             max_tokens: max_tokens.unwrap_or(front.defaults.completion_tokens),
             logprobs: logprobs.is_some(),
         })
@@ -144,12 +154,58 @@ enum Input {
 }
 
 impl Input {
-    fn ids(self, tokenizer: &Tokenizer) -> Result<Vec<u32>, ApiError> {
-        match self {
-            Self::Text(text) => Ok(tokenizer.encode(&text, true)?),
-            Self::Ids(ids) => Ok(ids),
+    /// Its tokens, behind those of `chunks`, and where its chunks are. Each text is encoded
+    /// by itself, so that a chunk's tokens do not depend on what stands beside it.
+    fn ids(self, front: &Front, chunks: &[String]) -> Result<Tokens, ApiError> {
+        let tokenizer = &front.tokenizer;
+        let text = match self {
+            Self::Ids(ids) if chunks.is_empty() => return Ok((ids, Vec::new())),
+            Self::Ids(_) => {
+                return Err(ApiError::Value {
+                    param: CHUNKS,
+                    rule: "needs a prompt that is text",
+                });
+            }
+            Self::Text(text) => text,
+        };
+        if !chunks.is_empty() {
+            let chunks = chunks.iter().map(String::as_str);
+            return assemble(tokenizer, front.chunks.prefix.clone(), chunks, &text);
         }
+        let separator = front.chunks.separator.as_deref();
+        let mut parts: Vec<&str> = match separator {
+            Some(separator) if !separator.is_empty() => text.split(separator).collect(),
+            _ => return Ok((tokenizer.encode(&text, true)?, Vec::new())),
+        };
+        let rest = if parts.len() > 1 { parts.pop() } else { None };
+        let before = tokenizer.encode(parts.remove(0), true)?;
+        assemble(
+            tokenizer,
+            before,
+            parts.into_iter(),
+            rest.unwrap_or_default(),
+        )
     }
+}
+
+/// Tokens of a prompt, and its chunks.
+type Tokens = (Vec<u32>, Vec<Range<usize>>);
+
+fn assemble<'a>(
+    tokenizer: &Tokenizer,
+    before: Vec<u32>,
+    chunks: impl Iterator<Item = &'a str>,
+    rest: &str,
+) -> Result<Tokens, ApiError> {
+    let mut ids = before;
+    let mut ranges = Vec::new();
+    for chunk in chunks {
+        let start = ids.len();
+        ids.extend(tokenizer.encode(chunk, false)?);
+        ranges.push(start..ids.len());
+    }
+    ids.extend(tokenizer.encode(rest, false)?);
+    Ok((ids, ranges))
 }
 
 static SHAPE: Shape = Shape {
@@ -169,3 +225,4 @@ fn choice(piece: &Piece, logprobs: bool) -> Choice {
 }
 
 const PROMPT: &str = "prompt";
+const CHUNKS: &str = "chunks";

@@ -98,6 +98,7 @@ impl ApiError {
             Self::Engine { error, .. } => match error {
                 RequestError::EmptyPrompt
                 | RequestError::UnknownToken { .. }
+                | RequestError::Chunks
                 | RequestError::TooLong { .. } => StatusCode::BAD_REQUEST,
                 RequestError::Overloaded { .. } => StatusCode::TOO_MANY_REQUESTS,
                 RequestError::ShuttingDown => StatusCode::SERVICE_UNAVAILABLE,
@@ -124,6 +125,7 @@ impl ApiError {
                 error:
                     RequestError::EmptyPrompt
                     | RequestError::UnknownToken { .. }
+                    | RequestError::Chunks
                     | RequestError::TooLong { .. },
             } => Some(param),
             _ => None,

@@ -1,5 +1,6 @@
 //! One sequence in progress: events in, text out, metrics at the end.
 
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use ::metrics::{counter, histogram};
@@ -36,6 +37,8 @@ pub(super) struct Cost {
     pub(super) prompt_tokens: usize,
     pub(super) completion_tokens: usize,
     pub(super) cached_tokens: usize,
+    pub(super) blended_tokens: usize,
+    pub(super) recomputed: f32,
     pub(super) fetched_bytes: u64,
     pub(super) cached_level: Option<Level>,
     /// The scheduler's, or else the front's own measurement.
@@ -62,6 +65,8 @@ pub(super) struct Step {
 #[derive(Debug)]
 pub(super) struct Prompt {
     pub(super) ids: Vec<u32>,
+    /// Parts of it that other prompts have too.
+    pub(super) chunks: Vec<Range<usize>>,
     pub(super) max_tokens: usize,
     pub(super) detokenizer: Detokenizer,
     /// The request's field that holds it.
@@ -75,6 +80,7 @@ impl Generation {
     pub(super) fn submit(front: &Front, common: &Common, prompt: Prompt) -> Result<Self, ApiError> {
         let Prompt {
             ids,
+            chunks,
             max_tokens,
             detokenizer,
             param,
@@ -89,6 +95,7 @@ impl Generation {
             ..Cost::default()
         };
         let request = GenerateRequest {
+            chunks,
             prompt: ids,
             max_tokens,
             sampling: common.sampling.clone(),
@@ -130,9 +137,11 @@ impl Generation {
         match event.ok_or(ApiError::Stopped)? {
             Event::Prefilled {
                 cached_tokens,
+                blended_tokens,
                 fetched_bytes,
             } => {
                 self.cost.cached_tokens = cached_tokens;
+                self.cost.blended_tokens = blended_tokens;
                 self.cost.fetched_bytes = fetched_bytes;
                 let piece = Piece::default();
                 Ok(Step { piece, end: None })
@@ -188,6 +197,8 @@ impl Generation {
             prompt_tokens: usage.prompt_tokens,
             completion_tokens: usage.completion_tokens,
             cached_tokens: usage.cached_tokens,
+            blended_tokens: usage.blended_tokens,
+            recomputed: usage.recomputed,
             fetched_bytes: usage.fetched_bytes,
             cached_level: usage.cached_level,
             ttft: usage.ttft,
@@ -212,12 +223,14 @@ impl Generation {
             prompt_tokens,
             completion_tokens,
             cached_tokens,
+            blended_tokens,
             ..
         } = self.cost;
         counter!(metrics::SEQUENCES, "reason" => reason).increment(1);
         counter!(metrics::PROMPT_TOKENS).increment(prompt_tokens as u64);
         counter!(metrics::COMPLETION_TOKENS).increment(completion_tokens as u64);
         counter!(metrics::CACHED_TOKENS).increment(cached_tokens as u64);
+        counter!(metrics::BLENDED_TOKENS).increment(blended_tokens as u64);
         if let Some((first, last)) = self.tokens_came
             && completion_tokens > 1
         {

@@ -12,6 +12,7 @@ use kvasir_plugin::{CachePlugin, CaptureOutcome, ChunkCopy, EngineBackend as _, 
 use kvasir_types::{Hints, LayerIdx};
 use metrics::gauge;
 
+use crate::blend::end_rows;
 use crate::cache::PoolBackend;
 use crate::kernels::Threads;
 use crate::kv::{BLOCK_TOKENS, BlockId, KvPool};
@@ -21,11 +22,12 @@ use crate::model::{
 };
 use crate::request::RequestError;
 
+use super::blending::Blender;
 use super::sequence::{Phase, Progress, Sequence};
 use super::{EngineConfig, Submission};
 
 /// Longest pause between looks at new requests while a fetch is awaited.
-const LOOK_INTERVAL: Duration = Duration::from_millis(1);
+pub(super) const LOOK_INTERVAL: Duration = Duration::from_millis(1);
 
 /// Share of a batch that decoding leaves to waiting prefill: one in this many tokens.
 const PREFILL_SHARE: usize = 4;
@@ -39,27 +41,39 @@ const CALIBRATION_TOKENS: [usize; 3] = [64, 128, 512];
 const CALIBRATION_TIME: Duration = Duration::from_millis(300);
 
 pub(super) struct EngineLoop {
-    model: Arc<Model>,
-    pool: KvPool,
-    scratch: Scratch,
-    batch_tokens: usize,
-    plugin: Option<CachePlugin>,
+    pub(super) model: Arc<Model>,
+    pub(super) pool: KvPool,
+    pub(super) scratch: Scratch,
+    pub(super) batch_tokens: usize,
+    pub(super) plugin: Option<CachePlugin>,
+    pub(super) blender: Option<Blender>,
     submissions: Receiver<Submission>,
     /// Requests sent but not admitted, shared with the handles.
-    waiting_count: Arc<AtomicUsize>,
+    pub(super) waiting_count: Arc<AtomicUsize>,
     waiting: VecDeque<Submission>,
-    running: Vec<Sequence>,
+    pub(super) running: Vec<Sequence>,
     next_seed: u64,
     /// Where decoding starts when not every sequence fits a batch.
     decode_turn: usize,
 }
 
-/// One row range of the next batch.
-struct Planned {
+/// Rows of one sequence in the next batch.
+pub(super) struct Planned {
     sequence: usize,
     from: usize,
     to: usize,
     wants_logits: bool,
+    /// Of a sequence that blends: those of the positions `from..to` that are computed.
+    rows: Option<(Vec<u32>, Vec<usize>)>,
+}
+
+impl Planned {
+    fn rows(&self) -> usize {
+        match &self.rows {
+            Some((tokens, _)) => tokens.len(),
+            None => self.to - self.from,
+        }
+    }
 }
 
 impl EngineLoop {
@@ -73,6 +87,11 @@ impl EngineLoop {
         waiting_count: Arc<AtomicUsize>,
     ) -> Self {
         Self {
+            blender: config
+                .blend
+                .clone()
+                .filter(|_| plugin.is_some())
+                .map(|blend| Blender::new(blend, model.config())),
             scratch: Scratch::new(threads),
             batch_tokens: config.batch_tokens.max(BLOCK_TOKENS),
             model,
@@ -132,10 +151,14 @@ impl EngineLoop {
             self.cancel();
             self.admit();
             self.land();
+            self.start_gathers();
+            self.land_chunks();
             if !self.run_batch() {
                 self.await_fetch();
+                self.await_chunks();
             }
             self.capture();
+            self.compile();
             self.gauge();
         }
     }
@@ -144,7 +167,11 @@ impl EngineLoop {
     /// all handles are gone and all work is done.
     fn receive(&mut self) -> bool {
         let idle = self.running.is_empty() && self.waiting.is_empty();
-        if idle {
+        let compiles = self
+            .blender
+            .as_ref()
+            .is_some_and(|it| !it.compiler.is_idle());
+        if idle && !compiles {
             self.gauge();
             match self.submissions.recv() {
                 Ok(submission) => self.waiting.push_back(submission),
@@ -218,13 +245,14 @@ impl EngineLoop {
     fn run_batch(&mut self) -> bool {
         let plan = self.plan();
         if plan.is_empty() {
-            return self.run_behind_fetch();
+            return self.run_behind_fetch() || self.run_behind_gather();
         }
         let started = Instant::now();
         let outcome = self.forward(&plan, &mut |_| ControlFlow::Continue(()));
         match outcome {
             Ok(logits) => {
                 if let ([step], Some(plugin)) = (plan.as_slice(), &self.plugin)
+                    && step.rows.is_none()
                     && step.to - step.from >= MIN_OBSERVED_TOKENS
                 {
                     plugin.observe_prefill(step.from, step.to, started.elapsed());
@@ -240,7 +268,8 @@ impl EngineLoop {
     /// the order of arrival. When not all fit, decoding takes turns and leaves prefill
     /// its share.
     fn plan(&mut self) -> Vec<Planned> {
-        let is_prefill = |sequence: &Sequence| matches!(sequence.phase, Phase::Prefill);
+        let is_prefill =
+            |sequence: &Sequence| matches!(sequence.phase, Phase::Prefill | Phase::Blending(_));
         let reserved = if self.running.iter().any(is_prefill) {
             self.batch_tokens / PREFILL_SHARE
         } else {
@@ -261,26 +290,53 @@ impl EngineLoop {
                     from: sequence.position,
                     to: sequence.position + 1,
                     wants_logits: true,
+                    rows: None,
                 });
             }
         }
         let mut room = self.batch_tokens - plan.len();
         for (index, sequence) in self.running.iter().enumerate() {
             if is_prefill(sequence) && room > 0 {
-                let to = sequence.prompt_tokens.min(sequence.position + room);
-                room -= to - sequence.position;
-                plan.push(Planned {
-                    sequence: index,
-                    from: sequence.position,
-                    to,
-                    wants_logits: to == sequence.prompt_tokens,
-                });
+                let planned = self.planned(index, room);
+                room -= planned.rows();
+                plan.push(planned);
             }
         }
         plan
     }
 
-    fn forward(
+    /// The next rows of a sequence's prompt, `room` at most.
+    pub(super) fn planned(&self, index: usize, room: usize) -> Planned {
+        let sequence = &self.running[index];
+        let (from, end) = (sequence.position, sequence.prompt_tokens);
+        let (to, rows) = match &sequence.phase {
+            Phase::Blending(selection) => {
+                let selected = |&position: &usize| selection.layers[position] > 0;
+                let mut positions: Vec<usize> = (from..end).filter(selected).collect();
+                positions.truncate(room);
+                let tokens = positions.iter().map(|&position| sequence.tokens[position]);
+                let to = positions.last().map_or(end, |&last| last + 1);
+                (to, Some((tokens.collect(), positions)))
+            }
+            _ => (end.min(from + room), None),
+        };
+        Planned {
+            sequence: index,
+            from,
+            to,
+            wants_logits: to == end,
+            rows,
+        }
+    }
+
+    /// Whether a request waits for its first token.
+    pub(super) fn is_prefilling(&self) -> bool {
+        let waits =
+            |sequence: &Sequence| !matches!(sequence.phase, Phase::Decode | Phase::Draining);
+        !self.waiting.is_empty() || self.running.iter().any(waits)
+    }
+
+    pub(super) fn forward(
         &mut self,
         plan: &[Planned],
         before_layer: &mut (dyn FnMut(BeforeLayer<'_>) -> ControlFlow<()> + Send),
@@ -289,9 +345,16 @@ impl EngineLoop {
             .iter()
             .map(|planned| {
                 let sequence = &self.running[planned.sequence];
+                let (tokens, positions) = match &planned.rows {
+                    Some((tokens, positions)) => (&tokens[..], Positions::At(positions)),
+                    None => {
+                        let tokens = &sequence.tokens[planned.from..planned.to];
+                        (tokens, Positions::From(planned.from))
+                    }
+                };
                 Step {
-                    tokens: &sequence.tokens[planned.from..planned.to],
-                    positions: Positions::From(planned.from),
+                    tokens,
+                    positions,
                     blocks: &sequence.blocks,
                     logits: if planned.wants_logits {
                         LogitsWanted::Last
@@ -301,11 +364,21 @@ impl EngineLoop {
                 }
             })
             .collect();
+        let running = &self.running;
         self.model
-            .forward(&mut self.pool, &mut self.scratch, &steps, before_layer)
+            .forward(&mut self.pool, &mut self.scratch, &steps, &mut |before| {
+                let layer = u16::try_from(before.layer).unwrap_or(u16::MAX);
+                for (planned, rows) in plan.iter().zip(before.steps) {
+                    if let Phase::Blending(selection) = &running[planned.sequence].phase {
+                        let positions = before.positions;
+                        end_rows(before.fates, positions, rows, layer, selection);
+                    }
+                }
+                before_layer(before)
+            })
     }
 
-    fn apply(&mut self, plan: &[Planned], logits: &Logits) {
+    pub(super) fn apply(&mut self, plan: &[Planned], logits: &Logits) {
         let mut ended = Vec::new();
         for (row, planned) in plan.iter().enumerate() {
             let sequence = &mut self.running[planned.sequence];
@@ -353,12 +426,18 @@ impl EngineLoop {
             return false;
         }
         let from = prompt.resume_at(chunks);
+        // What is behind it is gathered, not computed.
+        let reusable = sequence.segmented.as_ref();
+        if reusable.is_some_and(|segmented| segmented.begins_behind(from)) {
+            return false;
+        }
         let to = sequence.prompt_tokens.min(from + self.batch_tokens);
         let plan = [Planned {
             sequence: index,
             from,
             to,
             wants_logits: to == sequence.prompt_tokens,
+            rows: None,
         }];
         // The fetch lands layers into the pages while the forward pass reads them,
         // layer by layer, on this thread: take it out of the sequence meanwhile.
@@ -504,7 +583,8 @@ impl EngineLoop {
             let whole = sequence.position / prompt.chunk_tokens();
             sequence.capture.end = sequence.capture.end.min(whole);
         }
-        if sequence.capture.is_empty() || matches!(sequence.phase, Phase::Fetching(_)) {
+        let loads = matches!(sequence.phase, Phase::Fetching(_) | Phase::Gathering(_));
+        if sequence.capture.is_empty() || loads {
             let sequence = self.running.remove(index);
             self.give_back(&sequence.blocks);
         } else {
@@ -512,7 +592,7 @@ impl EngineLoop {
         }
     }
 
-    fn fail_all(&mut self, plan: &[Planned], error: &ForwardError) {
+    pub(super) fn fail_all(&mut self, plan: &[Planned], error: &ForwardError) {
         tracing::error!(%error, "a batch failed");
         let failed: Vec<usize> = plan.iter().map(|planned| planned.sequence).collect();
         for &index in &failed {
@@ -521,14 +601,14 @@ impl EngineLoop {
         self.end_all(failed);
     }
 
-    fn take_blocks(&mut self, count: usize) -> Option<Vec<BlockId>> {
+    pub(super) fn take_blocks(&mut self, count: usize) -> Option<Vec<BlockId>> {
         if self.pool.free_blocks() < count {
             return None;
         }
         (0..count).map(|_| self.pool.alloc()).collect()
     }
 
-    fn give_back(&mut self, blocks: &[BlockId]) {
+    pub(super) fn give_back(&mut self, blocks: &[BlockId]) {
         for &block in blocks {
             if let Err(error) = self.pool.free(block) {
                 tracing::error!(%error, "a page was given back twice");

@@ -11,21 +11,28 @@
 //! 4. choose tokens, report them, end sequences;
 //! 5. copy a finished chunk out of the pages for the cache.
 //!
+//! Chunks of a prompt that are reused at other places than they stood at are gathered, and
+//! repaired ([`BlendConfig`]); those that the cache lacks are compiled in idle time.
+//!
 //! When a sequence that is being fetched is the only one, its attention runs layer by
 //! layer behind the fetch. When others are there, or come, they run while it waits.
 //!
 //! Overflow: more than [`EngineConfig::max_waiting`] waiting requests are refused; a
 //! receiver that goes away cancels its sequence.
 
+mod blending;
+mod compile;
 mod engine_loop;
 mod sequence;
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc as sync_mpsc;
 use std::thread::JoinHandle;
 use std::time::Instant;
 
+use kvasir_plugin::blend::{Segment, Segmented};
 use kvasir_plugin::{CachePlugin, Prompt};
 use tokio::sync::mpsc;
 
@@ -36,6 +43,8 @@ use crate::model::Model;
 use crate::request::{Event, GenerateRequest, RequestError};
 
 use engine_loop::EngineLoop;
+
+pub use blending::BlendConfig;
 
 /// How the engine spends memory and time.
 #[derive(Clone, Debug)]
@@ -50,6 +59,8 @@ pub struct EngineConfig {
     pub max_waiting: usize,
     /// Threads that compute. Default: one per core.
     pub threads: usize,
+    /// How chunks are reused at any position. Default: not at all.
+    pub blend: Option<BlendConfig>,
 }
 
 impl EngineConfig {
@@ -66,6 +77,7 @@ impl EngineConfig {
             batch_tokens: Self::BATCH_TOKENS,
             max_waiting: Self::MAX_WAITING,
             threads: std::thread::available_parallelism().map_or(1, usize::from),
+            blend: None,
         }
     }
 }
@@ -96,6 +108,7 @@ pub struct EngineHandle {
     max_waiting: usize,
     limits: Limits,
     plugin: Option<CachePlugin>,
+    blend: Option<Arc<BlendConfig>>,
 }
 
 /// Why an engine could not be started.
@@ -121,6 +134,8 @@ pub(crate) struct Submission {
     request: GenerateRequest,
     /// The prompt in chunks, when there is a cache and the request may use it.
     prompt: Option<Prompt>,
+    /// The same cut into content chunks, when the request names any and the engine blends.
+    segmented: Option<Segmented>,
     events: mpsc::Sender<Event>,
     submitted: Instant,
 }
@@ -158,6 +173,7 @@ impl Engine {
             max_waiting: config.max_waiting.max(1),
             limits,
             plugin: plugin.clone(),
+            blend: config.blend.clone().map(Arc::new),
         };
         let mut engine =
             EngineLoop::new(model, pool, config, threads, plugin, submissions, waiting);
@@ -235,6 +251,7 @@ impl EngineHandle {
         {
             return Err(RequestError::UnknownToken { token, vocabulary });
         }
+        let segments = segments(&request.prompt, &request.chunks)?;
         let needed = request.prompt.len() + 1;
         if needed > self.limits.sequence_tokens {
             return Err(RequestError::TooLong {
@@ -252,12 +269,18 @@ impl EngineHandle {
             .as_ref()
             .filter(|_| request.read_cache || request.write_cache)
             .map(|plugin| Prompt::new(plugin.namespace(), &request.prompt));
+        let blend = self.blend.as_ref().filter(|_| request.read_cache);
+        let segmented = self.plugin.as_ref().zip(blend).map(|(plugin, blend)| {
+            let namespace = plugin.namespace();
+            Segmented::new(namespace, &blend.gate.prefix, blend.limits, &segments)
+        });
         // One event per token, one before and one after them: sending never waits.
         let completion = self.limits.sequence_tokens - request.prompt.len();
         let (events, receiver) = mpsc::channel(completion.min(request.max_tokens) + 2);
         let submission = Submission {
             request,
             prompt,
+            segmented,
             events,
             submitted,
         };
@@ -272,4 +295,20 @@ impl EngineHandle {
     pub fn limits(&self) -> Limits {
         self.limits
     }
+}
+
+/// A prompt as chunks, and the text between them.
+fn segments(prompt: &[u32], chunks: &[Range<usize>]) -> Result<Vec<Segment>, RequestError> {
+    let mut segments = Vec::new();
+    let mut end = 0;
+    for chunk in chunks {
+        if chunk.start < end || chunk.end < chunk.start || chunk.end > prompt.len() {
+            return Err(RequestError::Chunks);
+        }
+        segments.push(Segment::Text(prompt[end..chunk.start].to_vec()));
+        segments.push(Segment::Chunk(prompt[chunk.clone()].to_vec()));
+        end = chunk.end;
+    }
+    segments.push(Segment::Text(prompt[end..].to_vec()));
+    Ok(segments)
 }

@@ -2,19 +2,25 @@
 
 use std::time::Instant;
 
+use kvasir_plugin::blend::{Segmented, Selection};
 use kvasir_plugin::{FetchOutcome, Prefetch, Prompt};
 use kvasir_types::Level;
 use tokio::sync::mpsc;
 
+use super::blending::Gathering;
 use crate::kv::BlockId;
 use crate::request::{Event, FinishReason, GenerateRequest, RequestError, Usage};
 use crate::sampling::Sampler;
 
 /// Where a sequence stands.
 #[derive(Debug)]
-pub(crate) enum Phase {
+pub(super) enum Phase {
     /// Its prefix is being fetched.
     Fetching(Prefetch),
+    /// Its chunks are being fetched.
+    Gathering(Box<Gathering>),
+    /// Of the prompt from `position` on, what is selected is still to be computed.
+    Blending(Box<Selection>),
     /// Prompt tokens from `position` on are still to be computed.
     Prefill,
     /// The last token of `tokens` is still to be run through the model.
@@ -25,13 +31,15 @@ pub(crate) enum Phase {
 
 /// A sequence that holds pages.
 #[derive(Debug)]
-pub(crate) struct Sequence {
-    pub(crate) phase: Phase,
+pub(super) struct Sequence {
+    pub(super) phase: Phase,
     /// Prompt, then generated tokens.
     pub(crate) tokens: Vec<u32>,
     pub(crate) prompt_tokens: usize,
     /// The prompt in chunks, when the cache may be used.
     pub(crate) prompt: Option<Prompt>,
+    /// Its chunks, until they are gathered.
+    pub(super) segmented: Option<Segmented>,
     /// Tokens whose KV is in the pages.
     pub(crate) position: usize,
     pub(crate) blocks: Vec<BlockId>,
@@ -63,6 +71,7 @@ impl Sequence {
         let super::Submission {
             mut request,
             prompt,
+            segmented,
             events,
             submitted,
         } = submission;
@@ -86,6 +95,7 @@ impl Sequence {
             },
             tokens,
             prompt,
+            segmented: segmented.filter(|segmented| !segmented.chunks().is_empty()),
             request,
         }
     }
@@ -97,6 +107,10 @@ impl Sequence {
 
     pub(crate) fn reads_cache(&self) -> bool {
         self.request.read_cache
+    }
+
+    pub(super) fn writes_cache(&self) -> bool {
+        self.request.write_cache
     }
 
     /// Whether nobody listens any more.
@@ -133,9 +147,14 @@ impl Sequence {
         let choice = match self.sampler.sample(logits) {
             Ok(choice) => choice,
             // Fetched KV is the first suspect: compute all of it, once.
-            Err(_) if self.usage.cached_tokens > 0 && self.usage.completion_tokens == 0 => {
+            Err(_)
+                if self.usage.cached_tokens + self.usage.blended_tokens > 0
+                    && self.usage.completion_tokens == 0 =>
+            {
                 tracing::warn!("logits over fetched KV are not finite; computing everything");
                 self.usage.cached_tokens = 0;
+                self.usage.blended_tokens = 0;
+                self.usage.recomputed = 0.0;
                 self.usage.cached_level = None;
                 self.capture = 0..0;
                 self.position = 0;
@@ -152,6 +171,7 @@ impl Sequence {
             // A receiver that went away is noticed with the token below.
             let _ = self.events.try_send(Event::Prefilled {
                 cached_tokens: self.usage.cached_tokens,
+                blended_tokens: self.usage.blended_tokens,
                 fetched_bytes: self.usage.fetched_bytes,
             });
         }

@@ -6,7 +6,7 @@ use std::sync::{Arc, LazyLock, Mutex};
 use std::time::Duration;
 
 use kvasir_engine::chat::{ChatTemplate, Conversation};
-use kvasir_engine::http::{Defaults, Front, Limits, Preparation, serve};
+use kvasir_engine::http::{Chunks, Defaults, Front, Limits, Preparation, serve};
 use kvasir_engine::metrics;
 use kvasir_engine::request::{Event, FinishReason, GenerateRequest, RequestError, Usage};
 use kvasir_engine::tokenizer::Tokenizer;
@@ -91,6 +91,10 @@ impl Server {
             defaults: Defaults {
                 chat_tokens: CHAT_TOKENS,
                 ..Defaults::default()
+            },
+            chunks: Chunks {
+                prefix: vec![1, 2],
+                separator: Some(" # # ".to_owned()),
             },
             metrics: Some(RECORDER.clone()),
         };
@@ -228,6 +232,7 @@ impl Engine {
         }
         let prefilled = Event::Prefilled {
             cached_tokens: 3,
+            blended_tokens: 0,
             fetched_bytes: 1000,
         };
         events.send(prefilled).await?;
@@ -250,6 +255,8 @@ impl Engine {
             prompt_tokens: request.prompt.len(),
             completion_tokens: ids.len(),
             cached_tokens: 3,
+            blended_tokens: 2,
+            recomputed: 0.5,
             fetched_bytes: 1000,
             cached_level: Some(Level::L1),
             ttft: Duration::from_millis(250),

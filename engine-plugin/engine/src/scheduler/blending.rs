@@ -1,0 +1,394 @@
+//! Sequences whose chunks are reused where they did not stand before.
+//!
+//! A sequence that has chunks gathers them when nothing of its front is to be fetched any
+//! more. What it came to is planned ([`BlendPlan`]): computing everything, or reusing the
+//! chunks and computing a part of them anew. When it is the only one, it runs layer by layer
+//! behind its gather; else the chunks land while others run, and its rows join their batches.
+
+use std::num::NonZeroUsize;
+use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use kvasir_plugin::blend::{
+    BlendPlan, ChunkLimits, Gate, Gather, GatherOutcome, Quality, Reused, Segmented, Selection,
+    Selector, Situation,
+};
+use kvasir_plugin::{CachePlugin, CostModel, LayerWait};
+use kvasir_types::{ChunkKey, LayerIdx, Level};
+use lru::LruCache;
+
+use super::compile::Compiler;
+use super::engine_loop::{EngineLoop, LOOK_INTERVAL};
+use super::sequence::{Phase, Sequence};
+use crate::blend::Probes;
+use crate::cache::{PoolBackend, Turns};
+use crate::config::ModelConfig;
+use crate::model::ForwardError;
+
+/// How an engine blends.
+#[derive(Clone, Debug)]
+pub struct BlendConfig {
+    /// What was measured on the model.
+    pub gate: Gate,
+    /// How near to full prefill answers must be, for which the gate knows repairs.
+    pub quality: Quality,
+    /// A repair to use whatever was measured. Default: none.
+    pub forced: Option<Selector>,
+    /// How long chunks are.
+    pub limits: ChunkLimits,
+    /// Chunks whose scores are remembered. Default: 16,384, of 4 bytes a token.
+    pub remembered: usize,
+}
+
+impl BlendConfig {
+    /// As the gate says.
+    pub fn new(gate: Gate) -> Self {
+        Self {
+            gate,
+            quality: Quality::default(),
+            forced: None,
+            limits: ChunkLimits::default(),
+            remembered: 16_384,
+        }
+    }
+}
+
+/// What the engine thread knows of chunks.
+#[derive(Debug)]
+pub(super) struct Blender {
+    config: BlendConfig,
+    turns: Turns,
+    /// What probes recorded.
+    pub(super) scores: LruCache<ChunkKey, Arc<[f32]>>,
+    pub(super) compiler: Compiler,
+}
+
+/// A sequence on its way to a [`Selection`].
+#[derive(Debug)]
+pub(super) struct Gathering {
+    segmented: Segmented,
+    gather: Gather,
+    /// What is computed anew, once it is decided that chunks are reused.
+    selector: Option<Selector>,
+}
+
+impl Blender {
+    pub(super) fn new(config: BlendConfig, model: &ModelConfig) -> Self {
+        let remembered = NonZeroUsize::new(config.remembered).unwrap_or(NonZeroUsize::MIN);
+        let probes = Probes {
+            texts: config.gate.probes.clone(),
+            layer: config.gate.probe_layer.into(),
+        };
+        Self {
+            turns: Turns::new(model),
+            scores: LruCache::new(remembered),
+            compiler: Compiler::new(probes),
+            config,
+        }
+    }
+
+    fn plan(&self, situation: &Situation<'_>, cost: &CostModel) -> BlendPlan {
+        match self.config.forced {
+            Some(selector) => BlendPlan::forced(situation, selector, cost),
+            None => BlendPlan::new(situation, &self.config.gate, cost),
+        }
+    }
+
+    /// What of a prompt is computed when these of its chunks are reused.
+    fn selection(
+        &mut self,
+        selector: Selector,
+        segmented: &Segmented,
+        chunks: &[usize],
+        layers: u16,
+    ) -> Selection {
+        let tokens = segmented.tokens().len();
+        let reused = reused(segmented, chunks);
+        let mut scores = vec![0.0; tokens];
+        let (mut known, mut unknown) = (0usize, 0usize);
+        for (&chunk, reused) in chunks.iter().zip(&reused) {
+            let chunk = &segmented.chunks()[chunk];
+            match self.scores.get(&chunk.key()) {
+                Some(recorded) if recorded.len() == chunk.range().len() => {
+                    scores[chunk.range()].copy_from_slice(recorded);
+                    known += if reused.exact { 0 } else { recorded.len() };
+                }
+                // Nothing says which of its tokens depend on what stands before: all of them.
+                _ => {
+                    scores[chunk.range()].fill(f32::INFINITY);
+                    unknown += if reused.exact { 0 } else { chunk.range().len() };
+                }
+            }
+        }
+        #[expect(clippy::cast_precision_loss, reason = "tokens of a prompt")]
+        let share =
+            (selector.share * known as f32 + unknown as f32) / (known + unknown).max(1) as f32;
+        let selector = Selector { share, ..selector };
+        let mut selection = Selection::new(selector, tokens, &reused, layers, &scores);
+        // Its logits are wanted.
+        if let Some(last) = selection.layers.last_mut() {
+            *last = layers;
+        }
+        selection
+    }
+}
+
+fn reused(segmented: &Segmented, chunks: &[usize]) -> Vec<Reused> {
+    let prefix = segmented.prefix();
+    let at_its_own = segmented.tokens().starts_with(prefix);
+    let reused = chunks.iter().map(|&chunk| {
+        let tokens = segmented.chunks()[chunk].range();
+        Reused {
+            exact: at_its_own && tokens.start == prefix.len(),
+            tokens,
+        }
+    });
+    reused.collect()
+}
+
+impl EngineLoop {
+    /// Starts to gather the chunks of sequences whose front is settled.
+    pub(super) fn start_gathers(&mut self) {
+        let Some(plugin) = &self.plugin else { return };
+        let settled = |sequence: &&mut Sequence| matches!(sequence.phase, Phase::Prefill);
+        for sequence in self.running.iter_mut().filter(settled) {
+            let Some(segmented) = sequence.segmented.take() else {
+                continue;
+            };
+            let segmented = segmented.behind(sequence.position);
+            if !segmented.chunks().is_empty() {
+                sequence.phase = Phase::Gathering(Box::new(Gathering {
+                    gather: plugin.gather(&segmented),
+                    segmented,
+                    selector: None,
+                }));
+            }
+        }
+    }
+
+    /// Lands what has come of chunks, without waiting.
+    pub(super) fn land_chunks(&mut self) {
+        for index in 0..self.running.len() {
+            if matches!(self.running[index].phase, Phase::Gathering(_)) {
+                self.land_chunks_of(index, |gather, backend, blocks| {
+                    gather.poll(backend, blocks)
+                });
+            }
+        }
+    }
+
+    /// Lands what `of` finds has come, and plans when it is known what will come.
+    fn land_chunks_of(
+        &mut self,
+        index: usize,
+        of: impl FnOnce(&mut Gather, &mut PoolBackend<'_>, &[crate::kv::BlockId]) -> GatherOutcome,
+    ) {
+        let (Some(plugin), Some(blender)) = (self.plugin.clone(), &mut self.blender) else {
+            return;
+        };
+        let sequence = &mut self.running[index];
+        let Phase::Gathering(gathering) = &mut sequence.phase else {
+            return;
+        };
+        let layout = plugin.namespace().layout();
+        let mut backend = PoolBackend::new(&mut self.pool, layout).with_turns(&mut blender.turns);
+        let outcome = of(&mut gathering.gather, &mut backend, &sequence.blocks);
+        if outcome == GatherOutcome::Deciding {
+            return;
+        }
+        if gathering.selector.is_none() {
+            let writes = sequence.writes_cache();
+            let Phase::Gathering(gathering) = &mut sequence.phase else {
+                return;
+            };
+            if writes {
+                blender.compiler.want(gathering, &blender.scores);
+            }
+            match gathering.plan(blender, &plugin, sequence.position, layout.layers()) {
+                BlendPlan::Blend { selector, .. } => gathering.selector = Some(selector),
+                BlendPlan::Compute(why) => {
+                    tracing::debug!(?why, "chunks are not reused");
+                    sequence.phase = Phase::Prefill;
+                    return;
+                }
+            }
+        }
+        if outcome == GatherOutcome::Done {
+            let Phase::Gathering(gathering) = &mut sequence.phase else {
+                return;
+            };
+            let chunks: Vec<usize> = gathering.gather.chunks().collect();
+            let selector = gathering.selector.unwrap_or(Selector::NONE);
+            let selection =
+                blender.selection(selector, &gathering.segmented, &chunks, layout.layers());
+            sequence.blend(selection, &chunks);
+        }
+    }
+
+    /// Runs the one sequence that gathers behind what comes, layer by layer. False when
+    /// there is no such sequence, or not only one that waits for the cache.
+    pub(super) fn run_behind_gather(&mut self) -> bool {
+        let (Some(plugin), Some(blender)) = (self.plugin.clone(), &mut self.blender) else {
+            return false;
+        };
+        let layout = plugin.namespace().layout();
+        let mut waits = self.running.iter_mut().enumerate().filter(|(_, sequence)| {
+            matches!(sequence.phase, Phase::Gathering(_) | Phase::Fetching(_))
+        });
+        let (Some((index, sequence)), None) = (waits.next(), waits.next()) else {
+            return false;
+        };
+        // Requests that wait for pages have waited for this sequence already.
+        if self.waiting_count.load(Ordering::Acquire) > 0 {
+            return false;
+        }
+        let Phase::Gathering(gathering) = &sequence.phase else {
+            return false;
+        };
+        let Some(selector) = gathering.selector else {
+            return false;
+        };
+        let chunks: Vec<usize> = gathering.gather.chunks().collect();
+        if chunks.is_empty() {
+            return false;
+        }
+        let selection = blender.selection(selector, &gathering.segmented, &chunks, layout.layers());
+        let Phase::Gathering(mut gathering) =
+            std::mem::replace(&mut sequence.phase, Phase::Prefill)
+        else {
+            return false;
+        };
+        sequence.phase = Phase::Blending(Box::new(selection));
+        let blocks = sequence.blocks.clone();
+        let (events, waiting) = (sequence.events(), Arc::clone(&self.waiting_count));
+        let from = sequence.position;
+        let plan = [self.planned(index, self.batch_tokens)];
+        let Some(mut blender) = self.blender.take() else {
+            return false;
+        };
+        let outcome = self.forward(&plan, &mut |before| {
+            let layer = LayerIdx(u16::try_from(before.layer).unwrap_or(u16::MAX));
+            let mut backend = PoolBackend::new(before.pool, layout).with_turns(&mut blender.turns);
+            let gather = &mut gathering.gather;
+            loop {
+                match gather.wait_layer(layer, LOOK_INTERVAL, &mut backend, &blocks) {
+                    LayerWait::Landed => return ControlFlow::Continue(()),
+                    LayerWait::Short => return ControlFlow::Break(()),
+                    // Whoever came meanwhile must not wait for this gather.
+                    LayerWait::Pending
+                        if waiting.load(Ordering::Acquire) > 0 || events.is_closed() =>
+                    {
+                        return ControlFlow::Break(());
+                    }
+                    LayerWait::Pending => {}
+                }
+            }
+        });
+        self.blender = Some(blender);
+        let sequence = &mut self.running[index];
+        sequence.note_gathered(&gathering);
+        match outcome {
+            Ok(logits) => {
+                sequence.count_blended(&chunks, &gathering.segmented);
+                self.apply(&plan, &logits);
+            }
+            // Fewer chunks come than were expected, and what was computed over them is void;
+            // or somebody came, and the layers that have landed stay.
+            Err(ForwardError::Stopped) => {
+                sequence.position = from;
+                sequence.phase = Phase::Gathering(gathering);
+            }
+            Err(error) => self.fail_all(&plan, &error),
+        }
+        true
+    }
+
+    /// Waits a moment for chunks of the first sequence that gathers.
+    pub(super) fn await_chunks(&mut self) {
+        let gathers = |sequence: &Sequence| matches!(sequence.phase, Phase::Gathering(_));
+        if let Some(index) = self.running.iter().position(gathers) {
+            self.land_chunks_of(index, |gather, backend, blocks| {
+                gather.wait(LOOK_INTERVAL, backend, blocks)
+            });
+        }
+    }
+}
+
+impl Gathering {
+    pub(super) fn segmented(&self) -> &Segmented {
+        &self.segmented
+    }
+
+    pub(super) fn gather(&self) -> &Gather {
+        &self.gather
+    }
+
+    fn plan(
+        &self,
+        blender: &Blender,
+        plugin: &CachePlugin,
+        ready: usize,
+        layers: u16,
+    ) -> BlendPlan {
+        let chunks: Vec<usize> = self.gather.chunks().collect();
+        let all = self.segmented.chunks();
+        let bytes = chunks
+            .iter()
+            .map(|&chunk| all[chunk].layout().chunk_bytes());
+        let cost = plugin.cost_model();
+        let situation = Situation {
+            tokens: self.segmented.tokens().len(),
+            ready,
+            chunks: &reused(&self.segmented, &chunks),
+            load: cost.fetch_time(bytes.sum(), Instant::now()),
+            layers,
+            quality: blender.config.quality,
+            policy: plugin.load_policy(),
+        };
+        blender.plan(&situation, &cost)
+    }
+}
+
+impl Sequence {
+    /// Leaves `Gathering`: what is selected is to be computed, over `chunks`.
+    fn blend(&mut self, selection: Selection, chunks: &[usize]) {
+        let Phase::Gathering(gathering) =
+            std::mem::replace(&mut self.phase, Phase::Blending(Box::new(selection)))
+        else {
+            return;
+        };
+        self.note_gathered(&gathering);
+        if chunks.is_empty() {
+            self.phase = Phase::Prefill;
+        } else {
+            self.count_blended(chunks, &gathering.segmented);
+        }
+    }
+
+    fn note_gathered(&mut self, gathering: &Gathering) {
+        self.usage.fetched_bytes += gathering.gather.bytes();
+        let levels = gathering.gather.levels().map(|(_, level)| level);
+        let levels = levels.chain(self.usage.cached_level);
+        self.usage.cached_level = Level::coarsest(levels.collect::<Vec<_>>());
+    }
+
+    /// What is computed over moved chunks is near to what prefill computes, and no more:
+    /// it is not captured.
+    fn count_blended(&mut self, chunks: &[usize], segmented: &Segmented) {
+        let tokens = chunks
+            .iter()
+            .map(|&chunk| segmented.chunks()[chunk].range().len());
+        self.usage.blended_tokens = tokens.sum();
+        if let Phase::Blending(selection) = &self.phase {
+            #[expect(clippy::cast_possible_truncation, reason = "a share")]
+            let recomputed = selection.charged() as f32;
+            self.usage.recomputed = recomputed;
+        }
+        if let Some(prompt) = &self.prompt {
+            let whole = self.position / prompt.chunk_tokens();
+            self.capture.end = self.capture.end.min(whole);
+        }
+    }
+}

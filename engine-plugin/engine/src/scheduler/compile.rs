@@ -1,0 +1,222 @@
+//! Content chunks computed for the cache, each alone behind the canonical prefix.
+//!
+//! Chunks that a request had and the cache had not are compiled when the request is answered,
+//! never taken out of it: its chunks have read what stood before them. Compiling waits for
+//! prefill of requests, and shares the engine with decoding, a step at a time. A chunk's KV goes
+//! to the cache; what probes record of it stays here.
+//!
+//! Overflow: of more than [`MOST`] chunks that wait, the latest are forgotten, and found
+//! missing by the next request that has them.
+
+use std::collections::{HashSet, VecDeque};
+use std::ops::ControlFlow;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use kvasir_plugin::{CachePlugin, CaptureOutcome, ChunkCopy};
+use kvasir_types::{ChunkKey, Hints, KvLayout};
+use lru::LruCache;
+use metrics::counter;
+
+use super::blending::Gathering;
+use super::engine_loop::EngineLoop;
+use crate::blend::{Probes, Recording};
+use crate::kv::{BLOCK_TOKENS, BlockId};
+use crate::metrics::COMPILED;
+use crate::model::{ForwardError, LogitsWanted, Positions, Step};
+
+/// Tokens of one step.
+const STEP_TOKENS: usize = 256;
+/// Chunks that wait, at most.
+const MOST: usize = 1024;
+
+#[derive(Debug)]
+pub(super) struct Compiler {
+    pub(super) probes: Probes,
+    waiting: VecDeque<Job>,
+    /// Of those that wait, and of the one under way.
+    keys: HashSet<ChunkKey>,
+    current: Option<Compiling>,
+}
+
+/// A chunk to compile.
+#[derive(Debug)]
+struct Job {
+    key: ChunkKey,
+    layout: KvLayout,
+    prefix: Vec<u32>,
+    chunk: Vec<u32>,
+    /// The cache has it not.
+    store: bool,
+}
+
+#[derive(Debug)]
+struct Compiling {
+    job: Job,
+    blocks: Vec<BlockId>,
+    /// Tokens of prefix and chunk that are in the pages.
+    position: usize,
+    recording: Recording,
+}
+
+impl Compiler {
+    pub(super) fn new(probes: Probes) -> Self {
+        Self {
+            probes,
+            waiting: VecDeque::new(),
+            keys: HashSet::new(),
+            current: None,
+        }
+    }
+
+    /// Chunks that the cache has not, or of which it is not known what depends on context.
+    pub(super) fn want(&mut self, gathering: &Gathering, scores: &LruCache<ChunkKey, Arc<[f32]>>) {
+        let segmented = gathering.segmented();
+        let present: HashSet<usize> = gathering.gather().present().collect();
+        for (index, chunk) in segmented.chunks().iter().enumerate() {
+            let store = !present.contains(&index);
+            let known = scores.contains(&chunk.key());
+            if (store || !known) && self.waiting.len() < MOST && self.keys.insert(chunk.key()) {
+                self.waiting.push_back(Job {
+                    key: chunk.key(),
+                    layout: *chunk.layout(),
+                    prefix: segmented.prefix().to_vec(),
+                    chunk: segmented.tokens()[chunk.range()].to_vec(),
+                    store,
+                });
+            }
+        }
+    }
+
+    /// Whether nothing is to be compiled.
+    pub(super) fn is_idle(&self) -> bool {
+        self.waiting.is_empty() && self.current.is_none()
+    }
+}
+
+impl EngineLoop {
+    /// Takes the next step of compiling, when no request waits for its first token.
+    pub(super) fn compile(&mut self) {
+        let (Some(plugin), Some(mut blender)) = (self.plugin.clone(), self.blender.take()) else {
+            return;
+        };
+        let compiler = &mut blender.compiler;
+        if self.is_prefilling() || compiler.is_idle() {
+            self.blender = Some(blender);
+            return;
+        }
+        if compiler.current.is_none()
+            && let Some(job) = compiler.waiting.pop_front()
+        {
+            let tokens = compiler.probes.tokens(job.prefix.len(), job.chunk.len());
+            let fits = tokens <= self.model.config().max_positions;
+            match self.take_blocks(tokens.div_ceil(BLOCK_TOKENS)) {
+                Some(blocks) if fits => {
+                    compiler.current = Some(Compiling {
+                        job,
+                        blocks,
+                        position: 0,
+                        recording: Recording::default(),
+                    });
+                }
+                Some(blocks) => {
+                    self.give_back(&blocks);
+                    compiler.keys.remove(&job.key);
+                }
+                // Requests have the pages.
+                None => compiler.waiting.push_front(job),
+            }
+        }
+        if let Some(mut compiling) = compiler.current.take() {
+            match self.compile_step(&plugin, &compiler.probes, &mut compiling) {
+                Ok(true) => compiler.current = Some(compiling),
+                Ok(false) => {
+                    counter!(COMPILED).increment(1);
+                    let Compiling { job, recording, .. } = &mut compiling;
+                    let scores = std::mem::take(&mut recording.scores);
+                    compiler.keys.remove(&job.key);
+                    blender.scores.put(job.key, scores.into());
+                    self.give_back(&compiling.blocks);
+                }
+                Err(error) => {
+                    tracing::error!(%error, "a chunk could not be compiled");
+                    compiler.keys.remove(&compiling.job.key);
+                    self.give_back(&compiling.blocks);
+                }
+            }
+        }
+        self.blender = Some(blender);
+    }
+
+    /// False when it is done.
+    fn compile_step(
+        &mut self,
+        plugin: &CachePlugin,
+        probes: &Probes,
+        compiling: &mut Compiling,
+    ) -> Result<bool, ForwardError> {
+        let Compiling {
+            job,
+            blocks,
+            position,
+            recording,
+        } = compiling;
+        let end = job.prefix.len() + job.chunk.len();
+        if job.store && *position < end {
+            let tokens = [&job.prefix[..], &job.chunk].concat();
+            let to = end.min(*position + STEP_TOKENS);
+            let step = Step {
+                tokens: &tokens[*position..to],
+                positions: Positions::From(*position),
+                blocks,
+                logits: LogitsWanted::None,
+            };
+            self.model
+                .forward(&mut self.pool, &mut self.scratch, &[step], &mut |_| {
+                    ControlFlow::Continue(())
+                })?;
+            *position = to;
+            if to == end {
+                self.store_compiled(plugin, job, blocks);
+            }
+            return Ok(true);
+        }
+        let (pool, scratch) = (&mut self.pool, &mut self.scratch);
+        recording.step(
+            probes,
+            &self.model,
+            pool,
+            scratch,
+            blocks,
+            &job.prefix,
+            &job.chunk,
+        )
+    }
+
+    fn store_compiled(&mut self, plugin: &CachePlugin, job: &Job, blocks: &[BlockId]) {
+        let layers: Result<Vec<Bytes>, _> = (0..usize::from(job.layout.layers()))
+            .map(|layer| {
+                let mut payload = vec![0u8; job.layout.layer_bytes()];
+                let (first, tokens) = (job.prefix.len(), job.chunk.len());
+                self.pool
+                    .read_layer(blocks, first, tokens, layer, &mut payload)
+                    .map(|()| Bytes::from(payload))
+            })
+            .collect();
+        match layers {
+            Ok(layers) => {
+                let copy = ChunkCopy {
+                    key: job.key,
+                    layout: job.layout,
+                    start: job.prefix.len() as u64,
+                    layers,
+                    hints: Hints::default(),
+                };
+                if plugin.capture(copy) == CaptureOutcome::Dropped {
+                    tracing::debug!(key = %job.key, "a compiled chunk was not stored: too many wait");
+                }
+            }
+            Err(error) => tracing::error!(%error, "a compiled chunk could not be copied"),
+        }
+    }
+}

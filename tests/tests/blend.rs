@@ -1,0 +1,356 @@
+//! Chunks of a prompt in another order: engine, plugin, client, daemon, and back into
+//! attention, over real processes and sockets.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test states its expectations by unwrapping"
+)]
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+use kvasir_client::{Client, GetEvent, GetOptions};
+use kvasir_engine::Model;
+use kvasir_engine::scheduler::{BlendConfig, EngineConfig};
+use kvasir_plugin::blend::{ChunkLimits, Gate, Repair, Rule, Segment, Segmented, Selector};
+use kvasir_plugin::{LoadPolicy, PluginConfig};
+use kvasir_server::child::ListeningChild;
+use kvasir_tests::harness::{self, Rig, Use, model_dir, start_daemon};
+use kvasir_types::Namespace;
+
+const DAEMON: &str = env!("CARGO_BIN_EXE_daemon");
+const PREFIX: [u32; 1] = [1];
+const REPAIR: Selector = Selector {
+    rule: Rule::Scored,
+    share: 0.45,
+    layers: Some(2),
+};
+/// Every token, in every layer.
+const EVERYTHING: Selector = Selector {
+    share: 1.0,
+    layers: None,
+    ..REPAIR
+};
+
+/// Loads whatever is there, on however busy a test machine.
+fn patient() -> PluginConfig {
+    PluginConfig {
+        load: LoadPolicy::Always,
+        lookup_timeout: Duration::from_secs(5),
+        ..PluginConfig::default()
+    }
+}
+
+/// A verdict that knows no repair.
+fn unproven() -> Gate {
+    Gate {
+        version: Gate::VERSION,
+        weights: String::new(),
+        prefix: PREFIX.to_vec(),
+        probe_layer: 1,
+        probes: vec![harness::prompt(48, 14), harness::prompt(48, 21)],
+        questions: 1000,
+        full_exact: 0.9,
+        naive_exact: 0.4,
+        naive_kl: 1.0,
+        repairs: Vec::new(),
+    }
+}
+
+/// One that knows [`REPAIR`].
+fn proven() -> Gate {
+    Gate {
+        repairs: vec![Repair {
+            share: REPAIR.share,
+            layers: 2,
+            charged: 0.075,
+            exact: 0.9,
+            kl: 0.02,
+        }],
+        ..unproven()
+    }
+}
+
+struct Bed {
+    daemon: ListeningChild,
+    _data: tempfile::TempDir,
+    client: Client,
+}
+
+impl Bed {
+    async fn start() -> Self {
+        let data = tempfile::tempdir().unwrap();
+        let daemon = start_daemon(DAEMON, data.path(), "127.0.0.1:0");
+        let client = Client::connect(daemon.address()).await.unwrap();
+        Self {
+            daemon,
+            _data: data,
+            client,
+        }
+    }
+
+    fn engine(&self, gate: Option<Gate>, forced: Option<Selector>) -> Rig {
+        self.engine_of(gate, forced, |namespace| namespace)
+    }
+
+    fn engine_of(
+        &self,
+        gate: Option<Gate>,
+        forced: Option<Selector>,
+        of: impl Fn(Namespace) -> Namespace,
+    ) -> Rig {
+        let model = Model::load(&model_dir()).unwrap();
+        let namespace = of(harness::namespace(&model, &harness::tokenizer()));
+        let mut engine = EngineConfig::for_tokens(20_000);
+        engine.blend = gate.map(|gate| BlendConfig {
+            forced,
+            ..BlendConfig::new(gate)
+        });
+        let address = self.daemon.address();
+        Rig::start_with(Arc::new(model), namespace, engine, address, patient())
+    }
+
+    /// Waits until the cache has every chunk.
+    async fn compiled(&self, rig: &Rig, prompt: &Order) {
+        let keys: Vec<_> = prompt.cut(rig).chunks().iter().map(|it| it.key()).collect();
+        for _ in 0..12_000 {
+            let found = self.client.lookup(&keys).await.unwrap().found;
+            if found.iter().all(Option::is_some) {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        panic!("chunks were not compiled");
+    }
+
+    /// The bytes of every chunk of a prompt, as stored.
+    async fn stored(&self, rig: &Rig, prompt: &Order) -> Vec<Vec<u8>> {
+        let mut all = Vec::new();
+        for chunk in prompt.cut(rig).chunks() {
+            let mut bytes = Vec::new();
+            let options = GetOptions::default();
+            let mut stream = self.client.get(&[chunk.key()], options).await.unwrap();
+            while let Some(event) = stream.next().await.unwrap() {
+                match event {
+                    GetEvent::Layer { parts, .. } => bytes.extend(parts.concat()),
+                    other => panic!("{other:?}"),
+                }
+            }
+            assert_eq!(bytes.len() as u64, chunk.layout().chunk_bytes());
+            all.push(bytes);
+        }
+        all
+    }
+}
+
+/// A prompt of documents, by their numbers, between a prefix and a question.
+struct Order {
+    tokens: Vec<u32>,
+    chunks: Vec<Range<usize>>,
+}
+
+fn order(before: &[u32], documents: &[usize], question: usize) -> Order {
+    let mut tokens = before.to_vec();
+    let mut chunks = Vec::new();
+    for &document in documents {
+        let start = tokens.len();
+        // Documents of several lengths, none a multiple of a page.
+        tokens.extend(harness::prompt(60 + 9 * document, 7 * document));
+        chunks.push(start..tokens.len());
+    }
+    tokens.extend(harness::prompt(12, 70 + question));
+    Order { tokens, chunks }
+}
+
+impl Order {
+    fn cut(&self, rig: &Rig) -> Segmented {
+        let mut segments = Vec::new();
+        let mut end = 0;
+        for chunk in &self.chunks {
+            segments.push(Segment::Text(self.tokens[end..chunk.start].to_vec()));
+            segments.push(Segment::Chunk(self.tokens[chunk.clone()].to_vec()));
+            end = chunk.end;
+        }
+        segments.push(Segment::Text(self.tokens[end..].to_vec()));
+        let namespace = rig.plugin.namespace();
+        Segmented::new(namespace, &PREFIX, ChunkLimits::default(), &segments)
+    }
+
+    async fn ask(&self, rig: &Rig, cache: Use) -> harness::Answer {
+        rig.submit_chunks(&self.tokens, &self.chunks, cache)
+            .await
+            .expect("the request finishes")
+    }
+
+    fn chunk_tokens(&self) -> usize {
+        self.chunks.iter().map(Range::len).sum()
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn chunks_that_were_computed_once_are_reused_in_another_order() {
+    let bed = Bed::start().await;
+    let rig = bed.engine(Some(proven()), None);
+    let first = order(&PREFIX, &[0, 1, 2, 3], 0);
+    let answer = first.ask(&rig, Use::Both).await;
+    assert_eq!(answer.usage.blended_tokens, 0, "the cache is empty");
+    bed.compiled(&rig, &first).await;
+
+    let second = order(&PREFIX, &[3, 1, 0, 2], 1);
+    let full = second.ask(&rig, Use::Nothing).await;
+    let blended = second.ask(&rig, Use::Read).await;
+    assert_eq!(
+        blended.usage.cached_tokens, 0,
+        "nothing of its front was seen"
+    );
+    assert_eq!(blended.usage.blended_tokens, second.chunk_tokens());
+    // Two layers of twelve, of at most every token where nothing is recorded yet.
+    let recomputed = blended.usage.recomputed;
+    assert!(recomputed > 0.0 && recomputed <= 2.0 / 12.0, "{recomputed}");
+    assert!(blended.usage.fetched_bytes > 0);
+    // An approximation, and no more: it must differ somewhere, or nothing was reused.
+    assert_ne!(blended.logits, full.logits);
+
+    // What was computed over moved chunks is not stored as a prefix.
+    let before = second.ask(&rig, Use::Both).await;
+    assert_eq!(before.usage.blended_tokens, second.chunk_tokens());
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    let again = second.ask(&rig, Use::Read).await;
+    assert_eq!(again.usage.cached_tokens, 0);
+
+    // With some of them unknown, those are computed.
+    let third = order(&PREFIX, &[4, 1, 2], 1);
+    let mixed = third.ask(&rig, Use::Read).await;
+    let known = third.chunk_tokens() - third.chunks[0].len();
+    assert_eq!(mixed.usage.blended_tokens, known);
+}
+
+/// Over fetched chunks as over computed ones: with every token computed anew, and before and
+/// behind a prefix that the cache has.
+#[tokio::test(flavor = "multi_thread")]
+async fn computing_everything_anew_gives_the_logits_of_full_prefill() {
+    let bed = Bed::start().await;
+    let rig = bed.engine(Some(unproven()), Some(EVERYTHING));
+    let first = order(&PREFIX, &[0, 1, 2], 0);
+    first.ask(&rig, Use::Both).await;
+    bed.compiled(&rig, &first).await;
+    let second = order(&PREFIX, &[2, 0, 1], 1);
+    let full = second.ask(&rig, Use::Nothing).await;
+    let blended = second.ask(&rig, Use::Read).await;
+    blended.assert_equals(&full);
+    assert_eq!(blended.usage.blended_tokens, second.chunk_tokens());
+    // All but those of the first, which stands where it was compiled.
+    let exact = second.chunks[0].len() as f32 / second.chunk_tokens() as f32;
+    assert!((blended.usage.recomputed - (1.0 - exact)).abs() < 1e-6);
+
+    // The same order again comes as a prefix, and as the same logits.
+    let known = first.ask(&rig, Use::Nothing).await;
+    rig.stored(&bed.client, &first.tokens).await;
+    let prefix = first.ask(&rig, Use::Read).await;
+    assert!(prefix.usage.cached_tokens > 0);
+    prefix.assert_equals(&known);
+
+    // Behind text that was seen, chunks in another order: prefix first, then chunks.
+    let before: Vec<u32> = first.tokens[..first.chunks[0].end + 40].to_vec();
+    let behind = order(&before, &[2, 1], 1);
+    let full = behind.ask(&rig, Use::Nothing).await;
+    let blended = behind.ask(&rig, Use::Read).await;
+    blended.assert_equals(&full);
+    assert_eq!(blended.usage.cached_tokens, 64);
+    assert_eq!(blended.usage.blended_tokens, behind.chunk_tokens());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn several_requests_blend_at_once() {
+    let bed = Bed::start().await;
+    let rig = bed.engine(Some(unproven()), Some(EVERYTHING));
+    let first = order(&PREFIX, &[0, 1, 2, 3, 4], 0);
+    first.ask(&rig, Use::Both).await;
+    bed.compiled(&rig, &first).await;
+    let orders = [[4, 3, 2], [1, 0, 4], [3, 0, 1], [2, 4, 0]];
+    let prompts: Vec<Order> = orders.iter().map(|it| order(&PREFIX, it, 2)).collect();
+    let mut full = Vec::new();
+    for prompt in &prompts {
+        full.push(prompt.ask(&rig, Use::Nothing).await);
+    }
+    let all = prompts.iter().map(|prompt| prompt.ask(&rig, Use::Read));
+    for (index, blended) in futures::future::join_all(all).await.iter().enumerate() {
+        blended.assert_equals(&full[index]);
+        assert_eq!(blended.usage.blended_tokens, prompts[index].chunk_tokens());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_model_that_was_not_checked_is_not_blended() {
+    let bed = Bed::start().await;
+    let compiling = bed.engine(Some(proven()), None);
+    let first = order(&PREFIX, &[0, 1, 2], 0);
+    first.ask(&compiling, Use::Both).await;
+    bed.compiled(&compiling, &first).await;
+    let second = order(&PREFIX, &[2, 0, 1], 1);
+    for gate in [None, Some(unproven())] {
+        let rig = bed.engine(gate, None);
+        let full = second.ask(&rig, Use::Nothing).await;
+        let answer = second.ask(&rig, Use::Read).await;
+        answer.assert_equals(&full);
+        assert_eq!(answer.usage.blended_tokens, 0);
+    }
+}
+
+/// A chunk that is first seen behind a text that wants to steer it is stored as it is alone.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_stood_before_a_chunk_leaves_no_trace_in_it() {
+    let poisoned = Bed::start().await;
+    let rig = poisoned.engine(Some(proven()), None);
+    let evil = [&PREFIX[..], &harness::prompt(90, 28)].concat();
+    let behind_evil = order(&evil, &[3, 0, 2], 0);
+    behind_evil.ask(&rig, Use::Both).await;
+    poisoned.compiled(&rig, &behind_evil).await;
+
+    let clean = Bed::start().await;
+    let rig = clean.engine(Some(proven()), None);
+    let alone = order(&PREFIX, &[2], 1);
+    alone.ask(&rig, Use::Both).await;
+    clean.compiled(&rig, &alone).await;
+    let wanted = clean.stored(&rig, &alone).await.remove(0);
+    let found = poisoned.stored(&rig, &behind_evil).await.remove(2);
+    assert!(wanted == found, "other bytes");
+}
+
+/// Engines of two tenants at one daemon.
+#[tokio::test(flavor = "multi_thread")]
+async fn tenants_do_not_reuse_each_others_chunks() {
+    let bed = Bed::start().await;
+    let theirs = bed.engine(Some(proven()), None);
+    let first = order(&PREFIX, &[0, 1, 2], 0);
+    first.ask(&theirs, Use::Both).await;
+    bed.compiled(&theirs, &first).await;
+    let model = Model::load(&model_dir()).unwrap();
+    let layout = *theirs.plugin.namespace().layout();
+    let digest = harness::tokenizer().digest();
+    let ours = bed.engine_of(Some(proven()), None, |_| {
+        kvasir_engine::cache::namespace(&model, layout, &digest, b"another")
+    });
+    let second = order(&PREFIX, &[2, 0, 1], 1);
+    let full = second.ask(&ours, Use::Nothing).await;
+    let answer = second.ask(&ours, Use::Read).await;
+    answer.assert_equals(&full);
+    assert_eq!(answer.usage.blended_tokens, 0);
+}
+
+/// The daemon dies while chunks come: the request computes.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_daemon_that_is_gone_costs_the_chunks_and_no_answer() {
+    let bed = Bed::start().await;
+    let rig = bed.engine(Some(proven()), None);
+    let first = order(&PREFIX, &[0, 1, 2], 0);
+    first.ask(&rig, Use::Both).await;
+    bed.compiled(&rig, &first).await;
+    let second = order(&PREFIX, &[2, 0, 1], 1);
+    let full = second.ask(&rig, Use::Nothing).await;
+    drop(bed);
+    let answer = second.ask(&rig, Use::Both).await;
+    answer.assert_equals(&full);
+    assert_eq!(answer.usage.blended_tokens, 0);
+}
