@@ -9,9 +9,10 @@
 //! Rules: `random`, `first` (EPIC), `hkvd-k`, `hkvd-v` and `hkvd-kv` (CacheBlend, compared in
 //! layer 1), the same with `-gradual`, `question` (attention of the question over reused KV,
 //! summed over layers, as ProphetKV does), `question-N` (of layer N alone), `first-question`
-//! (16 tokens of each chunk, then those), `probed` (what [`Probes`] recorded, at layer 1)
-//! `probed-N` (at layer N), and `oracle-N` (deviation at layer N from full prefill). What a
-//! pass of the question costs is charged, all its rows in all layers.
+//! (16 tokens of each chunk, then those), `probed` (what [`Probes`] recorded at layer 1),
+//! `probed-N` (at layer N), `graded` (what they recorded in half of the layers, see
+//! [`Rule::Graded`]; the default of the engine), and `oracle-N` (deviation at layer N from full
+//! prefill). What a pass of the question costs is charged, all its rows in all layers.
 
 use std::str::FromStr;
 
@@ -48,6 +49,7 @@ enum By {
     Deviation { of: Compared, gradual: bool },
     Question { layer: Option<usize>, first: bool },
     Probed { layer: usize },
+    Graded,
     Oracle { layer: usize },
 }
 
@@ -86,9 +88,10 @@ impl FromStr for Blended {
                 layer: (!layer.is_empty()).then(|| layer.parse()).transpose()?,
                 first: false,
             },
+            ("graded", "") => By::Graded,
             ("probed", "") => By::Probed { layer: 1 },
             ("probed", layer) => By::Probed {
-                layer: layer.parse()?,
+                layer: layer.parse::<usize>()?.max(1),
             },
             ("oracle", layer) => By::Oracle {
                 layer: layer.parse()?,
@@ -185,6 +188,7 @@ impl Blended {
         let budget = (self.budget - asked).max(0.0) * total / open.max(1.0);
         let share = match rule {
             // Two layers of all tokens, and the rest of those that are left.
+            Rule::Graded => budget,
             Rule::Deviation(_) => (budget * all - 2.0).max(0.0) / (depth - 2.0).max(1.0),
             _ => budget * all / depth,
         };
@@ -202,7 +206,7 @@ impl Blended {
         caches: &Caches,
         moved: &[Kv],
         question: &[u32],
-    ) -> anyhow::Result<(Vec<f32>, Rule)> {
+    ) -> anyhow::Result<(Vec<Vec<f32>>, Rule)> {
         Ok(match self.by {
             By::Random => (Vec::new(), Rule::Random { seed: 1 }),
             By::First => (Vec::new(), Rule::First),
@@ -234,14 +238,15 @@ impl Blended {
                     true => Rule::FirstAndScored { first: FIRST },
                     false => Rule::Scored,
                 };
-                (scores, rule)
+                (vec![scores], rule)
             }
             By::Probed { layer } => {
-                let probes = Probes {
-                    texts: self.texts.clone(),
-                    layer,
-                };
-                (caches.probed(reader, &probes)?, Rule::Scored)
+                let mut scores = self.probed(reader, caches, layer)?;
+                (scores.split_off(layer - 1), Rule::Scored)
+            }
+            By::Graded => {
+                let half = reader.config().layers / 2;
+                (self.probed(reader, caches, half)?, Rule::Graded)
             }
             By::Oracle { layer } => {
                 let full = caches.full().context("full prefill was kept")?;
@@ -257,9 +262,22 @@ impl Blended {
                     .into_iter()
                     .map(|score| score as f32);
                 let scores = std::iter::repeat_n(0.0, skipped).chain(rest).collect();
-                (scores, Rule::Scored)
+                (vec![scores], Rule::Scored)
             }
         })
+    }
+
+    fn probed(
+        &self,
+        reader: &mut Reader,
+        caches: &Caches,
+        layers: usize,
+    ) -> anyhow::Result<Vec<Vec<f32>>> {
+        let probes = Probes {
+            texts: self.texts.clone(),
+            layers,
+        };
+        caches.probed(reader, &probes)
     }
 }
 

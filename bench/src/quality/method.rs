@@ -87,8 +87,8 @@ pub(crate) struct Caches {
     /// K and V of all tokens as full prefill computed them, where they are kept.
     full: Option<Kv>,
     first: u32,
-    /// What probes recorded, by layer.
-    probed: RefCell<BTreeMap<usize, Vec<f32>>>,
+    /// What probes recorded, by the number of layers they recorded.
+    probed: RefCell<BTreeMap<usize, Vec<Vec<f32>>>>,
 }
 
 impl Caches {
@@ -115,18 +115,25 @@ impl Caches {
         })
     }
 
-    /// By token of the context: how much it deviates in a layer behind texts that are
-    /// strange to it; see [`kvasir_engine::blend::Probes`].
-    pub(crate) fn probed(&self, reader: &mut Reader, probes: &Probes) -> anyhow::Result<Vec<f32>> {
-        if let Some(scores) = self.probed.borrow().get(&probes.layer) {
+    /// By layer, from layer 1, and token of the context: how much it deviates behind texts
+    /// that are strange to it; see [`kvasir_engine::blend::Probes`].
+    pub(crate) fn probed(
+        &self,
+        reader: &mut Reader,
+        probes: &Probes,
+    ) -> anyhow::Result<Vec<Vec<f32>>> {
+        if let Some(scores) = self.probed.borrow().get(&probes.layers) {
             return Ok(scores.clone());
         }
-        let mut scores = vec![0.0];
+        let mut scores = vec![vec![0.0]; probes.layers];
         for chunk in &self.chunks {
-            scores.extend(reader.record(probes, &[self.first], chunk)?);
+            let recorded = reader.record(probes, &[self.first], chunk)?;
+            for (scores, recorded) in scores.iter_mut().zip(recorded) {
+                scores.extend(recorded);
+            }
         }
         let mut known = self.probed.borrow_mut();
-        known.insert(probes.layer, scores.clone());
+        known.insert(probes.layers, scores.clone());
         Ok(scores)
     }
 

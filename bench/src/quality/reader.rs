@@ -312,7 +312,7 @@ impl Reader {
         probes: &Probes,
         prefix: &[u32],
         chunk: &[u32],
-    ) -> anyhow::Result<Vec<f32>> {
+    ) -> anyhow::Result<Vec<Vec<f32>>> {
         let pages = self.empty(probes.tokens(prefix.len(), chunk.len()))?;
         let (pool, scratch) = (&mut self.pool, &mut self.scratch);
         let scores = probes.record(&self.model, pool, scratch, &pages.blocks, prefix, chunk)?;

@@ -19,8 +19,9 @@ pub struct Gate {
     pub weights: String,
     /// Tokens that every chunk is compiled behind.
     pub prefix: Vec<u32>,
-    /// The layer, from 0, whose deviation behind probes says which tokens are computed anew.
-    pub probe_layer: u16,
+    /// Layers, from layer 1 on, whose deviation behind probes says which tokens are computed
+    /// anew, and how deep.
+    pub probe_layers: u16,
     /// The probes, in tokens.
     pub probes: Vec<Vec<u32>>,
     /// Questions asked.
@@ -31,6 +32,8 @@ pub struct Gate {
     pub naive_exact: f64,
     /// Mean KL divergence of reuse as it is from full prefill, in nats a token of the answers.
     pub naive_kl: f64,
+    /// What reuse as it is adds to the loss of text behind the chunks, in nats a token.
+    pub naive_text: f64,
     /// What was tried, the cheapest first.
     pub repairs: Vec<Repair>,
 }
@@ -39,16 +42,15 @@ pub struct Gate {
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Repair {
-    /// Share of the reused tokens that are computed anew.
-    pub share: f32,
-    /// In how many layers, from the first.
-    pub layers: u16,
-    /// Rows that were computed for it, summed over layers, as a share of all.
-    pub charged: f64,
+    /// Rows that may be computed for it, summed over layers, as a share of those of the
+    /// reused tokens; see [`Rule::Graded`](super::Rule::Graded).
+    pub budget: f32,
     /// Share of questions answered as expected.
     pub exact: f64,
     /// Mean KL divergence from full prefill, in nats a token.
     pub kl: f64,
+    /// What it adds to the loss of text behind the chunks, in nats a token.
+    pub text: f64,
 }
 
 /// How near to full prefill answers must be.
@@ -177,20 +179,20 @@ mod tests {
             version: Gate::VERSION,
             weights: String::new(),
             prefix: vec![1],
-            probe_layer: 1,
+            probe_layers: 1,
             probes: vec![vec![5; 8]],
             questions,
             full_exact: 0.9,
             naive_exact: 0.5,
             naive_kl: 1.0,
+            naive_text: 0.1,
             repairs: repairs
                 .iter()
                 .map(|&(exact, kl)| Repair {
-                    share: 0.5,
-                    layers: 2,
-                    charged: 0.08,
+                    budget: 0.08,
                     exact,
                     kl,
+                    text: 0.0,
                 })
                 .collect(),
         }

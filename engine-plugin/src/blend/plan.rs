@@ -124,7 +124,11 @@ impl Situation<'_> {
     fn blended(&self, selector: &Selector, cost: &CostModel) -> Duration {
         let layers = f64::from(self.layers.max(1));
         let depth = f64::from(selector.layers.unwrap_or(self.layers).min(self.layers));
-        let anew = f64::from(selector.share) * depth / layers;
+        let anew = match selector.rule {
+            Rule::None => 0.0,
+            Rule::Graded => f64::from(selector.share),
+            _ => f64::from(selector.share) * depth / layers,
+        };
         // Rows, and keys that they see, with reused tokens counted by what is computed of them.
         let (mut rows, mut pairs) = (0.0, 0.0);
         let mut position = self.ready;
@@ -153,9 +157,9 @@ impl Repair {
     /// What computes it.
     pub fn selector(&self) -> Selector {
         Selector {
-            rule: Rule::Scored,
-            share: self.share,
-            layers: Some(self.layers),
+            rule: Rule::Graded,
+            share: self.budget,
+            layers: None,
         }
     }
 }
@@ -189,25 +193,25 @@ mod tests {
         cost
     }
 
-    fn gate(repairs: &[(f32, u16, f64)]) -> Gate {
+    fn gate(repairs: &[(f32, f64)]) -> Gate {
         Gate {
             version: Gate::VERSION,
             weights: String::new(),
             prefix: vec![1],
-            probe_layer: 1,
+            probe_layers: 1,
             probes: Vec::new(),
             questions: 1000,
             full_exact: 0.9,
             naive_exact: 0.5,
             naive_kl: 1.0,
+            naive_text: 0.1,
             repairs: repairs
                 .iter()
-                .map(|&(share, layers, kl)| Repair {
-                    share,
-                    layers,
-                    charged: f64::from(share) * f64::from(layers) / f64::from(LAYERS),
+                .map(|&(budget, kl)| Repair {
+                    budget,
                     exact: 0.9,
                     kl,
+                    text: 0.0,
                 })
                 .collect(),
         }
@@ -239,13 +243,13 @@ mod tests {
     #[test]
     fn time_is_that_of_what_is_computed_or_of_what_is_loaded() {
         let chunks = [reused(1..513, true), reused(513..3073, false)];
-        let gate = gate(&[(0.5, 3, 0.05)]);
+        let gate = gate(&[(0.125, 0.05)]);
         let BlendPlan::Blend { expected, .. } =
             BlendPlan::new(&situation(&chunks, 0), &gate, &cost())
         else {
             panic!("faster");
         };
-        // 28 tokens of text, and of 2560 half in a quarter of the layers: 320 rows.
+        // 28 tokens of text, and of 2560 an eighth: 320 rows.
         let millis = expected.as_secs_f64() * 1e3;
         assert!((millis - 348.0).abs() < 4.0, "{millis}");
         let BlendPlan::Blend { expected, .. } =
@@ -260,16 +264,16 @@ mod tests {
     #[test]
     fn what_hides_behind_the_load_is_free() {
         let chunks = [reused(1..3073, false)];
-        let gate = gate(&[(0.2, 2, 0.08), (0.5, 3, 0.05), (1.0, 6, 0.01)]);
+        let gate = gate(&[(0.03, 0.08), (0.125, 0.05), (0.5, 0.01)]);
         let chosen = |load| share(&BlendPlan::new(&situation(&chunks, load), &gate, &cost()));
-        assert_eq!(chosen(0), Some(0.2));
-        assert_eq!(chosen(3000), Some(1.0));
+        assert_eq!(chosen(0), Some(0.03));
+        assert_eq!(chosen(3000), Some(0.5));
     }
 
     #[test]
     fn nothing_is_blended_that_is_not_faster_or_not_proven() {
         let chunks = [reused(1..3073, false)];
-        let proven = gate(&[(0.2, 2, 0.08)]);
+        let proven = gate(&[(0.03, 0.08)]);
         let plan = |chunks: &[Reused], load, gate: &Gate| {
             BlendPlan::new(&situation(chunks, load), gate, &cost())
         };
@@ -278,14 +282,17 @@ mod tests {
             plan(&chunks, 4000, &proven),
             BlendPlan::Compute(Why::NotFaster)
         );
-        let weak = gate(&[(0.2, 2, 0.3)]);
+        let weak = gate(&[(0.03, 0.3)]);
         assert_eq!(plan(&chunks, 0, &weak), BlendPlan::Compute(Why::NotProven));
         let always = Situation {
             policy: LoadPolicy::Always,
             ..situation(&chunks, 4000)
         };
-        assert_eq!(share(&BlendPlan::new(&always, &proven, &cost())), Some(0.2));
-        let full = gate(&[(1.0, LAYERS, 0.0)]);
+        assert_eq!(
+            share(&BlendPlan::new(&always, &proven, &cost())),
+            Some(0.03)
+        );
+        let full = gate(&[(1.0, 0.0)]);
         assert_eq!(plan(&chunks, 10, &full), BlendPlan::Compute(Why::NotFaster));
     }
 

@@ -8,7 +8,7 @@
 use std::collections::BTreeSet;
 use std::ops::Range;
 
-/// How tokens are chosen. The share of [`Selector`] is of the tokens that are reused.
+/// How tokens are chosen.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub enum Rule {
@@ -24,6 +24,12 @@ pub enum Rule {
     /// Those with the largest scores, which the caller has: recorded when the chunk was
     /// compiled, or from attention of the question (ProphetKV), or from an oracle.
     Scored,
+    /// Those that change most, as deep as they do, by what was recorded of each layer when the
+    /// chunk was compiled. Rows go where they bring most for what they cost: a token that is
+    /// computed in `n` layers brings its scores of layers 1 to `n - 1`, each as a share of the
+    /// layer's mean and divided by the layer's number, for what is wrong early spreads. The
+    /// share of [`Selector`] is of all rows, the charged budget.
+    Graded,
     /// The first tokens of every chunk, and then those with the largest scores.
     FirstAndScored {
         /// Tokens of each chunk.
@@ -62,7 +68,8 @@ pub enum Compared {
 pub struct Selector {
     /// How.
     pub rule: Rule,
-    /// How many, as a share of the tokens reused.
+    /// How many, as a share of the tokens reused; with [`Rule::Graded`], of their rows in all
+    /// layers.
     pub share: f32,
     /// In how many layers their K and V are computed, from the first; later layers keep what is
     /// reused. `None` for all. With all tokens in all layers, this is full prefill.
@@ -98,7 +105,8 @@ pub struct Selection {
 impl Selection {
     /// What `selector` decides about a prompt of `tokens` tokens, of which `reused` have KV in a
     /// cache, for a model of `layers` layers. `scores` are by token of the prompt; the larger,
-    /// the sooner computed. Rules without scores ignore them.
+    /// the sooner computed; [`Rule::Graded`] takes a row for each layer from layer 1 on, the
+    /// others one. Rules without scores ignore them.
     ///
     /// # Panics
     /// When `reused` is not inside the prompt, or scores are wanted and fewer than tokens.
@@ -107,7 +115,7 @@ impl Selection {
         tokens: usize,
         reused: &[Reused],
         layers: u16,
-        scores: &[f32],
+        scores: &[Vec<f32>],
     ) -> Self {
         let mut selection = Self {
             layers: vec![layers; tokens],
@@ -131,12 +139,13 @@ impl Selection {
                 let scores: Vec<f32> = (0..tokens as u64).map(|token| noise(seed, token)).collect();
                 selection.scored(count, &scores);
             }
-            Rule::Scored => selection.scored(count, scores),
+            Rule::Scored => selection.scored(count, first_row(scores)),
+            Rule::Graded => selection.graded(selector.share, scores),
             Rule::FirstAndScored { first } => {
                 selection.first(count, first);
                 let computed = |token: &usize| selection.layers[*token] > 0;
                 let done = selection.open().filter(computed).count();
-                selection.scored(count - done, scores);
+                selection.scored(count - done, first_row(scores));
             }
             Rule::Deviation(check) => {
                 let open: Vec<usize> = selection.open().collect();
@@ -170,6 +179,54 @@ impl Selection {
             if !any {
                 return;
             }
+        }
+    }
+
+    /// As many rows as `share` of all pays for, where they bring most.
+    fn graded(&mut self, share: f32, scores: &[Vec<f32>]) {
+        let open: Vec<usize> = self.open().collect();
+        #[expect(clippy::cast_precision_loss, reason = "rows of a prompt")]
+        let budget = f64::from(share) * open.len() as f64 * f64::from(self.all);
+        // By token: what it brings to compute it in 1, 2, … layers.
+        let mut gains: Vec<Vec<f64>> = vec![vec![0.0]; open.len()];
+        for (layer, scores) in (1u32..).zip(scores.iter().take(usize::from(self.depth) - 1)) {
+            let total: f64 = open.iter().map(|&token| f64::from(scores[token])).sum();
+            #[expect(clippy::cast_precision_loss, reason = "tokens of a prompt")]
+            let scale = open.len() as f64 / total.max(f64::MIN_POSITIVE) / f64::from(layer);
+            for (gains, &token) in gains.iter_mut().zip(&open) {
+                let so_far = gains.last().copied().unwrap_or_default();
+                gains.push(so_far + f64::from(scores[token]) * scale);
+            }
+        }
+        // Layers in which a token is computed when a row costs `price`, and all rows then.
+        let depth = |gains: &[f64], price: f64| {
+            let nothing = (0u16, 0.0);
+            let best = (1u16..).zip(gains).fold(nothing, |best, (layers, gain)| {
+                let left = gain - price * f64::from(layers);
+                if left > best.1 { (layers, left) } else { best }
+            });
+            best.0
+        };
+        let rows = |price: f64| {
+            let rows = gains.iter().map(|gains| f64::from(depth(gains, price)));
+            rows.sum::<f64>()
+        };
+        // Dearer rows are fewer; bisection finds the lowest price that the budget pays.
+        let (mut low, mut high) = (0.0, 1e9);
+        for _ in 0..PRICES {
+            let price = f64::midpoint(low, high);
+            if rows(price) > budget {
+                low = price;
+            } else {
+                high = price;
+            }
+        }
+        for (&token, gains) in open.iter().zip(&gains) {
+            self.layers[token] = if share < 1.0 {
+                depth(gains, high)
+            } else {
+                self.depth
+            };
         }
     }
 
@@ -259,6 +316,10 @@ pub fn largest(values: &[f32], count: usize) -> Vec<usize> {
     order
 }
 
+fn first_row(scores: &[Vec<f32>]) -> &[f32] {
+    scores.first().map_or(&[], |row| row)
+}
+
 #[expect(
     clippy::cast_possible_truncation,
     clippy::cast_sign_loss,
@@ -268,6 +329,9 @@ pub fn largest(values: &[f32], count: usize) -> Vec<usize> {
 fn count(total: usize, share: f32) -> usize {
     ((total as f32 * share.clamp(0.0, 1.0)).round() as usize).min(total)
 }
+
+/// Steps of the bisection: prices to a relative error far below what tells tokens apart.
+const PRICES: usize = 100;
 
 /// SplitMix64 (Steele, Lea, Flood, 2014), in [0, 1).
 #[expect(clippy::cast_precision_loss, reason = "24 bits")]

@@ -2,12 +2,12 @@
 //! compiled.
 //!
 //! The chunk is computed behind a few probes, texts that have nothing to do with any request,
-//! and each token's K and V of one layer are held against those that it has alone. A token
+//! and each token's K and V are held against those that it has alone, layer by layer. A token
 //! that deviates behind a stranger's text reads its context: those are the ones to compute anew
-//! when the chunk is reused, whatever stands before it then. Deviations behind different texts
-//! hit the same tokens, so the largest of few probes says enough; and unlike HKVD
-//! ([`kvasir_plugin::blend::Check`]), nothing has to be computed for it when a request is
-//! waiting, and no layer is run for all tokens.
+//! when the chunk is reused, whatever stands before it then, and as deep as they deviate.
+//! Deviations behind different texts hit the same tokens, so the largest of few probes says
+//! enough; and unlike HKVD ([`kvasir_plugin::blend::Check`]), nothing has to be computed for it
+//! when a request is waiting, and no layer is run for all tokens.
 
 use std::ops::ControlFlow;
 
@@ -20,8 +20,8 @@ use crate::model::{ForwardError, LogitsWanted, Model, Positions, Scratch, Step};
 pub struct Probes {
     /// Texts, without the canonical prefix.
     pub texts: Vec<Vec<u32>>,
-    /// The layer whose K and V are compared, from 0. In layer 0 nothing deviates.
-    pub layer: usize,
+    /// Layers whose K and V are compared: from layer 1, as nothing deviates in layer 0.
+    pub layers: usize,
 }
 
 impl Probes {
@@ -31,9 +31,9 @@ impl Probes {
         prefix + longest.unwrap_or(0) + chunk
     }
 
-    /// By token of `chunk`: squared deviation of K and of V behind a probe from what they are
-    /// behind `prefix` alone, each as a share of its mean square over the chunk; the largest of
-    /// all probes. `blocks` are scratch pages for [`Self::tokens`].
+    /// By layer, from layer 1, and token of `chunk`: squared deviation of K and of V behind a
+    /// probe from what they are behind `prefix` alone, each as a share of its mean square over
+    /// the chunk; the largest of all probes. `blocks` are scratch pages for [`Self::tokens`].
     ///
     /// # Errors
     /// As for [`Model::forward`].
@@ -45,7 +45,7 @@ impl Probes {
         blocks: &[BlockId],
         prefix: &[u32],
         chunk: &[u32],
-    ) -> Result<Vec<f32>, ForwardError> {
+    ) -> Result<Vec<Vec<f32>>, ForwardError> {
         let mut recording = Recording::default();
         while recording.step(self, model, pool, scratch, blocks, prefix, chunk)? {}
         Ok(recording.scores)
@@ -55,11 +55,11 @@ impl Probes {
 /// What is recorded of a chunk, a prefill at a time.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Recording {
-    alone: Option<Span>,
+    alone: Option<Vec<Span>>,
     /// Probes that have been compared.
     done: usize,
-    /// By token.
-    pub(crate) scores: Vec<f32>,
+    /// By layer, from layer 1, and token.
+    pub(crate) scores: Vec<Vec<f32>>,
 }
 
 impl Recording {
@@ -83,34 +83,39 @@ impl Recording {
                 blocks,
                 logits: LogitsWanted::None,
             };
-            let mut found = Span::default();
+            let mut found = Vec::new();
             let first = prefix.len() + text.len();
             let outcome = model.forward(pool, scratch, &[step], &mut |before| {
-                if before.layer < probes.layer {
-                    return ControlFlow::Continue(());
+                if before.layer > 0 {
+                    let mut span = Span::of_rows(model, &before, first..tokens.len());
+                    span.turn(model, first, prefix.len());
+                    found.push(span);
                 }
-                found = Span::of_rows(model, &before, first..tokens.len());
-                ControlFlow::Break(())
+                if before.layer < probes.layers {
+                    ControlFlow::Continue(())
+                } else {
+                    ControlFlow::Break(())
+                }
             });
             match outcome {
-                Ok(_) | Err(ForwardError::Stopped) => {
-                    found.turn(model, first, prefix.len());
-                    Ok(found)
-                }
+                Ok(_) | Err(ForwardError::Stopped) => Ok(found),
                 Err(error) => Err(error),
             }
         };
         let Some(alone) = &self.alone else {
-            self.alone = Some(behind(&[])?);
-            self.scores = vec![0.0; chunk.len()];
+            let alone = behind(&[])?;
+            self.scores = vec![vec![0.0; chunk.len()]; alone.len()];
+            self.alone = Some(alone);
             return Ok(true);
         };
         let Some(text) = probes.texts.get(self.done) else {
             return Ok(false);
         };
         let moved = behind(text)?;
-        for (score, deviation) in self.scores.iter_mut().zip(between(alone, &moved)) {
-            *score = score.max(deviation);
+        for (scores, (alone, moved)) in self.scores.iter_mut().zip(alone.iter().zip(&moved)) {
+            for (score, deviation) in scores.iter_mut().zip(between(alone, moved)) {
+                *score = score.max(deviation);
+            }
         }
         self.done += 1;
         Ok(true)

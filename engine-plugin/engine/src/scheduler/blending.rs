@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
+use half::bf16;
 use kvasir_plugin::blend::{
     BlendPlan, ChunkLimits, Gate, Gather, GatherOutcome, Quality, Reused, Segmented, Selection,
     Selector, Situation,
@@ -38,7 +39,8 @@ pub struct BlendConfig {
     pub forced: Option<Selector>,
     /// How long chunks are.
     pub limits: ChunkLimits,
-    /// Chunks whose scores are remembered. Default: 16,384, of 4 bytes a token.
+    /// Chunks whose scores are remembered, 2 bytes a token and layer of the probes. Default:
+    /// 4,096.
     pub remembered: usize,
 }
 
@@ -50,7 +52,7 @@ impl BlendConfig {
             quality: Quality::default(),
             forced: None,
             limits: ChunkLimits::default(),
-            remembered: 16_384,
+            remembered: 4_096,
         }
     }
 }
@@ -61,9 +63,12 @@ pub(super) struct Blender {
     config: BlendConfig,
     turns: Turns,
     /// What probes recorded.
-    pub(super) scores: LruCache<ChunkKey, Arc<[f32]>>,
+    pub(super) scores: LruCache<ChunkKey, Scores>,
     pub(super) compiler: Compiler,
 }
+
+/// What probes recorded of a chunk: by layer, from layer 1, and token. Rounded to 16 bits.
+pub(super) type Scores = Arc<[Vec<bf16>]>;
 
 /// A sequence on its way to a [`Selection`].
 #[derive(Debug)]
@@ -79,7 +84,7 @@ impl Blender {
         let remembered = NonZeroUsize::new(config.remembered).unwrap_or(NonZeroUsize::MIN);
         let probes = Probes {
             texts: config.gate.probes.clone(),
-            layer: config.gate.probe_layer.into(),
+            layers: config.gate.probe_layers.into(),
         };
         Self {
             turns: Turns::new(model),
@@ -105,28 +110,25 @@ impl Blender {
         layers: u16,
     ) -> Selection {
         let tokens = segmented.tokens().len();
-        let reused = reused(segmented, chunks);
-        let mut scores = vec![0.0; tokens];
-        let (mut known, mut unknown) = (0usize, 0usize);
-        for (&chunk, reused) in chunks.iter().zip(&reused) {
+        let depth = self.compiler.probes.layers.min(usize::from(layers) - 1);
+        let mut scores = vec![vec![0.0; tokens]; depth];
+        // A chunk of which nothing says what depends on its context is computed like text.
+        let mut known = Vec::new();
+        for (&chunk, reused) in chunks.iter().zip(reused(segmented, chunks)) {
             let chunk = &segmented.chunks()[chunk];
-            match self.scores.get(&chunk.key()) {
-                Some(recorded) if recorded.len() == chunk.range().len() => {
-                    scores[chunk.range()].copy_from_slice(recorded);
-                    known += if reused.exact { 0 } else { recorded.len() };
+            let recorded = self.scores.get(&chunk.key());
+            if let Some(recorded) = recorded.filter(|it| it.len() >= depth) {
+                for (scores, recorded) in scores.iter_mut().zip(recorded.iter()) {
+                    for (score, value) in scores[chunk.range()].iter_mut().zip(recorded) {
+                        *score = value.to_f32();
+                    }
                 }
-                // Nothing says which of its tokens depend on what stands before: all of them.
-                _ => {
-                    scores[chunk.range()].fill(f32::INFINITY);
-                    unknown += if reused.exact { 0 } else { chunk.range().len() };
-                }
+                known.push(reused);
+            } else if reused.exact {
+                known.push(reused);
             }
         }
-        #[expect(clippy::cast_precision_loss, reason = "tokens of a prompt")]
-        let share =
-            (selector.share * known as f32 + unknown as f32) / (known + unknown).max(1) as f32;
-        let selector = Selector { share, ..selector };
-        let mut selection = Selection::new(selector, tokens, &reused, layers, &scores);
+        let mut selection = Selection::new(selector, tokens, &known, layers, &scores);
         // Its logits are wanted.
         if let Some(last) = selection.layers.last_mut() {
             *last = layers;

@@ -10,15 +10,15 @@
 
 use std::collections::{HashSet, VecDeque};
 use std::ops::ControlFlow;
-use std::sync::Arc;
 
 use bytes::Bytes;
+use half::bf16;
 use kvasir_plugin::{CachePlugin, CaptureOutcome, ChunkCopy};
 use kvasir_types::{ChunkKey, Hints, KvLayout};
 use lru::LruCache;
 use metrics::counter;
 
-use super::blending::Gathering;
+use super::blending::{Gathering, Scores};
 use super::engine_loop::EngineLoop;
 use crate::blend::{Probes, Recording};
 use crate::kv::{BLOCK_TOKENS, BlockId};
@@ -70,7 +70,7 @@ impl Compiler {
     }
 
     /// Chunks that the cache has not, or of which it is not known what depends on context.
-    pub(super) fn want(&mut self, gathering: &Gathering, scores: &LruCache<ChunkKey, Arc<[f32]>>) {
+    pub(super) fn want(&mut self, gathering: &Gathering, scores: &LruCache<ChunkKey, Scores>) {
         let segmented = gathering.segmented();
         let present: HashSet<usize> = gathering.gather().present().collect();
         for (index, chunk) in segmented.chunks().iter().enumerate() {
@@ -133,9 +133,12 @@ impl EngineLoop {
                 Ok(false) => {
                     counter!(COMPILED).increment(1);
                     let Compiling { job, recording, .. } = &mut compiling;
-                    let scores = std::mem::take(&mut recording.scores);
+                    let rounded = |layer: &Vec<f32>| {
+                        layer.iter().map(|&score| bf16::from_f32(score)).collect()
+                    };
+                    let scores = recording.scores.iter().map(rounded).collect();
                     compiler.keys.remove(&job.key);
-                    blender.scores.put(job.key, scores.into());
+                    blender.scores.put(job.key, scores);
                     self.give_back(&compiling.blocks);
                 }
                 Err(error) => {

@@ -20,12 +20,13 @@ fn chosen(selection: &Selection) -> Vec<usize> {
 }
 
 fn select(rule: Rule, share: f32, scores: &[f32]) -> Selection {
+    let scores = [scores.to_vec()];
     let selector = Selector {
         rule,
         share,
         layers: Some(2),
     };
-    Selection::new(selector, 24, &chunks(&[1, 6, 12, 20]), LAYERS, scores)
+    Selection::new(selector, 24, &chunks(&[1, 6, 12, 20]), LAYERS, &scores)
 }
 
 #[test]
@@ -135,10 +136,36 @@ proptest! {
             Rule::FirstAndScored { first: 2 },
         ] {
             let selector = Selector { rule, share, layers: Some(3) };
-            let selection = Selection::new(selector, 100, &chunks, LAYERS, &scores);
+            let selection = Selection::new(selector, 100, &chunks, LAYERS, &[scores.clone()]);
             prop_assert_eq!(chosen(&selection).len(), count(open, share));
             let outside = (0..100).filter(|token| !chunks.iter().any(|it| it.tokens.contains(token)));
             prop_assert!(outside.into_iter().all(|token| selection.layers[token] == LAYERS));
         }
     }
+}
+
+/// Two tokens that change in layer 1 alone, one that changes in all layers, more and more.
+#[test]
+fn rows_go_where_they_bring_most() {
+    let mut scores = vec![vec![0.0; 24]; 5];
+    (scores[0][7], scores[0][9]) = (4.0, 2.0);
+    for (layer, scores) in (0u8..).zip(&mut scores) {
+        scores[15] = f32::from(layer + 1);
+    }
+    let chosen = |rows: f32| {
+        let selector = Selector {
+            rule: Rule::Graded,
+            share: rows / (14.0 * 6.0),
+            layers: None,
+        };
+        let chunks = chunks(&[1, 6, 12, 20]);
+        let selection = Selection::new(selector, 24, &chunks, LAYERS, &scores);
+        [7, 9, 15].map(|token| selection.layers[token])
+    };
+    assert_eq!(chosen(0.0), [0, 0, 0]);
+    // A row brings 4 of the first token, 3.3 of the third in all layers, 2 of the second.
+    assert_eq!(chosen(2.5), [2, 0, 0]);
+    assert_eq!(chosen(8.5), [2, 0, 6]);
+    assert_eq!(chosen(10.5), [2, 2, 6]);
+    assert_eq!(chosen(84.0), [6, 6, 6]);
 }
