@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use kvasir_client::{Client, GetEvent, GetOptions};
-use kvasir_codec::ChunkDecoder;
+use kvasir_codec::{ChunkDecoder, Prelude};
 use kvasir_engine::ModelConfig;
 use kvasir_engine::cache::{self, PoolBackend, Turns};
 use kvasir_engine::kv::{BLOCK_TOKENS, BlockId, KvDtype, KvPool};
@@ -186,6 +186,13 @@ impl Bed {
                 .into_iter()
                 .map(|(_, parts)| parts[0].clone())
                 .collect();
+        }
+        let parsed = Prelude::parse(&prelude, layout).unwrap();
+        if info.level.is_nested() {
+            // The tokens behind the prefix, where keys are turned by that much.
+            let start = PREFIX.len() as u64;
+            assert_eq!(parsed.rotation.map(|it| it.start), Some(start));
+            assert_eq!(u64::from(parsed.exact_tokens), 4 - start);
         }
         let decoder = ChunkDecoder::new(*layout, info.level, &prelude, &[]).unwrap();
         let decode = |(layer, parts): (LayerIdx, Vec<Bytes>)| {
