@@ -1,6 +1,6 @@
 //! A daemon, engines as far as this is concerned, and what they store.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use kvasir_client::{Client, GetEvent, GetOptions};
@@ -275,10 +275,12 @@ impl Pages {
     pub(crate) fn follow(&mut self, gather: &mut Gather) -> usize {
         self.decide(gather);
         let (mut short, mut layer) = (0, 0);
+        let begun = Instant::now();
         while layer < self.layout.layers() {
             let wait = Duration::from_millis(100);
             let waited = self
                 .with(|backend, blocks| gather.wait_layer(LayerIdx(layer), wait, backend, blocks));
+            assert!(begun.elapsed() < Duration::from_secs(60), "no end");
             match waited {
                 LayerWait::Landed => layer += 1,
                 LayerWait::Pending => {}
