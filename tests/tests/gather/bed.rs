@@ -271,9 +271,14 @@ impl Pages {
         }
     }
 
-    /// Computes behind the fetch, as an engine does; how often in vain.
-    pub(crate) fn follow(&mut self, gather: &mut Gather) -> usize {
+    /// Waits for all that comes.
+    pub(crate) fn follow(&mut self, gather: &mut Gather) {
         self.decide(gather);
+        self.compute(gather);
+    }
+
+    /// Computes behind the fetch, as an engine does; how often in vain.
+    pub(crate) fn compute(&mut self, gather: &mut Gather) -> usize {
         let (mut short, mut layer) = (0, 0);
         let begun = Instant::now();
         while layer < self.layout.layers() {
