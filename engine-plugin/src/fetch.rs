@@ -91,7 +91,7 @@ pub enum LayerWait {
     /// Not yet.
     Pending,
     /// Not all of these chunks will come: what the engine computed on top of them is
-    /// void, and [`Prefetch::poll`] goes on with fewer.
+    /// void, and the fetch goes on with fewer.
     Short,
 }
 

@@ -227,6 +227,8 @@ async fn attend<A, F>(
     F: Future<Output = Result<End, CallError>>,
 {
     let begun = Instant::now();
+    // The engine takes a closed channel for the end. By then the breaker knows what it was.
+    let _open = outbox.0.clone();
     match work(outbox, begun).await {
         Ok(End::Completed) => shared.breaker().succeeded(),
         Ok(End::Abandoned) => {}

@@ -188,6 +188,30 @@ mod tests {
             }
         }
 
+        /// Whether there may be a cut is read off the last tokens of the text, even where the
+        /// chunk is shorter than those.
+        #[test]
+        fn cuts_are_of_the_text_and_not_of_the_cut_before(seed in any::<u64>()) {
+            let cuts = ContentCuts { min: 2, mean: 24, max: 200 };
+            let text = text(3000, seed);
+            let bound = |by: u64| u64::MAX / 24 * by;
+            let hash = |end: usize| {
+                let window = &text[end.saturating_sub(WINDOW)..end];
+                window.iter().fold(0u64, |hash, token| (hash << SHIFT).wrapping_add(gear(*token)))
+            };
+            let mut start = 0;
+            let lengths = lengths(&cuts.segments(&text));
+            for length in &lengths[..lengths.len() - 1] {
+                let end = start + length;
+                let by_force = *length == cuts.max;
+                prop_assert!(by_force || hash(end) <= bound(NORMALISATION), "{start}..{end}");
+                for inside in start + cuts.min..end {
+                    prop_assert!(hash(inside) > bound(1) / NORMALISATION, "{inside}");
+                }
+                start = end;
+            }
+        }
+
         /// What made a cut is the window in front of it: the same window, the same hash.
         #[test]
         fn the_hash_forgets(before in prop::collection::vec(any::<u32>(), 0..40)) {

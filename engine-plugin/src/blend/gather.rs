@@ -19,6 +19,9 @@ use crate::{EngineBackend, LAYERS, LayerWait, Placement, Shared};
 /// engine computes it; the others still come. Spent patience takes every chunk that is not
 /// whole. Patience is that of [`Prefetch`](crate::Prefetch).
 ///
+/// Chunks come as they are stored, or at [`CodecConfig::fetch`](crate::CodecConfig::fetch); no
+/// [`deadline`](crate::PluginConfig::deadline) steers them.
+///
 /// Chunks are named by their index in [`Segmented::chunks`]. What the same text has twice in a
 /// prompt is fetched once and landed twice.
 #[derive(Debug)]

@@ -1,10 +1,10 @@
 //! A daemon, engines as far as this is concerned, and what they store.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use kvasir_client::{Client, GetEvent, GetOptions};
-use kvasir_codec::ChunkDecoder;
+use kvasir_codec::{ChunkDecoder, Prelude};
 use kvasir_engine::ModelConfig;
 use kvasir_engine::cache::{self, PoolBackend, Turns};
 use kvasir_engine::kv::{BLOCK_TOKENS, BlockId, KvDtype, KvPool};
@@ -187,6 +187,13 @@ impl Bed {
                 .map(|(_, parts)| parts[0].clone())
                 .collect();
         }
+        let parsed = Prelude::parse(&prelude, layout).unwrap();
+        if info.level.is_nested() {
+            // The tokens behind the prefix, where keys are turned by that much.
+            let start = PREFIX.len() as u64;
+            assert_eq!(parsed.rotation.map(|it| it.start), Some(start));
+            assert_eq!(u64::from(parsed.exact_tokens), 4 - start);
+        }
         let decoder = ChunkDecoder::new(*layout, info.level, &prelude, &[]).unwrap();
         let decode = |(layer, parts): (LayerIdx, Vec<Bytes>)| {
             let mut raw = vec![0; layout.layer_bytes()];
@@ -264,14 +271,21 @@ impl Pages {
         }
     }
 
-    /// Computes behind the fetch, as an engine does; how often in vain.
-    pub(crate) fn follow(&mut self, gather: &mut Gather) -> usize {
+    /// Waits for all that comes.
+    pub(crate) fn follow(&mut self, gather: &mut Gather) {
         self.decide(gather);
+        self.compute(gather);
+    }
+
+    /// Computes behind the fetch, as an engine does; how often in vain.
+    pub(crate) fn compute(&mut self, gather: &mut Gather) -> usize {
         let (mut short, mut layer) = (0, 0);
+        let begun = Instant::now();
         while layer < self.layout.layers() {
             let wait = Duration::from_millis(100);
             let waited = self
                 .with(|backend, blocks| gather.wait_layer(LayerIdx(layer), wait, backend, blocks));
+            assert!(begun.elapsed() < Duration::from_secs(60), "no end");
             match waited {
                 LayerWait::Landed => layer += 1,
                 LayerWait::Pending => {}

@@ -44,7 +44,7 @@ fn a_damaged_chunk_is_absent_and_the_others_come() {
         let mut pages = Pages::of(&prompt);
         pages.decide(&mut gather);
         let expected_at_first = chunks(&gather).len();
-        let short = pages.follow(&mut gather);
+        let short = pages.compute(&mut gather);
         assert_eq!(chunks(&gather), [0, 1, 3, 4, 6]);
         assert_eq!(gather.present().collect::<Vec<_>>(), [0, 1, 3, 4, 6]);
         // Whoever counted on them was told.
