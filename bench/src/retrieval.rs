@@ -13,7 +13,7 @@
 //!
 //! # Policies
 //! All have a store of the same size, with the daemon's default policy of eviction in the
-//! trace's time, empty at first.
+//! trace's time, empty at first; the first `--warm-up` requests are not counted.
 //!
 //! * `full`: everything is computed.
 //! * `prefix`: prefix chunks of `--block-tokens` tokens, chained over the whole prompt.
@@ -23,8 +23,10 @@
 //!   `--model-layers` layers. A missing chunk is computed where it stands, and once more
 //!   alone for the store, unless it stands right behind its prefix; and in `--probe-layers`
 //!   layers behind each of `--probes` texts of `--probe-tokens` tokens, to record which of its
-//!   tokens depend on what stands before them.
+//!   tokens depend on what stands before them. Both only when `--compile-after` requests have
+//!   missed it, and the latter only once with `--keep-records`.
 //! * `charged/S`: the same, but a share S (`--uniform-share`) is computed anew, in all layers.
+//! * `second-miss`: `content`, with `--compile-after 2 --keep-records`.
 //! * `prefix-content`: the longest stored prefix first, content chunks for the rest. What was
 //!   computed behind a chunk that is not exact is never stored as a prefix chunk. Prefix
 //!   chunks that give no more than the canonical prefix and the first chunk are not stored.
@@ -43,7 +45,8 @@
 //!   how many times fewer.
 //! * `POLICY/against_full`, `POLICY/against_prefix`: by which share of these less is
 //!   computed. `limit` is what Cache-Craft (SIGMOD 2025) reports, 0.75 and 0.51.
-//! * `POLICY/compile`: the part of `computed` that is for the store.
+//! * `POLICY/request`: the part of it that requests wait for. `POLICY/compile`: the rest,
+//!   which is for the store and can wait until the node is idle.
 //! * `POLICY/touched`: prompt tokens that are computed in one layer at least.
 //! * `POLICY/hits`: chunks of prompts that were found.
 //! * `variants/exact`, `variants/near`: chunks of prompts that had a variant, as a share of
@@ -66,7 +69,7 @@ use clap::Args;
 use kvasir_types::ByteSize;
 
 use self::generate::{Arrival, Workload};
-use self::simulate::{Blending, Costs, Outcome, Repair, Trace, VariantOptions};
+use self::simulate::{Blending, Compile, Costs, Outcome, Repair, Trace, VariantOptions};
 use self::trace::Request;
 use crate::replay::trace::Trace as Arrivals;
 use crate::replay::{Capacity, SHARE, generate as poisson, ratio, share as share_of};
@@ -90,6 +93,8 @@ pub(crate) struct Options {
     costs: Costs,
     #[command(flatten)]
     repair: Repair,
+    #[command(flatten)]
+    compile: Compile,
     #[command(flatten)]
     variants: VariantOptions,
     /// Share of reused tokens that `charged` computes anew in all layers.
@@ -126,6 +131,12 @@ pub(crate) fn run(options: &Options, quick: bool) -> anyhow::Result<Option<Repor
             "{name} is {layers}, but --model-layers {all}"
         );
     }
+    let warm_up = costs.warm_up;
+    ensure!(
+        (warm_up as usize) < requests.len(),
+        "--warm-up is {warm_up}, but there are {} requests",
+        requests.len()
+    );
     let mut report = Report::new("retrieval");
     options.set(&mut report, &requests);
     let trace = Trace::new(&requests, costs);
@@ -134,12 +145,7 @@ pub(crate) fn run(options: &Options, quick: bool) -> anyhow::Result<Option<Repor
         trace: &trace,
         distinct: distinct(&requests),
     };
-    let full = Outcome {
-        computed: trace.rows(),
-        touched_tokens: trace.tokens(),
-        ..Outcome::default()
-    };
-    suite.rows(&mut report, "full", "", &full, None);
+    report.push(Row::new("full/computed", 1.0, SHARE));
     for (number, &capacity) in options.store.iter().enumerate() {
         let suffix = match number {
             0 => String::new(),
@@ -205,6 +211,9 @@ impl Options {
         report.set("probes", costs.probes);
         report.set("probe_tokens", costs.probe_tokens);
         report.set("probe_layers", costs.probe_layers);
+        report.set("compile_after", self.compile.compile_after);
+        report.set("keep_records", self.compile.keep_records);
+        report.set("warm_up", costs.warm_up);
         let Repair { share, layers } = self.repair;
         report.set("share", share);
         report.set("layers", layers);
@@ -248,6 +257,7 @@ impl Suite<'_> {
         let options = self.options;
         let content = Blending {
             repair: options.repair,
+            compile: options.compile,
             prefix: false,
             variants: None,
         };
@@ -261,6 +271,16 @@ impl Suite<'_> {
                 format!("charged/{}", options.uniform_share),
                 Blending {
                     repair: uniform,
+                    ..content
+                },
+            ),
+            (
+                "second-miss".to_owned(),
+                Blending {
+                    compile: Compile {
+                        compile_after: 2,
+                        keep_records: true,
+                    },
                     ..content
                 },
             ),
@@ -280,10 +300,10 @@ impl Suite<'_> {
             ),
         ];
         let prefix = self.trace.prefix_caching(capacity);
-        self.rows(report, "prefix", suffix, &prefix, Some(&prefix));
+        self.rows(report, "prefix", suffix, &prefix, &prefix);
         for (name, blending) in blendings {
             let outcome = self.trace.blending(blending, capacity);
-            self.rows(report, &name, suffix, &outcome, Some(&prefix));
+            self.rows(report, &name, suffix, &outcome, &prefix);
             if blending.variants.is_some() {
                 self.variants(report, suffix, &outcome);
             }
@@ -296,38 +316,31 @@ impl Suite<'_> {
         policy: &str,
         suffix: &str,
         outcome: &Outcome,
-        prefix: Option<&Outcome>,
+        prefix: &Outcome,
     ) {
         let all = self.trace.rows();
-        let computed = share_of(outcome.computed, all);
-        let mut row = Row::new(format!("{policy}/computed{suffix}"), computed, SHARE);
-        if let Some(prefix) = prefix {
-            let limit = share_of(prefix.computed, all);
-            row = row.against(limit, ratio(limit, computed));
+        let limit = share_of(prefix.computed, all);
+        let request = outcome.computed - outcome.compiled;
+        for (name, rows) in [("computed", outcome.computed), ("request", request)] {
+            let value = share_of(rows, all);
+            let row = Row::new(format!("{policy}/{name}{suffix}"), value, SHARE);
+            report.push(row.against(limit, ratio(limit, value)));
         }
-        report.push(row);
-        let mut push = |name: &str, value: f64| {
-            report.push(Row::new(format!("{policy}/{name}{suffix}"), value, SHARE));
-        };
-        let chunks = self.trace.chunks();
-        push("compile", share_of(outcome.compiled, all));
-        push(
-            "touched",
-            share_of(outcome.touched_tokens, self.trace.tokens()),
-        );
-        push("hits", share_of(outcome.found, chunks));
-        let Some(prefix) = prefix else {
-            return;
-        };
-        let against = [
-            ("against_full", 1.0 - computed, OTHERS_AGAINST_FULL),
-            (
-                "against_prefix",
-                1.0 - share_of(outcome.computed, prefix.computed),
-                OTHERS_AGAINST_PREFIX,
-            ),
+        let touched = share_of(outcome.touched_tokens, self.trace.tokens());
+        let shares = [
+            ("compile", share_of(outcome.compiled, all)),
+            ("touched", touched),
+            ("hits", share_of(outcome.found, self.trace.chunks())),
         ];
-        for (name, value, limit) in against {
+        for (name, value) in shares {
+            report.push(Row::new(format!("{policy}/{name}{suffix}"), value, SHARE));
+        }
+        let against = [
+            ("against_full", all, OTHERS_AGAINST_FULL),
+            ("against_prefix", prefix.computed, OTHERS_AGAINST_PREFIX),
+        ];
+        for (name, baseline, limit) in against {
+            let value = 1.0 - share_of(outcome.computed, baseline);
             let row = Row::new(format!("{policy}/{name}{suffix}"), value, SHARE);
             report.push(row.against(limit, ratio(value, limit)));
         }

@@ -7,6 +7,7 @@
 //!
 //! Requests come one after the other, each served before the next comes.
 
+use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
 use clap::Args;
@@ -42,6 +43,9 @@ pub(crate) struct Costs {
     /// Layers in which that is computed.
     #[arg(long, default_value_t = 2)]
     pub(crate) probe_layers: u16,
+    /// Requests at the start that are served, and not counted.
+    #[arg(long, default_value_t = 0, value_name = "REQUESTS")]
+    pub(crate) warm_up: u32,
 }
 
 /// What is computed anew of a chunk that is reused.
@@ -53,6 +57,18 @@ pub(crate) struct Repair {
     /// Layers, from the first, in which they are.
     #[arg(long, default_value_t = 2)]
     pub(crate) layers: u16,
+}
+
+/// When content chunks are computed for the store.
+#[derive(Clone, Copy, Debug, Args)]
+pub(crate) struct Compile {
+    /// Compile a chunk when so many requests have missed it.
+    #[arg(long, default_value_t = 1, value_name = "MISSES", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) compile_after: u32,
+    /// Keep what probes recorded of chunks that are evicted, a few bytes a token: a chunk is
+    /// computed behind probes once.
+    #[arg(long)]
+    pub(crate) keep_records: bool,
 }
 
 /// What is kept of repairs.
@@ -71,7 +87,7 @@ pub(crate) struct VariantOptions {
     #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u16).range(1..))]
     pub(crate) variants: u16,
     /// Part of the store that variants may take.
-    #[arg(long, default_value_t = 0.25, value_parser = share)]
+    #[arg(long, default_value_t = 0.05, value_parser = share)]
     pub(crate) variants_bytes: f64,
     /// Seconds after which a use of a variant counts half.
     #[arg(long, default_value_t = 600, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..))]
@@ -82,6 +98,7 @@ pub(crate) struct VariantOptions {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Blending<'a> {
     pub(crate) repair: Repair,
+    pub(crate) compile: Compile,
     /// Prefix chunks are looked up first.
     pub(crate) prefix: bool,
     pub(crate) variants: Option<&'a VariantOptions>,
@@ -136,26 +153,38 @@ impl<'a> Trace<'a> {
         }
     }
 
-    /// Rows of all prompts: what is computed where nothing is stored.
+    /// Rows of all prompts that are counted: what is computed where nothing is stored.
     pub(crate) fn rows(&self) -> u64 {
         self.tokens() * self.costs.layers()
     }
 
     pub(crate) fn tokens(&self) -> u64 {
-        let tokens = self.requests.iter().map(|next| self.costs.tokens(next));
+        let tokens = self.counted().iter().map(|next| self.costs.tokens(next));
         tokens.sum()
     }
 
     /// Chunks of all prompts.
     pub(crate) fn chunks(&self) -> u64 {
-        self.requests.iter().map(|r| r.chunks.len() as u64).sum()
+        self.counted().iter().map(|r| r.chunks.len() as u64).sum()
+    }
+
+    /// Requests behind the warm-up.
+    fn counted(&self) -> &'a [Request] {
+        self.requests.get(self.warm_up()..).unwrap_or_default()
+    }
+
+    fn warm_up(&self) -> usize {
+        usize::try_from(self.costs.warm_up).unwrap_or(usize::MAX)
     }
 
     /// Prefix caching, in a store of `capacity` rows; no limit: `None`.
     pub(crate) fn prefix_caching(&self, capacity: Option<u64>) -> Outcome {
         let mut outcome = Outcome::default();
         let mut store = Store::new(capacity);
-        for (request, blocks) in self.requests.iter().zip(&self.blocks) {
+        for (number, (request, blocks)) in self.requests.iter().zip(&self.blocks).enumerate() {
+            if number == self.warm_up() {
+                outcome = Outcome::default();
+            }
             let now = Duration::from_millis(request.timestamp);
             store.begin();
             let hit = self.read_blocks(&mut store, blocks, now);
@@ -181,9 +210,14 @@ impl<'a> Trace<'a> {
             variants_limit: capacity
                 .zip(blending.variants)
                 .map(|(capacity, options)| part(capacity, options.variants_bytes)),
+            missed: HashMap::new(),
+            recorded: HashSet::new(),
             outcome: Outcome::default(),
         };
-        for (request, blocks) in self.requests.iter().zip(&self.blocks) {
+        for (number, (request, blocks)) in self.requests.iter().zip(&self.blocks).enumerate() {
+            if number == self.warm_up() {
+                node.outcome = Outcome::default();
+            }
             node.serve(request, blocks);
         }
         let mut outcome = node.outcome;
@@ -240,6 +274,10 @@ struct Node<'a> {
     variants: Option<Variants<Content>>,
     /// What variants may take; `None`: anything.
     variants_limit: Option<u64>,
+    /// How often chunks were missed.
+    missed: HashMap<Content, u32>,
+    /// Chunks of which is kept what probes recorded.
+    recorded: HashSet<Content>,
     outcome: Outcome,
 }
 
@@ -340,15 +378,22 @@ impl Node<'_> {
         self.keep_variant(key, before, now);
     }
 
-    /// Computes a chunk alone for the store, and behind probes, if it has room for it. As the
+    /// Computes a chunk alone for the store, and behind probes, if it was missed often enough
+    /// and there is room for it. As the
     /// first of a prompt, a chunk was computed alone already.
     fn compile(&mut self, key: Content, alone_already: bool, now: Duration) {
         let costs = self.trace.costs;
         let tokens = u64::from(costs.chunk_tokens);
-        if !self.insert(Item::Chunk(key), tokens, now) {
+        let compile = self.blending.compile;
+        let missed = self.missed.entry(key).or_default();
+        *missed = missed.saturating_add(1);
+        if *missed < compile.compile_after || !self.insert(Item::Chunk(key), tokens, now) {
             return;
         }
-        let mut rows = costs.probe_rows();
+        let mut rows = 0;
+        if self.recorded.insert(key) || !compile.keep_records {
+            rows += costs.probe_rows();
+        }
         if !alone_already {
             rows += tokens * costs.layers();
         }

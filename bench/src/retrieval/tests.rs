@@ -53,6 +53,7 @@ fn requests(prompts: &[&[u32]]) -> Vec<Request> {
 fn blended(options: &Options, prompts: &[&[u32]], prefix: bool, capacity: Option<u64>) -> Outcome {
     let blending = Blending {
         repair: options.repair,
+        compile: options.compile,
         prefix,
         variants: None,
     };
@@ -62,6 +63,7 @@ fn blended(options: &Options, prompts: &[&[u32]], prefix: bool, capacity: Option
 fn varied(options: &Options, prompts: &[&[u32]], capacity: Option<u64>) -> Outcome {
     let blending = Blending {
         repair: options.repair,
+        compile: options.compile,
         prefix: false,
         variants: Some(&options.variants),
     };
@@ -124,6 +126,7 @@ fn chunks_of_another_prefix_are_other_chunks() {
     let trace = Trace::new(&requests, &options.costs);
     let blending = Blending {
         repair: options.repair,
+        compile: options.compile,
         prefix: false,
         variants: None,
     };
@@ -141,6 +144,38 @@ fn what_finds_no_room_is_not_compiled() {
     assert_eq!((outcome.found, outcome.stored), (1, 2 * CHUNK));
     let nothing = blended(&small(), &[&[1, 2], &[1, 2]], false, Some(0));
     assert_eq!(nothing.computed, 2 * (3 * CHUNK + QUESTION));
+}
+
+#[test]
+fn chunks_are_compiled_when_they_were_missed_often_enough_and_recorded_once() {
+    let mut options = small();
+    options.compile.compile_after = 2;
+    let prompts: [&[u32]; 3] = [&[1, 2], &[1, 2], &[1, 2]];
+    let outcome = blended(&options, &prompts, false, None);
+    let first = 3 * CHUNK + QUESTION;
+    let second = 2 * CHUNK + QUESTION + (CHUNK + 2 * PROBES);
+    assert_eq!(outcome.computed, first + second + REPAIR + QUESTION);
+    // Room for the prefix and a chunk: 1 and 2 evict each other.
+    let prompts: [&[u32]; 4] = [&[1], &[2], &[1], &[2]];
+    for (keep_records, probes) in [(false, 4 * PROBES), (true, 2 * PROBES)] {
+        let mut options = small();
+        options.compile.keep_records = keep_records;
+        let outcome = blended(&options, &prompts, false, Some(2 * CHUNK));
+        assert_eq!((outcome.compiled, outcome.found), (probes, 0));
+    }
+}
+
+#[test]
+fn a_warm_up_is_served_and_not_counted() {
+    let mut options = small();
+    options.costs.warm_up = 1;
+    let requests = requests(&[&[1, 2], &[1, 2, 3]]);
+    let trace = Trace::new(&requests, &options.costs);
+    assert_eq!((trace.rows(), trace.chunks()), (4 * CHUNK + QUESTION, 3));
+    let outcome = blended(&options, &[&[1, 2], &[1, 2, 3]], false, None);
+    let computed = REPAIR + CHUNK + QUESTION + (CHUNK + PROBES);
+    assert_eq!((outcome.computed, outcome.found), (computed, 2));
+    assert_eq!(trace.prefix_caching(None).computed, CHUNK + QUESTION);
 }
 
 #[test]
@@ -215,11 +250,11 @@ fn a_variant_needs_no_repair_behind_the_same_chunks_and_half_of_it_behind_most()
 
 #[test]
 fn variants_share_the_store_and_go_with_their_chunk() {
-    // Room for prefix, three chunks and a variant, and variants may take a quarter.
+    // Room for prefix, three chunks and a variant.
     let capacity = 4 * CHUNK + REPAIR;
     let mut prompts: Vec<&[u32]> = vec![&[1, 2], &[1, 2], &[3, 1], &[3, 1]];
     let outcome = varied(&small(), &prompts, Some(capacity));
-    // 1 behind 3 finds no room: all chunks but 2 are held, and 2 goes with its variant.
+    // The variant of 1 behind 3 needs room: all chunks but 2 are held, and 2 goes with its own.
     assert_eq!(outcome.exact_variants, 2);
     assert_eq!(outcome.stored, 3 * CHUNK + REPAIR);
     assert_eq!(outcome.variants, 1);
@@ -236,10 +271,10 @@ fn variants_share_the_store_and_go_with_their_chunk() {
 
 #[test]
 fn a_full_store_evicts_variants_that_saved_least() {
-    // A quarter of 8,060 is room for 33 variants of 60, so give three.
+    // Room for three variants.
     let mut options = small();
     options.variants.variants_bytes = 200.0 / 8060.0;
-    // Behind 5, 1 to 4 have a variant each, and 2 to 4 go on being used.
+    // The variant of 1 was not used again when that of 4 needs room.
     let prompts: [&[u32]; 7] = [
         &[5, 1],
         &[5, 2],
@@ -282,6 +317,7 @@ fn nothing_computes_more_than_full_prefill_but_for_the_store() {
         for variants in [None, Some(&options.variants)] {
             let blending = Blending {
                 repair: options.repair,
+                compile: options.compile,
                 prefix: false,
                 variants,
             };
@@ -309,6 +345,9 @@ fn shares_and_layers_that_make_no_sense_are_refused() {
         let parsed = Arguments::try_parse_from(["retrieval", bad]);
         assert!(parsed.is_err(), "{bad}");
     }
-    let error = run(&options(&["--layers=13"]), true).unwrap_err();
-    assert_eq!(error.to_string(), "--layers is 13, but --model-layers 12");
+    let refused = |argument| run(&options(&[argument]), true).unwrap_err().to_string();
+    let message = "--layers is 13, but --model-layers 12";
+    assert_eq!(refused("--layers=13"), message);
+    let message = "--warm-up is 2000, but there are 2000 requests";
+    assert_eq!(refused("--warm-up=2000"), message);
 }
