@@ -131,7 +131,7 @@ pub(crate) struct Outcome {
 pub(crate) struct Trace<'a> {
     costs: &'a Costs,
     requests: &'a [Request],
-    /// By request: whole prefix chunks, of chains.
+    /// By request: prefix chunks, by the numbers of their chains. The last may not be whole.
     blocks: Vec<Vec<u64>>,
 }
 
@@ -140,11 +140,7 @@ impl<'a> Trace<'a> {
         let mut chains = Chains::default();
         let blocks = requests.iter().enumerate().map(|(number, request)| {
             let parts = costs.parts(request, number as u64);
-            let mut blocks = chains.blocks(&parts, costs.block_tokens.into());
-            let tokens: u64 = parts.iter().map(|part| part.1).sum();
-            let whole = tokens / u64::from(costs.block_tokens);
-            blocks.truncate(usize::try_from(whole).unwrap_or(usize::MAX));
-            blocks
+            chains.blocks(&parts, costs.block_tokens.into())
         });
         Self {
             costs,
@@ -192,8 +188,7 @@ impl<'a> Trace<'a> {
             outcome.computed += (tokens - hit) * self.costs.layers();
             outcome.touched_tokens += tokens - hit;
             let behind = hit.saturating_sub(self.costs.prefix_tokens.into());
-            let found = behind / u64::from(self.costs.chunk_tokens);
-            outcome.found += found.min(request.chunks.len() as u64);
+            outcome.found += behind / u64::from(self.costs.chunk_tokens);
             self.store_blocks(&mut store, blocks, hit, tokens, 0, now);
         }
         outcome.stored = store.bytes();
@@ -234,7 +229,7 @@ impl<'a> Trace<'a> {
         hit * u64::from(self.costs.block_tokens)
     }
 
-    /// Stores whole prefix chunks between two tokens of a prompt, as many as there is room
+    /// Stores prefix chunks that are whole between two tokens of a prompt, as many as there is room
     /// for. Returns what was evicted.
     fn store_blocks(
         &self,
@@ -476,7 +471,7 @@ impl Costs {
     /// What recording behind probes costs.
     fn probe_rows(&self) -> u64 {
         let behind = u64::from(self.probe_tokens) + u64::from(self.chunk_tokens);
-        u64::from(self.probes) * behind * u64::from(self.probe_layers.min(self.model_layers))
+        u64::from(self.probes) * behind * u64::from(self.probe_layers)
     }
 }
 

@@ -205,6 +205,8 @@ mod tests {
         store.insert(item(1), 10, 10, None, 0, now);
         store.insert(item(2), 10, 10, Some(item(1)), 0, now);
         store.begin();
+        assert!(store.read(item(2), Duration::from_secs(2)));
+        store.begin();
         assert_eq!(insert(&mut store, 3, 0), Some(vec![item(2)]));
     }
 

@@ -209,6 +209,27 @@ fn with_prefixes_what_is_exact_is_found_without_repair() {
 }
 
 #[test]
+fn a_canonical_prefix_that_is_in_prefix_chunks_is_not_computed() {
+    let mut options = small();
+    options.costs.warm_up = 5;
+    // The second finds prefix chunks alone, so the prefix by itself is not used again; with
+    // both chunks and one prefix chunk, it goes when the others need room.
+    let mut requests = requests(&[&[1, 2], &[1, 2], &[9], &[9], &[9], &[1]]);
+    for (request, prefix) in requests.iter_mut().zip([0, 0, 1, 2, 3, 0]) {
+        request.prefix = prefix;
+    }
+    let blending = Blending {
+        repair: options.repair,
+        compile: options.compile,
+        prefix: true,
+        variants: None,
+    };
+    let trace = Trace::new(&requests, &options.costs);
+    let outcome = trace.blending(blending, Some(8 * CHUNK));
+    assert_eq!(outcome.computed, QUESTION);
+}
+
+#[test]
 fn what_was_computed_behind_a_repaired_chunk_is_no_prefix() {
     // 4 is computed behind 2, which was compiled behind the prefix alone.
     let prompts: [&[u32]; 3] = [&[2], &[1, 2, 4], &[1, 2, 4]];
@@ -274,18 +295,22 @@ fn a_full_store_evicts_variants_that_saved_least() {
     // Room for three variants.
     let mut options = small();
     options.variants.variants_bytes = 200.0 / 8060.0;
-    // The variant of 1 was not used again when that of 4 needs room.
-    let prompts: [&[u32]; 7] = [
-        &[5, 1],
-        &[5, 2],
-        &[5, 2],
-        &[5, 3],
-        &[5, 3],
-        &[5, 4],
-        &[5, 1],
-    ];
+    // That of 2 was not used again when that of 4 needs room, that of 1 was.
+    let prompts: [&[u32]; 6] = [&[5, 1], &[5, 1], &[5, 2], &[5, 3], &[5, 4], &[5, 1]];
     let outcome = varied(&options, &prompts, Some(8060));
     assert_eq!((outcome.exact_variants, outcome.variants), (2, 3));
+}
+
+#[test]
+fn a_variant_that_saved_half_outlives_those_that_saved_nothing() {
+    // Room for four variants: of 6 behind 5, of 1 behind 5 6 and 5 7, of 7 behind 5.
+    let mut options = small();
+    options.variants.variants_bytes = 250.0 / 20_000.0;
+    // 1 behind 5 6 was used for 1 behind 5 7; 8 and 9 need room of others.
+    let prompts: [&[u32]; 5] = [&[5, 6, 1], &[5, 7, 1], &[5, 8], &[5, 9], &[5, 6, 1]];
+    let outcome = varied(&options, &prompts, Some(20_000));
+    assert_eq!((outcome.exact_variants, outcome.near_variants), (1, 1));
+    assert_eq!(outcome.variants, 4);
 }
 
 #[test]
