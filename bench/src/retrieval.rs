@@ -32,7 +32,8 @@
 //!   chunks that give no more than the canonical prefix and the first chunk are not stored.
 //! * `variants`: `content`, where what was computed anew of a chunk is kept with the chunks
 //!   before it; see [`variants`]. Behind the same chunks in the same order nothing is computed
-//!   anew, behind chunks with an overlap of `--overlap` only `--overlap-share` of the share.
+//!   anew, behind chunks with an overlap of `--overlap` only `--overlap-share` of the share;
+//!   that so much is enough there is assumed, not measured.
 //!
 //! # Rows
 //! At the first `--store`; those of others end in `@CAPACITY`, without a limit in
