@@ -27,6 +27,7 @@ mod reference;
 mod replay;
 mod report;
 mod restart;
+mod retrieval;
 mod soak;
 mod store;
 mod transport;
@@ -88,6 +89,8 @@ enum Suite {
     Soak(soak::Options),
     /// Request traces against eviction and admission policies; see bench/src/replay.rs.
     Replay(replay::Options),
+    /// Tokens computed where prompts are retrieved chunks: all, behind prefixes, and blended.
+    Retrieval(retrieval::Options),
     /// Quality of answers when the KV of a context is reused, beside full prefill.
     Quality(quality::Options),
     /// Calibrates the profile of a model, for its codec; see bench/src/methods/calibration.rs.
@@ -154,6 +157,10 @@ async fn run(suite: Suite, json: bool, quick: bool) -> anyhow::Result<()> {
         Suite::Replay(options) => match options.generate {
             Some(requests) => replay::generate(requests, options.seed),
             None => replay::run(&options, quick).await?.print(json),
+        },
+        Suite::Retrieval(options) => match retrieval::run(&options, quick)? {
+            Some(report) => report.print(json),
+            None => Ok(()),
         },
         Suite::Restart(options) => match restart::run(&options, quick).await? {
             Some(report) => report.print(json),

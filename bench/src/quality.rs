@@ -84,7 +84,7 @@ pub(crate) struct Options {
     pub(crate) tasks: Vec<String>,
     /// Methods beside full prefill: prefix, naive, naive-unpositioned, recompute-all;
     /// what codes KV, as METHOD or METHOD:VARIANT, `codecs` being all of these; and what
-    /// computes some tokens of reused chunks anew, as blend:RULE:BUDGET[:LAYERS], see
+    /// computes some tokens of reused chunks anew, as `blend:RULE:BUDGET[:LAYERS]`, see
     /// bench/src/quality/blended.rs.
     #[arg(
         long,

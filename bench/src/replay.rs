@@ -29,9 +29,9 @@
 //! `--seed`: see [`generate`](mod@generate).
 
 mod dry;
-mod generate;
+pub(crate) mod generate;
 mod ideal;
-mod trace;
+pub(crate) mod trace;
 mod wet;
 
 use std::fs::File;
@@ -77,7 +77,7 @@ pub(crate) struct Options {
 
 /// Size of a tier.
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Capacity {
+pub(crate) enum Capacity {
     Blocks(usize),
     Bytes(ByteSize),
     /// Percent of the distinct blocks.
@@ -86,7 +86,7 @@ enum Capacity {
 
 #[derive(Debug, thiserror::Error)]
 #[error("a capacity is blocks (4000), bytes (256GiB) or a share of the trace's blocks (2%)")]
-struct NotACapacity;
+pub(crate) struct NotACapacity;
 
 impl FromStr for Capacity {
     type Err = NotACapacity;
@@ -111,15 +111,16 @@ impl Capacity {
         clippy::cast_precision_loss,
         reason = "a share of a number of blocks"
     )]
-    fn blocks(self, trace: &Trace, block: ByteSize) -> usize {
+    /// Of `distinct` blocks of the trace, each of `block` bytes.
+    pub(crate) fn blocks(self, distinct: usize, block: ByteSize) -> usize {
         match self {
             Self::Blocks(blocks) => blocks,
             Self::Bytes(bytes) => (bytes.as_u64() / block.as_u64().max(1)) as usize,
-            Self::Percent(percent) => (trace.blocks.len() as f64 * percent / 100.0) as usize,
+            Self::Percent(percent) => (distinct as f64 * percent / 100.0) as usize,
         }
     }
 
-    fn name(self) -> String {
+    pub(crate) fn name(self) -> String {
         match self {
             Self::Blocks(blocks) => blocks.to_string(),
             Self::Bytes(bytes) => bytes.human().to_string(),
@@ -187,7 +188,7 @@ struct Suite<'a> {
 
 impl Suite<'_> {
     fn one_tier(&self, report: &mut Report, memory: Capacity, suffix: &str, infinite: f64) {
-        let memory_blocks = memory.blocks(self.trace, self.options.block_bytes);
+        let memory_blocks = self.blocks_of(memory);
         let ideal = self.token_share(ideal::belady_hit_tokens(self.trace, memory_blocks));
         let row = Row::new(format!("belady/hit_tokens{suffix}"), ideal, SHARE);
         report.push(row.against(infinite, ratio(ideal, infinite)));
@@ -218,11 +219,8 @@ impl Suite<'_> {
                     self.trace,
                     &Setup {
                         policy,
-                        memory_blocks: memory.blocks(self.trace, self.options.block_bytes),
-                        disk_blocks: self
-                            .options
-                            .disk
-                            .blocks(self.trace, self.options.block_bytes),
+                        memory_blocks: self.blocks_of(memory),
+                        disk_blocks: self.blocks_of(self.options.disk),
                         admission,
                         clairvoyant,
                     },
@@ -249,11 +247,10 @@ impl Suite<'_> {
 
     async fn store(&self, report: &mut Report, memory: Capacity) -> anyhow::Result<()> {
         for (policy, admission) in wet::POLICIES {
-            let blocks = |capacity: Capacity| capacity.blocks(self.trace, self.options.block_bytes);
             let setup = Setup {
                 policy,
-                memory_blocks: blocks(memory),
-                disk_blocks: blocks(self.options.disk),
+                memory_blocks: self.blocks_of(memory),
+                disk_blocks: self.blocks_of(self.options.disk),
                 admission,
                 clairvoyant: false,
             };
@@ -300,6 +297,10 @@ impl Suite<'_> {
         report.push(row);
     }
 
+    fn blocks_of(&self, capacity: Capacity) -> usize {
+        capacity.blocks(self.trace.blocks.len(), self.options.block_bytes)
+    }
+
     fn token_share(&self, tokens: u64) -> f64 {
         share(tokens, self.tokens)
     }
@@ -311,15 +312,15 @@ impl Suite<'_> {
 }
 
 #[expect(clippy::cast_precision_loss, reason = "a benchmark's result")]
-fn share(part: u64, whole: u64) -> f64 {
+pub(crate) fn share(part: u64, whole: u64) -> f64 {
     ratio(part as f64, whole as f64)
 }
 
-fn ratio(value: f64, limit: f64) -> f64 {
+pub(crate) fn ratio(value: f64, limit: f64) -> f64 {
     if limit > 0.0 { value / limit } else { 1.0 }
 }
 
-const SHARE: &str = "share";
+pub(crate) const SHARE: &str = "share";
 
 #[cfg(test)]
 mod tests {
@@ -331,7 +332,7 @@ mod tests {
         let trace = Trace::from_lines(&lines).unwrap();
         let blocks = |text: &str| {
             let capacity: Capacity = text.parse().unwrap();
-            capacity.blocks(&trace, ByteSize::mib(64))
+            capacity.blocks(trace.blocks.len(), ByteSize::mib(64))
         };
         assert_eq!(blocks("4000"), 4000);
         assert_eq!(blocks("1GiB"), 16);

@@ -19,7 +19,7 @@ use super::trace::{BLOCK_TOKENS, Line};
 pub(crate) fn lines(requests: u32, seed: u64) -> Vec<Line> {
     let mut generator = Generator {
         rng: ChaCha8Rng::seed_from_u64(seed),
-        ids: HashMap::new(),
+        chains: Chains::default(),
         texts: FIRST_OWN_TEXT,
     };
     let mut due: BinaryHeap<Reverse<(u64, u64)>> = BinaryHeap::new();
@@ -69,8 +69,7 @@ impl Conversation {
 
 struct Generator {
     rng: ChaCha8Rng,
-    /// The id of a block, by the id before and what the block is made of.
-    ids: HashMap<(u64, Vec<(u64, u64)>), u64>,
+    chains: Chains,
     texts: u64,
 }
 
@@ -101,16 +100,9 @@ impl Generator {
     }
 
     fn line(&mut self, timestamp: u64, conversation: &Conversation, answer: u64) -> Line {
-        let input_length: u64 = conversation.parts.iter().map(|part| part.1).sum();
-        let mut hash_ids = Vec::new();
-        let mut before = u64::MAX;
-        for block in 0..input_length.div_ceil(BLOCK_TOKENS) {
-            let end = input_length.min((block + 1) * BLOCK_TOKENS);
-            let content = spans(&conversation.parts, block * BLOCK_TOKENS, end);
-            let next = self.ids.len() as u64;
-            before = *self.ids.entry((before, content)).or_insert(next);
-            hash_ids.push(before);
-        }
+        let parts = &conversation.parts;
+        let hash_ids = self.chains.blocks(parts, BLOCK_TOKENS);
+        let input_length = tokens(parts);
         Line {
             timestamp,
             input_length,
@@ -146,6 +138,35 @@ impl Generator {
         let number = (count as f64 + 1.0).powf(uniform) - 1.0;
         (number as u64).min(count - 1)
     }
+}
+
+/// Numbers blocks of prompts, such that a number stands for its block and all before it.
+#[derive(Debug, Default)]
+pub(crate) struct Chains {
+    /// The number of a block, by the number before and what the block is made of.
+    ids: HashMap<(u64, Vec<(u64, u64)>), u64>,
+}
+
+impl Chains {
+    /// The blocks of a prompt, which is `parts`: texts one after another, with their tokens.
+    /// The last block may be shorter than the others.
+    pub(crate) fn blocks(&mut self, parts: &[(u64, u64)], block_tokens: u64) -> Vec<u64> {
+        let length = tokens(parts);
+        let mut blocks = Vec::new();
+        let mut before = u64::MAX;
+        for block in 0..length.div_ceil(block_tokens) {
+            let end = length.min((block + 1) * block_tokens);
+            let content = spans(parts, block * block_tokens, end);
+            let next = self.ids.len() as u64;
+            before = *self.ids.entry((before, content)).or_insert(next);
+            blocks.push(before);
+        }
+        blocks
+    }
+}
+
+fn tokens(parts: &[(u64, u64)]) -> u64 {
+    parts.iter().map(|part| part.1).sum()
 }
 
 /// What the tokens from `start` to `end` are made of: texts, and how much of each.

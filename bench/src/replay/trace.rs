@@ -36,6 +36,7 @@ pub(crate) struct Request {
     /// Time since the trace began.
     pub(crate) at: Duration,
     pub(crate) input_tokens: u64,
+    pub(crate) output_tokens: u64,
     pub(crate) blocks: Vec<u32>,
 }
 
@@ -166,6 +167,7 @@ impl Builder {
         self.trace.requests.push(Request {
             at,
             input_tokens: tokens,
+            output_tokens: request.output_length,
             blocks,
         });
         Ok(())

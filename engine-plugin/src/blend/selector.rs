@@ -129,7 +129,7 @@ impl Selection {
         for reused in reused {
             selection.layers[reused.tokens.clone()].fill(0);
         }
-        if count == 0 {
+        if selector.share <= 0.0 {
             return selection;
         }
         match selector.rule {
