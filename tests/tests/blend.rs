@@ -7,13 +7,17 @@
 )]
 
 use std::ops::Range;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use kvasir_client::{Client, GetEvent, GetOptions};
 use kvasir_engine::Model;
+use kvasir_engine::blend::check::{self, CheckError, Context};
 use kvasir_engine::scheduler::{BlendConfig, EngineConfig};
-use kvasir_plugin::blend::{ChunkLimits, Gate, Repair, Rule, Segment, Segmented, Selector};
+use kvasir_plugin::blend::{
+    ChunkLimits, Gate, Quality, Repair, Rule, Segment, Segmented, Selector,
+};
 use kvasir_plugin::{LoadPolicy, PluginConfig};
 use kvasir_server::child::ListeningChild;
 use kvasir_tests::harness::{self, Rig, Use, model_dir, start_daemon};
@@ -333,6 +337,80 @@ async fn tenants_do_not_reuse_each_others_chunks() {
     let answer = second.ask(&ours, Use::Read).await;
     answer.assert_equals(&full);
     assert_eq!(answer.usage.blended_tokens, 0);
+}
+
+fn contexts(count: usize) -> Vec<Context> {
+    let context = |number: usize| Context {
+        chunks: (0..3)
+            .map(|chunk| harness::prompt(48, 3 * number + chunk))
+            .collect(),
+        questions: vec![
+            (
+                harness::prompt(9, 50 + number),
+                harness::prompt(2, 60 + number),
+            ),
+            (
+                harness::prompt(5, 20 + number),
+                harness::prompt(3, 30 + number),
+            ),
+        ],
+    };
+    (0..count).map(context).collect()
+}
+
+#[test]
+fn a_check_measures_what_reuse_does_and_what_repairs_bring_back() {
+    let model = Model::load(&model_dir()).unwrap();
+    let mut seen = Vec::new();
+    let gate = check::check(&model, &PREFIX, &contexts(7), |done, all| {
+        seen.push((done, all));
+    })
+    .unwrap();
+    assert_eq!(seen, [(1, 3), (2, 3), (3, 3)]);
+    assert_eq!(gate.questions, 6);
+    assert_eq!(gate.prefix, PREFIX);
+    let probes: Vec<_> = contexts(4)
+        .into_iter()
+        .map(|it| it.chunks[0].clone())
+        .collect();
+    assert_eq!(gate.probes, probes);
+    assert!(gate.naive_kl > 0.0 && gate.naive_text != 0.0);
+    let kl: Vec<f64> = gate.repairs.iter().map(|repair| repair.kl).collect();
+    assert!(kl.iter().all(|&kl| kl > 0.0));
+    // Three tenths of the rows bring most of it back.
+    assert!(
+        kl[kl.len() - 1] < gate.naive_kl / 2.0,
+        "{kl:?} {}",
+        gate.naive_kl
+    );
+    // So few questions prove nothing.
+    assert_eq!(gate.good(Quality::Fair).count(), 0);
+}
+
+#[test]
+fn a_check_of_nothing_is_refused() {
+    let model = Model::load(&model_dir()).unwrap();
+    let check = |contexts: &[Context]| check::check(&model, &PREFIX, contexts, |_, _| ());
+    assert!(matches!(check(&contexts(4)), Err(CheckError::TooFew(4))));
+    assert!(matches!(check(&[]), Err(CheckError::TooFew(0))));
+    let mut short = contexts(6);
+    short[5].chunks.truncate(1);
+    assert!(matches!(check(&short), Err(CheckError::NoChunks(5))));
+}
+
+/// The one that comes with the model is about the model, and lets it blend.
+#[test]
+fn the_shipped_verdict_is_about_the_shipped_model() {
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/reader-9m");
+    let model = Model::load(&directory).unwrap();
+    let gate = Gate::load(&directory).unwrap().unwrap();
+    let digest: String = model
+        .weights_digest()
+        .iter()
+        .map(|it| format!("{it:02x}"))
+        .collect();
+    assert_eq!(gate.weights, digest);
+    assert!(gate.good(Quality::High).next().is_some());
 }
 
 /// The daemon dies while chunks come: the request computes.

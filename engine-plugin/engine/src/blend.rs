@@ -24,6 +24,7 @@ use crate::model::{
     BeforeLayer, Fate, ForwardError, Logits, LogitsWanted, Model, Positions, Scratch, Step,
 };
 
+pub mod check;
 mod probe;
 
 pub use probe::Probes;

@@ -6,7 +6,8 @@
 //! arithmetic.
 //!
 //! The serving half: [`scheduler`] batches sequences over the pages on one engine
-//! thread, [`cache`] shows those pages to the plugin, [`sampling`] chooses tokens,
+//! thread, [`cache`] shows those pages to the plugin, [`blend`] computes a part of chunks anew
+//! that are reused elsewhere, [`sampling`] chooses tokens,
 //! [`request`] is what callers ask and are told.
 //!
 //! # Determinism

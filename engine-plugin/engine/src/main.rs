@@ -11,11 +11,12 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use clap::{Parser, Subcommand, ValueEnum};
+use kvasir_engine::blend::check::{self, Context, ContextLine, Words};
 use kvasir_engine::cache;
 use kvasir_engine::chat::ChatTemplate;
 use kvasir_engine::http::{self, Chunks, Defaults, Front, Limits, Preparation};
 use kvasir_engine::scheduler::{BlendConfig, Engine, EngineConfig};
-use kvasir_engine::tokenizer::Tokenizer;
+use kvasir_engine::tokenizer::{EncodeError, Tokenizer};
 use kvasir_engine::{BLOCK_TOKENS, KvDtype, Model, metrics};
 use kvasir_plugin::blend::{Gate, Quality};
 use kvasir_plugin::{CachePlugin, CodecConfig, Encoding, PluginConfig, Profile, TlsConfig};
@@ -37,6 +38,26 @@ struct Args {
 enum Command {
     /// Serve a checkpoint until interrupted.
     Serve(ServeArgs),
+    /// Measure what reuse of chunks at other places does to a model's answers, and store the
+    /// verdict with the model. Without one, its chunks are not reused.
+    BlendCheck(BlendCheckArgs),
+}
+
+#[derive(Debug, clap::Args)]
+struct BlendCheckArgs {
+    /// A checkpoint in the Hugging Face layout: config.json, safetensors, tokenizer.json.
+    #[arg(long)]
+    model: PathBuf,
+    /// Contexts as JSON lines: {"chunks": [TEXT, ...], "questions": [{"prompt": TEXT, "answer":
+    /// TEXT}, ...]}; a TEXT may be a list of token ids instead. The first four become probes.
+    #[arg(long, value_name = "FILE")]
+    questions: PathBuf,
+    /// Text that every chunk is computed behind. Default: what the tokenizer puts first.
+    #[arg(long, value_name = "TEXT")]
+    prefix: Option<String>,
+    /// Where the verdict goes. Default: kvasir-blend.json in the model's directory.
+    #[arg(long, value_name = "FILE")]
+    out: Option<PathBuf>,
 }
 
 #[derive(Debug, clap::Args)]
@@ -178,8 +199,92 @@ async fn main() -> anyhow::Result<()> {
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .init();
-    let Command::Serve(args) = Args::parse().command;
-    serve(args).await
+    match Args::parse().command {
+        Command::Serve(args) => serve(args).await,
+        Command::BlendCheck(args) => tokio::task::block_in_place(|| blend_check(&args)),
+    }
+}
+
+fn blend_check(args: &BlendCheckArgs) -> anyhow::Result<()> {
+    let model = Model::load(&args.model)
+        .with_context(|| format!("loading the model in {}", args.model.display()))?;
+    let tokenizer = Tokenizer::load(&args.model, &model.config().eos_token_ids)
+        .with_context(|| format!("loading the tokenizer in {}", args.model.display()))?;
+    let encode = |words: &Words| match words {
+        Words::Tokens(tokens) => Ok(tokens.clone()),
+        Words::Text(text) => tokenizer.encode(text, false),
+    };
+    let prefix = match &args.prefix {
+        Some(text) => tokenizer.encode(text, false)?,
+        None => tokenizer.encode("", true)?,
+    };
+    let path = args.questions.display();
+    let lines = std::fs::read_to_string(&args.questions)
+        .with_context(|| format!("reading the questions in {path}"))?;
+    let mut contexts = Vec::new();
+    for (number, line) in (1..)
+        .zip(lines.lines())
+        .filter(|(_, line)| !line.is_empty())
+    {
+        let line: ContextLine = serde_json::from_str(line)
+            .with_context(|| format!("{path}, line {number} is not a context"))?;
+        let chunks = line.chunks.iter().map(encode);
+        let questions = line.questions.iter().map(|question| {
+            let prompt = encode(&question.prompt)?;
+            Ok((prompt, encode(&question.answer)?))
+        });
+        contexts.push(Context {
+            chunks: chunks.collect::<Result<_, EncodeError>>()?,
+            questions: questions.collect::<Result<_, EncodeError>>()?,
+        });
+    }
+    let gate = check::check(&model, &prefix, &contexts, |done, all| {
+        if done % 20 == 0 || done == all {
+            eprintln!("{done} of {all} contexts");
+        }
+    })?;
+    let out = args.out.clone();
+    let out = out.unwrap_or_else(|| args.model.join(Gate::FILE));
+    let mut json = serde_json::to_string(&gate)?;
+    json.push('\n');
+    std::fs::write(&out, json).with_context(|| format!("writing {}", out.display()))?;
+    println!("budget   exact   KL (nats)   closed   text (nats)");
+    let row = |budget: &str, exact: f64, kl: f64, closed: f64, text: f64| {
+        println!("{budget:<6} {exact:>7.3} {kl:>11.4} {closed:>8.3} {text:>13.4}");
+    };
+    row("full", gate.full_exact, 0.0, 1.0, 0.0);
+    row(
+        "naive",
+        gate.naive_exact,
+        gate.naive_kl,
+        0.0,
+        gate.naive_text,
+    );
+    for repair in &gate.repairs {
+        let closed = gate.closed(repair);
+        row(
+            &repair.budget.to_string(),
+            repair.exact,
+            repair.kl,
+            closed,
+            repair.text,
+        );
+    }
+    for (name, quality) in [("high", Quality::High), ("fair", Quality::Fair)] {
+        match gate.good(quality).next() {
+            Some(repair) => println!(
+                "quality {name}: blended from a budget of {} on",
+                repair.budget
+            ),
+            None => println!("quality {name}: not blended"),
+        }
+    }
+    println!(
+        "{} questions; the verdict is in {}",
+        gate.questions,
+        out.display()
+    );
+    Ok(())
 }
 
 fn profile(args: &ServeArgs) -> anyhow::Result<Option<Arc<Profile>>> {

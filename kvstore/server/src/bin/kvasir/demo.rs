@@ -21,6 +21,7 @@ use serde::Serialize;
 
 use crate::context::Context;
 use engine::{Answer, Engine, Source};
+pub(crate) use processes::beside;
 use processes::{Daemon, start_engine};
 use questions::Question;
 

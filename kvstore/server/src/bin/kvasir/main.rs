@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+mod blend_check;
 mod cert;
 mod context;
 mod demo;
@@ -49,6 +50,9 @@ enum Command {
     Rm(remove::Arguments),
     /// Make certificates for the data plane between hosts.
     Cert(cert::Arguments),
+    /// Measure what reuse of chunks at other places does to a model's answers, and store the
+    /// verdict with the model.
+    BlendCheck(blend_check::Arguments),
     /// List, store, fetch or delete codec profiles.
     Profiles(profiles::Arguments),
 }
@@ -103,6 +107,7 @@ async fn dispatch(context: &Context, command: Command) -> anyhow::Result<()> {
         Command::Put(arguments) => put::run(context, &arguments).await,
         Command::Rm(arguments) => remove::run(context, &arguments).await,
         Command::Cert(arguments) => cert::run(context, &arguments),
+        Command::BlendCheck(arguments) => blend_check::run(arguments),
         Command::Profiles(arguments) => profiles::run(context, &arguments).await,
     }
 }

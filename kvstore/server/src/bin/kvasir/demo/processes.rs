@@ -76,7 +76,8 @@ fn quiet(command: &mut Command) {
     }
 }
 
-fn beside(name: &str) -> anyhow::Result<PathBuf> {
+/// A binary that was built with this one.
+pub(crate) fn beside(name: &str) -> anyhow::Result<PathBuf> {
     let path = std::env::current_exe()?.with_file_name(name);
     ensure!(
         path.exists(),
