@@ -38,6 +38,7 @@ mod gate;
 mod gather;
 mod gathering;
 mod plan;
+mod recorder;
 mod segmented;
 mod selector;
 
@@ -45,6 +46,7 @@ pub use cuts::ContentCuts;
 pub use gate::{Gate, GateError, Quality, Repair};
 pub use gather::{Gather, GatherOutcome};
 pub use plan::{BlendPlan, Situation, Why};
+pub use recorder::Recorder;
 pub use segmented::{ChunkLimits, ContentChunk, Segment, Segmented};
 pub use selector::{Check, Compared, Reused, Rule, Selection, Selector, largest};
 

@@ -9,7 +9,7 @@ use kvasir_codec::{
     ChunkDecoder, ChunkError, EncodeError, Encoding, KeyRotation, Prelude, Profile,
     UnsupportedLayout,
 };
-use kvasir_types::{KvLayout, LayerIdx, Level, ProfileDigest};
+use kvasir_types::{KvLayout, LayerIdx, Level, Planes, ProfileDigest};
 use tokio::sync::Semaphore;
 use tracing::warn;
 
@@ -170,7 +170,9 @@ impl Coder {
             level: Level::RAW,
             extents: copy.layers,
         };
-        if !self.config.encoding.level.is_encoded() {
+        // One number a token is what was recorded of a chunk, no KV.
+        let is_kv = copy.layout.planes() != Planes::Single { dim: 1 };
+        if !self.config.encoding.level.is_encoded() || !is_kv {
             return raw(copy);
         }
         let coder = Arc::clone(self);

@@ -60,7 +60,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use kvasir_client::{Client, ClientConfig};
-use kvasir_types::{ByteSize, Durability, Namespace};
+use kvasir_types::{ByteSize, ChunkKey, Durability, Namespace};
 
 pub use kvasir_client::{
     Carrier, DataPlane, ParseEndpointError, PathStatus, TlsConfig, TlsFileError,
@@ -305,7 +305,18 @@ impl CachePlugin {
     /// Starts to look for the content chunks of `prompt`, and to fetch those that are cached if
     /// that is expected to be faster than computing them. Returns at once.
     pub fn gather(&self, prompt: &blend::Segmented) -> blend::Gather {
-        blend::start(&self.shared, prompt)
+        blend::start(&self.shared, prompt, None, |_| false)
+    }
+
+    /// As [`Self::gather`]; what was recorded of the chunks that `lacks` names comes first
+    /// ([`blend::Gather::recorded`]).
+    pub fn gather_recorded(
+        &self,
+        prompt: &blend::Segmented,
+        recorder: &blend::Recorder,
+        lacks: impl Fn(&ChunkKey) -> bool,
+    ) -> blend::Gather {
+        blend::start(&self.shared, prompt, Some(recorder), lacks)
     }
 
     /// What became of prefetches and gathers so far.

@@ -13,10 +13,11 @@ use std::time::Duration;
 
 use kvasir_client::{Client, GetEvent, GetOptions};
 use kvasir_engine::Model;
+use kvasir_engine::blend::Probes;
 use kvasir_engine::blend::check::{self, CheckError, Context};
 use kvasir_engine::scheduler::{BlendConfig, EngineConfig};
 use kvasir_plugin::blend::{
-    ChunkLimits, Gate, Quality, Repair, Rule, Segment, Segmented, Selector,
+    ChunkLimits, Gate, Quality, Recorder, Repair, Rule, Segment, Segmented, Selector,
 };
 use kvasir_plugin::{LoadPolicy, PluginConfig};
 use kvasir_server::child::ListeningChild;
@@ -112,9 +113,26 @@ impl Bed {
         Rig::start_with(Arc::new(model), namespace, engine, address, patient())
     }
 
-    /// Waits until the cache has every chunk.
+    /// Waits until the cache has every chunk, and what was recorded of it.
     async fn compiled(&self, rig: &Rig, prompt: &Order) {
-        let keys: Vec<_> = prompt.cut(rig).chunks().iter().map(|it| it.key()).collect();
+        let Gate {
+            probes: texts,
+            probe_layers,
+            ..
+        } = unproven();
+        let probes = Probes {
+            texts,
+            layers: probe_layers.into(),
+        };
+        let recorder = Recorder {
+            digest: probes.digest(),
+            layers: probe_layers,
+        };
+        let prompt = prompt.cut(rig);
+        let chunks = prompt.chunks().iter().map(|it| it.key());
+        let recorded = chunks.clone();
+        let recorded = recorded.map(|key| recorder.key(rig.plugin.namespace(), &key));
+        let keys: Vec<_> = chunks.chain(recorded).collect();
         for _ in 0..12_000 {
             let found = self.client.lookup(&keys).await.unwrap().found;
             if found.iter().all(Option::is_some) {
@@ -218,6 +236,12 @@ async fn chunks_that_were_computed_once_are_reused_in_another_order() {
     tokio::time::sleep(Duration::from_millis(200)).await;
     let again = second.ask(&rig, Use::Read).await;
     assert_eq!(again.usage.cached_tokens, 0);
+
+    // An engine that compiled nothing finds what was recorded, and repairs as little.
+    let other = bed.engine(Some(proven()), None);
+    let elsewhere = second.ask(&other, Use::Read).await;
+    assert_eq!(elsewhere.usage.blended_tokens, second.chunk_tokens());
+    elsewhere.assert_equals(&blended);
 
     // With some of them unknown, those are computed.
     let third = order(&PREFIX, &[4, 1, 2], 1);

@@ -37,7 +37,7 @@ struct Args {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Serve a checkpoint until interrupted.
-    Serve(ServeArgs),
+    Serve(Box<ServeArgs>),
     /// Measure what reuse of chunks at other places does to a model's answers, and store the
     /// verdict with the model. Without one, its chunks are not reused.
     BlendCheck(BlendCheckArgs),
@@ -200,7 +200,7 @@ async fn main() -> anyhow::Result<()> {
         .with_writer(std::io::stderr)
         .init();
     match Args::parse().command {
-        Command::Serve(args) => serve(args).await,
+        Command::Serve(args) => serve(*args).await,
         Command::BlendCheck(args) => tokio::task::block_in_place(|| blend_check(&args)),
     }
 }

@@ -4,11 +4,13 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use kvasir_types::{ChunkKey, LayerIdx, Level};
 use tracing::warn;
 
 use super::gathering::{Arrival, Gathering, Wanted};
-use super::{ContentChunk, Segmented};
+use super::recorder::Recorded;
+use super::{ContentChunk, Recorder, Segmented};
 use crate::inbox::{Inbox, Stage, Wish};
 use crate::{EngineBackend, LAYERS, LayerWait, Placement, Shared};
 
@@ -48,6 +50,8 @@ struct Source {
     landed: Vec<bool>,
     /// The coarsest level that a layer has come at.
     level: Option<Level>,
+    /// What was recorded of it, where that was asked for.
+    recorded: Option<Recorded>,
 }
 
 impl Source {
@@ -67,7 +71,13 @@ pub enum GatherOutcome {
     Done,
 }
 
-pub(crate) fn start(shared: &Arc<Shared>, prompt: &Segmented) -> Gather {
+pub(crate) fn start(
+    shared: &Arc<Shared>,
+    prompt: &Segmented,
+    recorder: Option<&Recorder>,
+    lacks: impl Fn(&ChunkKey) -> bool,
+) -> Gather {
+    let namespace = &shared.namespace;
     let layers = usize::from(shared.namespace.layout().layers());
     let (mut sources, mut wanted) = (Vec::<Source>::new(), Vec::<Wanted>::new());
     let mut known = HashMap::new();
@@ -80,11 +90,17 @@ pub(crate) fn start(shared: &Arc<Shared>, prompt: &Segmented) -> Gather {
                 expected: false,
                 landed: vec![false; layers],
                 level: None,
+                recorded: None,
             });
+            let lacking = recorder.filter(|_| lacks(&chunk.key()));
             wanted.push(Wanted {
                 key: chunk.key(),
                 in_corpus: in_corpus(shared, prompt, chunk),
                 layout: *chunk.layout(),
+                recorded: lacking.and_then(|recorder| {
+                    let layout = recorder.layout(chunk.layout().tokens()).ok()?;
+                    Some((recorder.key(namespace, &chunk.key()), layout))
+                }),
                 compute: Duration::ZERO,
             });
             sources.len() - 1
@@ -139,6 +155,12 @@ impl Gather {
     pub fn levels(&self) -> impl Iterator<Item = (usize, Level)> + '_ {
         let level = |chunk: usize| Some((chunk, self.sources[self.source_of[chunk]].level?));
         self.chunks().filter_map(level)
+    }
+
+    /// What was recorded of a chunk, by layer, of a little-endian half-precision number a token:
+    /// where that was asked for and the cache has it, once it is decided what is fetched.
+    pub fn recorded(&self, chunk: usize) -> Option<&[Bytes]> {
+        self.sources[self.source_of[chunk]].recorded.as_deref()
     }
 
     /// Payload bytes that came for the layers landed so far, as they were sent.
@@ -220,7 +242,11 @@ impl Gather {
                 present,
                 load,
                 budget,
+                recorded,
             } => {
+                for (source, recorded) in recorded {
+                    self.sources[source].recorded = Some(recorded);
+                }
                 for source in present {
                     self.sources[source].present = true;
                     self.sources[source].expected = load;

@@ -24,6 +24,7 @@ use kvasir_client::{CallError, ChunkInfo, Client, GetEvent, GetOptions};
 use kvasir_types::{ChunkKey, KvLayout, LayerIdx, LayerRange};
 use tracing::{debug, warn};
 
+use super::recorder::Recorded;
 use crate::coding::{Decoded, Decoding};
 use crate::inbox::{End, Outbox, Received};
 use crate::{Decision, FetchObservation, Happened, LoadPolicy, Shared};
@@ -35,6 +36,8 @@ pub(super) struct Wanted {
     /// Its key in the shared corpus.
     pub(super) in_corpus: Option<ChunkKey>,
     pub(super) layout: KvLayout,
+    /// Key and layout of what was recorded of it, where that is wanted.
+    pub(super) recorded: Option<(ChunkKey, KvLayout)>,
     /// How long computing it takes, wherever it stands.
     pub(super) compute: Duration,
 }
@@ -48,6 +51,8 @@ pub(super) enum Arrival {
         /// Whether they will be fetched.
         load: bool,
         budget: Duration,
+        /// What was recorded of sources.
+        recorded: Vec<(usize, Recorded)>,
     },
     Layer {
         source: usize,
@@ -76,7 +81,7 @@ impl Gathering {
 
     pub(super) async fn run(&self, begun: Instant) -> Result<End, CallError> {
         let shared = &self.shared;
-        let found = self.lookup().await?;
+        let (found, recorded) = self.lookup().await?;
         let stored: u64 = found.iter().map(|found| found.bytes).sum();
         let bytes = shared.coder.expected_bytes(stored);
         let compute = found.iter().map(|it| self.wanted[it.source].compute).sum();
@@ -91,11 +96,16 @@ impl Gathering {
             Decision::Load { budget } => (true, budget.min(shared.config.fetch_timeout)),
             Decision::Compute => (false, Duration::ZERO),
         };
+        let recorded = match load {
+            true => self.recorded(&recorded).await,
+            false => Vec::new(),
+        };
         debug!(present = found.len(), load, bytes, ?budget, "decided");
         let planned = Arrival::Planned {
             present: found.iter().map(|found| found.source).collect(),
             load,
             budget,
+            recorded,
         };
         if !self.outbox.hand_over(planned).await || !load {
             return Ok(End::Abandoned);
@@ -123,15 +133,18 @@ impl Gathering {
     }
 
     /// What the cache holds of all that is wanted: the tenant's own copy, or that of the corpus.
-    async fn lookup(&self) -> Result<Vec<Found>, CallError> {
+    /// And of which it has what was recorded.
+    async fn lookup(&self) -> Result<(Vec<Found>, Vec<usize>), CallError> {
         let config = &self.shared.config;
         let asking = self.shared.client.with_call_timeout(config.lookup_timeout);
         let own = self.wanted.iter().map(|wanted| wanted.key);
         let in_corpus = self.wanted.iter().filter_map(|wanted| wanted.in_corpus);
-        let keys: Vec<ChunkKey> = own.chain(in_corpus).collect();
+        let records = self.wanted.iter().filter_map(|wanted| wanted.recorded);
+        let records = records.map(|(key, _)| key);
+        let keys: Vec<ChunkKey> = own.chain(in_corpus).chain(records).collect();
         let lookup = asking.lookup(&keys).await?;
-        let (own, in_corpus) = lookup.found.split_at(self.wanted.len());
-        let mut in_corpus = in_corpus.iter();
+        let (own, others) = lookup.found.split_at(self.wanted.len());
+        let mut in_corpus = others.iter();
         let mut found = Vec::new();
         for (source, (wanted, own)) in self.wanted.iter().zip(own).enumerate() {
             let own = own.map(|own| (wanted.key, own));
@@ -150,7 +163,55 @@ impl Gathering {
                 });
             }
         }
-        Ok(found)
+        // Of those in the corpus, one was taken for each that could be there.
+        let recorded = self.wanted.iter().enumerate();
+        let recorded = recorded.filter(|(_, wanted)| wanted.recorded.is_some());
+        let recorded = recorded.zip(in_corpus).filter(|(_, found)| found.is_some());
+        let recorded = recorded.map(|((source, _), _)| source).collect();
+        Ok((found, recorded))
+    }
+
+    /// What was recorded of these sources, as far as it comes in the time of a lookup. A get
+    /// brings chunks of one layout.
+    async fn recorded(&self, sources: &[usize]) -> Vec<(usize, Recorded)> {
+        let mut by_length: BTreeMap<u32, Vec<usize>> = BTreeMap::new();
+        for &source in sources {
+            let length = self.wanted[source].layout.tokens();
+            by_length.entry(length).or_default().push(source);
+        }
+        let gets = by_length.into_values().map(|group| self.recorded_of(group));
+        let timeout = self.shared.config.lookup_timeout;
+        match tokio::time::timeout(timeout, futures::future::try_join_all(gets)).await {
+            Ok(Ok(groups)) => groups.concat(),
+            Ok(Err(error)) => {
+                debug!(%error, "what was recorded of chunks does not come");
+                Vec::new()
+            }
+            Err(_) => Vec::new(),
+        }
+    }
+
+    async fn recorded_of(&self, sources: Vec<usize>) -> Result<Vec<(usize, Recorded)>, CallError> {
+        let wanted: Vec<(ChunkKey, KvLayout)> = sources
+            .iter()
+            .filter_map(|&source| self.wanted[source].recorded)
+            .collect();
+        let keys: Vec<ChunkKey> = wanted.iter().map(|(key, _)| *key).collect();
+        let mut stream = self.shared.client.get(&keys, GetOptions::default()).await?;
+        let fits = stream.chunks().iter().zip(&wanted);
+        let fits = fits.take_while(|(info, (_, layout))| info.layout == *layout);
+        let mut recorded = vec![Vec::new(); fits.count()];
+        while let Some(event) = stream.next().await? {
+            if let GetEvent::Layer { chunk, parts, .. } = event
+                && let Some(layers) = recorded.get_mut(chunk)
+            {
+                layers.push(Bytes::from(parts.concat()));
+            }
+        }
+        let whole = sources.into_iter().zip(recorded).zip(wanted);
+        let whole =
+            whole.filter(|((_, layers), (_, layout))| layers.len() == usize::from(layout.layers()));
+        Ok(whole.map(|(recorded, _)| recorded).collect())
     }
 
     /// A layer from those of its parts that came.

@@ -158,6 +158,11 @@ impl Selection {
         selection
     }
 
+    /// Tokens that are reused, those included that are computed anew.
+    pub fn reused_tokens(&self) -> usize {
+        self.reused.iter().map(|reused| reused.tokens.len()).sum()
+    }
+
     /// Tokens that may be chosen.
     fn open(&self) -> impl Iterator<Item = usize> + use<'_> {
         let inexact = self.reused.iter().filter(|reused| !reused.exact);

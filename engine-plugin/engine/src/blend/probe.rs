@@ -25,6 +25,19 @@ pub struct Probes {
 }
 
 impl Probes {
+    /// Differs for other probes, and for another way to compare.
+    pub fn digest(&self) -> [u8; 32] {
+        let mut hasher =
+            blake3::Hasher::new_derive_key("kvasir v1 blend probes: largest deviation");
+        for text in &self.texts {
+            hasher.update(&(text.len() as u64).to_le_bytes());
+            for token in text {
+                hasher.update(&token.to_le_bytes());
+            }
+        }
+        *hasher.finalize().as_bytes()
+    }
+
     /// Tokens that pages are needed for.
     pub fn tokens(&self, prefix: usize, chunk: usize) -> usize {
         let longest = self.texts.iter().map(Vec::len).max();

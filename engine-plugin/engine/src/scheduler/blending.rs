@@ -11,10 +11,11 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-use half::bf16;
+use bytes::Bytes;
+use half::f16;
 use kvasir_plugin::blend::{
-    BlendPlan, ChunkLimits, Gate, Gather, GatherOutcome, Quality, Reused, Segmented, Selection,
-    Selector, Situation,
+    BlendPlan, ChunkLimits, Gate, Gather, GatherOutcome, Quality, Recorder, Reused, Segmented,
+    Selection, Selector, Situation,
 };
 use kvasir_plugin::{CachePlugin, CostModel, LayerWait};
 use kvasir_types::{ChunkKey, LayerIdx, Level};
@@ -62,13 +63,15 @@ impl BlendConfig {
 pub(super) struct Blender {
     config: BlendConfig,
     turns: Turns,
+    /// How what probes record is known to other engines.
+    pub(super) recorder: Recorder,
     /// What probes recorded.
     pub(super) scores: LruCache<ChunkKey, Scores>,
     pub(super) compiler: Compiler,
 }
 
 /// What probes recorded of a chunk: by layer, from layer 1, and token. Rounded to 16 bits.
-pub(super) type Scores = Arc<[Vec<bf16>]>;
+pub(super) type Scores = Arc<[Vec<f16>]>;
 
 /// A sequence on its way to a [`Selection`].
 #[derive(Debug)]
@@ -87,10 +90,28 @@ impl Blender {
             layers: config.gate.probe_layers.into(),
         };
         Self {
+            recorder: Recorder {
+                digest: probes.digest(),
+                layers: config.gate.probe_layers,
+            },
             turns: Turns::new(model),
             scores: LruCache::new(remembered),
             compiler: Compiler::new(probes),
             config,
+        }
+    }
+
+    /// Takes over what others have recorded.
+    fn recall(&mut self, gathering: &Gathering) {
+        for (index, chunk) in gathering.segmented.chunks().iter().enumerate() {
+            if let Some(layers) = gathering.gather.recorded(index) {
+                let numbers = |layer: &Bytes| {
+                    let bytes = layer.as_chunks().0.iter();
+                    bytes.map(|&bytes| f16::from_le_bytes(bytes)).collect()
+                };
+                self.scores
+                    .put(chunk.key(), layers.iter().map(numbers).collect());
+            }
         }
     }
 
@@ -153,7 +174,9 @@ fn reused(segmented: &Segmented, chunks: &[usize]) -> Vec<Reused> {
 impl EngineLoop {
     /// Starts to gather the chunks of sequences whose front is settled.
     pub(super) fn start_gathers(&mut self) {
-        let Some(plugin) = &self.plugin else { return };
+        let (Some(plugin), Some(blender)) = (&self.plugin, &self.blender) else {
+            return;
+        };
         let settled = |sequence: &&mut Sequence| matches!(sequence.phase, Phase::Prefill);
         for sequence in self.running.iter_mut().filter(settled) {
             let Some(segmented) = sequence.segmented.take() else {
@@ -162,7 +185,9 @@ impl EngineLoop {
             let segmented = segmented.behind(sequence.position);
             if !segmented.chunks().is_empty() {
                 sequence.phase = Phase::Gathering(Box::new(Gathering {
-                    gather: plugin.gather(&segmented),
+                    gather: plugin.gather_recorded(&segmented, &blender.recorder, |key| {
+                        !blender.scores.contains(key)
+                    }),
                     segmented,
                     selector: None,
                 }));
@@ -205,6 +230,7 @@ impl EngineLoop {
             let Phase::Gathering(gathering) = &mut sequence.phase else {
                 return;
             };
+            blender.recall(gathering);
             if writes {
                 blender.compiler.want(gathering, &blender.scores);
             }
@@ -293,7 +319,7 @@ impl EngineLoop {
         sequence.note_gathered(&gathering);
         match outcome {
             Ok(logits) => {
-                sequence.count_blended(&chunks, &gathering.segmented);
+                sequence.count_blended();
                 self.apply(&plan, &logits);
             }
             // Fewer chunks come than were expected, and what was computed over them is void;
@@ -365,7 +391,7 @@ impl Sequence {
         if chunks.is_empty() {
             self.phase = Phase::Prefill;
         } else {
-            self.count_blended(chunks, &gathering.segmented);
+            self.count_blended();
         }
     }
 
@@ -378,12 +404,9 @@ impl Sequence {
 
     /// What is computed over moved chunks is near to what prefill computes, and no more:
     /// it is not captured.
-    fn count_blended(&mut self, chunks: &[usize], segmented: &Segmented) {
-        let tokens = chunks
-            .iter()
-            .map(|&chunk| segmented.chunks()[chunk].range().len());
-        self.usage.blended_tokens = tokens.sum();
+    fn count_blended(&mut self) {
         if let Phase::Blending(selection) = &self.phase {
+            self.usage.blended_tokens = selection.reused_tokens();
             #[expect(clippy::cast_possible_truncation, reason = "a share")]
             let recomputed = selection.charged() as f32;
             self.usage.recomputed = recomputed;

@@ -12,7 +12,8 @@ use std::collections::{HashSet, VecDeque};
 use std::ops::ControlFlow;
 
 use bytes::Bytes;
-use half::bf16;
+use half::f16;
+use kvasir_plugin::blend::Recorder;
 use kvasir_plugin::{CachePlugin, CaptureOutcome, ChunkCopy};
 use kvasir_types::{ChunkKey, Hints, KvLayout};
 use lru::LruCache;
@@ -94,6 +95,27 @@ impl Compiler {
     }
 }
 
+/// Beside the chunk, for engines that did not compile it.
+fn store_scores(plugin: &CachePlugin, recorder: &Recorder, job: &Job, scores: &Scores) {
+    let bytes = |layer: &Vec<f16>| {
+        let bytes: Vec<u8> = layer.iter().flat_map(|score| score.to_le_bytes()).collect();
+        Bytes::from(bytes)
+    };
+    let Ok(layout) = recorder.layout(job.layout.tokens()) else {
+        return;
+    };
+    let copy = ChunkCopy {
+        key: recorder.key(plugin.namespace(), &job.key),
+        layout,
+        start: 0,
+        layers: scores.iter().map(bytes).collect(),
+        hints: Hints::default(),
+    };
+    if plugin.capture(copy) == CaptureOutcome::Dropped {
+        tracing::debug!(key = %job.key, "what was recorded of a chunk was not stored");
+    }
+}
+
 impl EngineLoop {
     /// Takes the next step of compiling, when no request waits for its first token.
     pub(super) fn compile(&mut self) {
@@ -133,11 +155,13 @@ impl EngineLoop {
                 Ok(false) => {
                     counter!(COMPILED).increment(1);
                     let Compiling { job, recording, .. } = &mut compiling;
-                    let rounded = |layer: &Vec<f32>| {
-                        layer.iter().map(|&score| bf16::from_f32(score)).collect()
-                    };
-                    let scores = recording.scores.iter().map(rounded).collect();
+                    let largest = f16::MAX.to_f32();
+                    let rounded = |score: &f32| f16::from_f32(score.min(largest));
+                    let layers = recording.scores.iter();
+                    let scores: Scores =
+                        layers.map(|it| it.iter().map(rounded).collect()).collect();
                     compiler.keys.remove(&job.key);
+                    store_scores(&plugin, &blender.recorder, job, &scores);
                     blender.scores.put(job.key, scores);
                     self.give_back(&compiling.blocks);
                 }

@@ -136,7 +136,7 @@ proptest! {
             Rule::FirstAndScored { first: 2 },
         ] {
             let selector = Selector { rule, share, layers: Some(3) };
-            let selection = Selection::new(selector, 100, &chunks, LAYERS, &[scores.clone()]);
+            let selection = Selection::new(selector, 100, &chunks, LAYERS, std::slice::from_ref(&scores));
             prop_assert_eq!(chosen(&selection).len(), count(open, share));
             let outside = (0..100).filter(|token| !chunks.iter().any(|it| it.tokens.contains(token)));
             prop_assert!(outside.into_iter().all(|token| selection.layers[token] == LAYERS));
