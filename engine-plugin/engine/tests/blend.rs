@@ -8,7 +8,7 @@
 use std::ops::{ControlFlow, Range};
 use std::path::PathBuf;
 
-use kvasir_engine::blend::{self, Prompt};
+use kvasir_engine::blend::{self, Probes, Prompt};
 use kvasir_engine::kernels::{Isa, rotate};
 use kvasir_engine::{
     BLOCK_TOKENS, BlockId, KvDtype, KvPool, LogitsWanted, Model, Positions, Scratch, Step, Threads,
@@ -400,5 +400,99 @@ fn a_batch_gives_what_each_prompt_gives_alone() {
         assert_eq!(logits.last(index), Some(&expected[..]));
         assert_eq!(selection, after);
         assert!(after.layers.contains(&1), "something was dropped");
+    }
+}
+
+/// Tokens that are computed in some layers have their own K and V in these, and what landed in
+/// the others.
+#[test]
+fn layers_that_are_not_computed_keep_what_landed() {
+    for (name, model) in models() {
+        let (all, chunks) = prompt(&model, &[1, 40, 71, 130]);
+        let mut full = Sequence::new(&model);
+        full.extend(0, &all, LogitsWanted::None);
+        let full = full.take(0..TOKENS);
+        let layers = u16::try_from(model.config().layers).unwrap();
+        for depth in 0..=layers {
+            let selector = Selector {
+                rule: Rule::First,
+                share: 1.0,
+                layers: Some(depth),
+            };
+            let mut selection = Selection::new(selector, TOKENS, &reused(&chunks), layers, &[]);
+            let mut blended = Sequence::new(&model);
+            blended.blend(&all, &mut selection, 0, &mut |layer, pool, blocks| {
+                let tokens = pool.layer_bytes(TOKENS) / 4;
+                put(pool, blocks, 0, layer, &vec![0.5; tokens]);
+            });
+            let found = blended.take(0..TOKENS);
+            let config = model.config();
+            for layer in 0..config.layers {
+                let rows = found[layer].chunks_exact(config.head_dim).enumerate();
+                for (row, (index, values)) in rows.map(|it| (it.0 % TOKENS, it)) {
+                    let computed = layer < usize::from(depth);
+                    let expected = &full[layer][index * config.head_dim..][..config.head_dim];
+                    if (1..130).contains(&row) && !computed {
+                        assert!(values.iter().all(|&it| it == 0.5), "{name} {layer} {row}");
+                    } else if computed {
+                        assert_eq!(values, expected, "{name} {layer} {row}");
+                    }
+                }
+            }
+            let expected = f64::from(depth) / f64::from(layers);
+            assert!((selection.charged() - expected).abs() < 1e-9);
+        }
+    }
+}
+
+/// Behind the same model computed step by step, and keys turned back by the test.
+#[test]
+fn probes_record_how_far_a_chunk_deviates() {
+    for (name, model) in models() {
+        let config = model.config();
+        let (chunk, text) = (tokens(&model, 30, 5), tokens(&model, 21, 6));
+        let mut sequence = Sequence::new(&model);
+        let record = |sequence: &mut Sequence<'_>, texts: Vec<Vec<u32>>| {
+            let probes = Probes { texts, layers: 1 };
+            let (pool, scratch) = (&mut sequence.pool, &mut sequence.scratch);
+            let found = probes.record(&model, pool, scratch, &sequence.blocks, &[FIRST], &chunk);
+            let mut found = found.unwrap();
+            assert_eq!(found.len(), 1, "layer 1");
+            found.remove(0)
+        };
+        assert_eq!(record(&mut sequence, vec![Vec::new()]), [0.0; 30], "{name}");
+        let one = record(&mut sequence, vec![text.clone()]);
+        let other = record(&mut sequence, vec![tokens(&model, 9, 7)]);
+        let both = record(&mut sequence, vec![text.clone(), tokens(&model, 9, 7)]);
+        let largest: Vec<f32> = one.iter().zip(&other).map(|(a, b)| a.max(*b)).collect();
+        assert_eq!(both, largest, "{name}");
+
+        // At the same positions, so that nothing has to be turned.
+        let mut behind = Sequence::new(&model);
+        behind.extend(
+            0,
+            &[&[FIRST], &text[..], &chunk].concat(),
+            LogitsWanted::None,
+        );
+        let behind = behind.take(22..52).remove(1);
+        let alone = alone(&model, &chunk, 22).remove(1);
+        let half = alone.len() / 2;
+        let mut expected = [0.0f64; 30];
+        for plane in [0..half, half..2 * half] {
+            let square: f64 = alone[plane.clone()].iter().map(|&x| f64::from(x * x)).sum();
+            let rows = alone[plane.clone()].chunks_exact(config.head_dim);
+            let rows = rows.zip(behind[plane].chunks_exact(config.head_dim));
+            for (row, (a, b)) in rows.enumerate() {
+                let squares = a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2));
+                expected[row % 30] += squares.sum::<f64>() / (square / 30.0);
+            }
+        }
+        for (found, expected) in one.iter().zip(expected) {
+            assert!(
+                (f64::from(*found) - expected).abs() < 1e-4 * (1.0 + expected),
+                "{name}"
+            );
+        }
+        assert!(one.iter().any(|&it| it > 1e-3), "{name}");
     }
 }
