@@ -83,6 +83,10 @@ struct ServeArgs {
     /// Keeps this engine's chunks apart from those of engines with another salt.
     #[arg(long, default_value = "", hide_default_value = true)]
     tenant_salt: String,
+    /// The salt of a tenant whose chunks of text this engine may read too, where prompts name
+    /// them: a corpus that all share. Engines with this as their --tenant-salt fill it.
+    #[arg(long, value_name = "SALT")]
+    corpus_salt: Option<String>,
     /// Level at which chunks are stored: raw and lossless are exact; l2, l1 and l0 take
     /// ever fewer bytes, and hold all coarser ones.
     #[arg(long, default_value_t = Level::RAW)]
@@ -336,6 +340,10 @@ async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     } else {
         let salt = args.tenant_salt.as_bytes();
         let namespace = cache::namespace(&model, layout, &tokenizer.digest(), salt);
+        let corpus = args
+            .corpus_salt
+            .as_ref()
+            .map(|salt| cache::namespace(&model, layout, &tokenizer.digest(), salt.as_bytes()));
         let runtime = tokio::runtime::Handle::current();
         let encoding = Encoding {
             profile: profile(&args)?,
@@ -354,6 +362,7 @@ async fn serve(args: ServeArgs) -> anyhow::Result<()> {
         let identity = args.client_cert.clone().zip(args.client_key.clone());
         let config = PluginConfig {
             codec,
+            corpus,
             tls: TlsConfig::from_files(args.ca.clone(), identity)?,
             deadline: args.deadline.map(Duration::from_millis),
             ..PluginConfig::default()

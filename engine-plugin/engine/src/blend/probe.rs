@@ -60,7 +60,8 @@ impl Probes {
         chunk: &[u32],
     ) -> Result<Vec<Vec<f32>>, ForwardError> {
         let mut recording = Recording::default();
-        while recording.step(self, model, pool, scratch, blocks, prefix, chunk)? {}
+        let go_on = &|| true;
+        while recording.step(self, model, pool, scratch, blocks, prefix, chunk, go_on)? {}
         Ok(recording.scores)
     }
 }
@@ -76,7 +77,8 @@ pub(crate) struct Recording {
 }
 
 impl Recording {
-    /// Computes the chunk alone, or behind the next probe. False when there is none left.
+    /// Computes the chunk alone, or behind the next probe; breaks off before a layer when
+    /// `go_on` says so, and has done nothing then. False when there is none left.
     #[expect(clippy::too_many_arguments, reason = "what a prefill takes")]
     pub(crate) fn step(
         &mut self,
@@ -87,7 +89,9 @@ impl Recording {
         blocks: &[BlockId],
         prefix: &[u32],
         chunk: &[u32],
+        go_on: &(dyn Fn() -> bool + Sync),
     ) -> Result<bool, ForwardError> {
+        let layers = probes.layers.min(model.config().layers - 1);
         let mut behind = |text: &[u32]| {
             let tokens = [prefix, text, chunk].concat();
             let step = Step {
@@ -104,19 +108,23 @@ impl Recording {
                     span.turn(model, first, prefix.len());
                     found.push(span);
                 }
-                if before.layer < probes.layers {
+                if before.layer < layers && go_on() {
                     ControlFlow::Continue(())
                 } else {
                     ControlFlow::Break(())
                 }
             });
             match outcome {
-                Ok(_) | Err(ForwardError::Stopped) => Ok(found),
+                Ok(_) | Err(ForwardError::Stopped) => {
+                    Ok(Some(found).filter(|found| found.len() == layers))
+                }
                 Err(error) => Err(error),
             }
         };
         let Some(alone) = &self.alone else {
-            let alone = behind(&[])?;
+            let Some(alone) = behind(&[])? else {
+                return Ok(true);
+            };
             self.scores = vec![vec![0.0; chunk.len()]; alone.len()];
             self.alone = Some(alone);
             return Ok(true);
@@ -124,7 +132,9 @@ impl Recording {
         let Some(text) = probes.texts.get(self.done) else {
             return Ok(false);
         };
-        let moved = behind(text)?;
+        let Some(moved) = behind(text)? else {
+            return Ok(true);
+        };
         for (scores, (alone, moved)) in self.scores.iter_mut().zip(alone.iter().zip(&moved)) {
             for (score, deviation) in scores.iter_mut().zip(between(alone, moved)) {
                 *score = score.max(deviation);

@@ -7,9 +7,13 @@
 //!
 //! Overflow: of more than [`MOST`] chunks that wait, the latest are forgotten, and found
 //! missing by the next request that has them.
+//!
+//! A request that comes while a step is under way waits for one layer of it at most.
 
 use std::collections::{HashSet, VecDeque};
 use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
 use half::f16;
@@ -189,6 +193,8 @@ impl EngineLoop {
             recording,
         } = compiling;
         let end = job.prefix.len() + job.chunk.len();
+        let waiting = Arc::clone(&self.waiting_count);
+        let go_on = move || waiting.load(Ordering::Acquire) == 0;
         if job.store && *position < end {
             let tokens = [&job.prefix[..], &job.chunk].concat();
             let to = end.min(*position + STEP_TOKENS);
@@ -198,11 +204,19 @@ impl EngineLoop {
                 blocks,
                 logits: LogitsWanted::None,
             };
-            self.model
-                .forward(&mut self.pool, &mut self.scratch, &[step], &mut |_| {
+            let (pool, scratch) = (&mut self.pool, &mut self.scratch);
+            let outcome = self.model.forward(pool, scratch, &[step], &mut |_| {
+                if go_on() {
                     ControlFlow::Continue(())
-                })?;
-            *position = to;
+                } else {
+                    ControlFlow::Break(())
+                }
+            });
+            match outcome {
+                Ok(_) => *position = to,
+                Err(ForwardError::Stopped) => return Ok(true),
+                Err(error) => return Err(error),
+            }
             if to == end {
                 self.store_compiled(plugin, job, blocks);
             }
@@ -217,6 +231,7 @@ impl EngineLoop {
             blocks,
             &job.prefix,
             &job.chunk,
+            &go_on,
         )
     }
 
