@@ -180,6 +180,18 @@ impl Order {
             .expect("the request finishes")
     }
 
+    /// Reads, once it is recorded of every chunk what depends on its context: after it is stored.
+    async fn ask_recorded(&self, rig: &Rig) -> harness::Answer {
+        for _ in 0..600 {
+            let answer = self.ask(rig, Use::Read).await;
+            if answer.usage.recomputed <= BUDGET {
+                return answer;
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        panic!("chunks were not recorded");
+    }
+
     fn chunk_tokens(&self) -> usize {
         self.chunks.iter().map(Range::len).sum()
     }
@@ -196,7 +208,7 @@ async fn chunks_that_were_computed_once_are_reused_in_another_order() {
 
     let second = order(&PREFIX, &[3, 1, 0, 2], 1);
     let full = second.ask(&rig, Use::Nothing).await;
-    let blended = second.ask(&rig, Use::Read).await;
+    let blended = second.ask_recorded(&rig).await;
     assert_eq!(
         blended.usage.cached_tokens, 0,
         "nothing of its front was seen"
@@ -255,6 +267,25 @@ async fn computing_everything_anew_gives_the_logits_of_full_prefill() {
     blended.assert_equals(&full);
     assert_eq!(blended.usage.cached_tokens, 64);
     assert_eq!(blended.usage.blended_tokens, behind.chunk_tokens());
+}
+
+/// An engine that finds chunks of which it has not recorded what depends on their context: they
+/// are computed like text, and counted as computed.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_nothing_is_known_of_is_computed_and_counted() {
+    let bed = Bed::start().await;
+    let compiling = bed.engine(Some(proven()), None);
+    let first = order(&PREFIX, &[0, 1, 2], 0);
+    first.ask(&compiling, Use::Both).await;
+    bed.compiled(&compiling, &first).await;
+    let rig = bed.engine(Some(proven()), None);
+    let second = order(&PREFIX, &[2, 0, 1], 1);
+    let full = second.ask(&rig, Use::Nothing).await;
+    let blended = second.ask(&rig, Use::Read).await;
+    blended.assert_equals(&full);
+    assert_eq!(blended.usage.blended_tokens, second.chunk_tokens());
+    let exact = second.chunks[0].len() as f32 / second.chunk_tokens() as f32;
+    assert!((blended.usage.recomputed - (1.0 - exact)).abs() < 1e-6);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -225,7 +225,7 @@ impl EngineLoop {
             let selector = gathering.selector.unwrap_or(Selector::NONE);
             let selection =
                 blender.selection(selector, &gathering.segmented, &chunks, layout.layers());
-            sequence.blend(selection, &chunks);
+            sequence.blend(selection, &chunks, layout.layers());
         }
     }
 
@@ -293,7 +293,7 @@ impl EngineLoop {
         sequence.note_gathered(&gathering);
         match outcome {
             Ok(logits) => {
-                sequence.count_blended(&chunks, &gathering.segmented);
+                sequence.count_blended(&chunks, &gathering.segmented, layout.layers());
                 self.apply(&plan, &logits);
             }
             // Fewer chunks come than were expected, and what was computed over them is void;
@@ -355,7 +355,7 @@ impl Gathering {
 
 impl Sequence {
     /// Leaves `Gathering`: what is selected is to be computed, over `chunks`.
-    fn blend(&mut self, selection: Selection, chunks: &[usize]) {
+    fn blend(&mut self, selection: Selection, chunks: &[usize], layers: u16) {
         let Phase::Gathering(gathering) =
             std::mem::replace(&mut self.phase, Phase::Blending(Box::new(selection)))
         else {
@@ -365,7 +365,7 @@ impl Sequence {
         if chunks.is_empty() {
             self.phase = Phase::Prefill;
         } else {
-            self.count_blended(chunks, &gathering.segmented);
+            self.count_blended(chunks, &gathering.segmented, layers);
         }
     }
 
@@ -378,14 +378,21 @@ impl Sequence {
 
     /// What is computed over moved chunks is near to what prefill computes, and no more:
     /// it is not captured.
-    fn count_blended(&mut self, chunks: &[usize], segmented: &Segmented) {
+    fn count_blended(&mut self, chunks: &[usize], segmented: &Segmented, layers: u16) {
         let tokens = chunks
             .iter()
-            .map(|&chunk| segmented.chunks()[chunk].range().len());
-        self.usage.blended_tokens = tokens.sum();
+            .flat_map(|&chunk| segmented.chunks()[chunk].range());
+        self.usage.blended_tokens = tokens.clone().count();
         if let Phase::Blending(selection) = &self.phase {
-            #[expect(clippy::cast_possible_truncation, reason = "a share")]
-            let recomputed = selection.charged() as f32;
+            // Chunks that are computed like text count: the selection knows nothing of them.
+            let rows: u64 = tokens.map(|token| u64::from(selection.layers[token])).sum();
+            let all = self.usage.blended_tokens * usize::from(layers);
+            #[expect(
+                clippy::cast_possible_truncation,
+                clippy::cast_precision_loss,
+                reason = "a share"
+            )]
+            let recomputed = (rows as f64 / all.max(1) as f64) as f32;
             self.usage.recomputed = recomputed;
         }
         if let Some(prompt) = &self.prompt {
