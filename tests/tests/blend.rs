@@ -285,6 +285,53 @@ async fn computing_everything_anew_gives_the_logits_of_full_prefill() {
     assert_eq!(blended.usage.blended_tokens, behind.chunk_tokens());
 }
 
+/// An engine with other probes finds chunks of which nothing says to it what depends on their
+/// context: they are computed like text, and do not count as reused.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_nothing_is_known_of_is_computed() {
+    let bed = Bed::start().await;
+    let compiling = bed.engine(Some(proven()), None);
+    let first = order(&PREFIX, &[0, 1, 2], 0);
+    first.ask(&compiling, Use::Both).await;
+    bed.compiled(&compiling, &first).await;
+    let others = Gate {
+        probes: vec![harness::prompt(48, 35)],
+        ..proven()
+    };
+    let rig = bed.engine(Some(others), None);
+    let second = order(&PREFIX, &[2, 0, 1], 1);
+    let full = second.ask(&rig, Use::Nothing).await;
+    let blended = second.ask(&rig, Use::Read).await;
+    blended.assert_equals(&full);
+    // But for the first, which stands where it was compiled.
+    assert_eq!(blended.usage.blended_tokens, second.chunks[0].len());
+    assert_eq!(blended.usage.recomputed, 0.0);
+}
+
+/// Behind the gather, and when it is done.
+#[tokio::test(flavor = "multi_thread")]
+async fn more_rows_than_run_behind_a_gather_follow_it() {
+    let bed = Bed::start().await;
+    let model = Arc::new(Model::load(&model_dir()).unwrap());
+    let namespace = harness::namespace(&model, &harness::tokenizer());
+    let mut engine = EngineConfig::for_tokens(20_000);
+    engine.batch_tokens = 16;
+    engine.blend = Some(BlendConfig {
+        forced: Some(EVERYTHING),
+        ..BlendConfig::new(unproven())
+    });
+    let address = bed.daemon.address();
+    let rig = Rig::start_with(model, namespace, engine, address, patient());
+    let first = order(&PREFIX, &[0, 1, 2, 3], 0);
+    first.ask(&rig, Use::Both).await;
+    bed.compiled(&rig, &first).await;
+    let second = order(&PREFIX, &[3, 1, 0, 2], 1);
+    let full = second.ask(&rig, Use::Nothing).await;
+    let blended = second.ask(&rig, Use::Read).await;
+    blended.assert_equals(&full);
+    assert_eq!(blended.usage.blended_tokens, second.chunk_tokens());
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn several_requests_blend_at_once() {
     let bed = Bed::start().await;
