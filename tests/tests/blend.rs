@@ -288,6 +288,30 @@ async fn what_nothing_is_known_of_is_computed_and_counted() {
     assert!((blended.usage.recomputed - (1.0 - exact)).abs() < 1e-6);
 }
 
+/// Behind the gather, and when it is done.
+#[tokio::test(flavor = "multi_thread")]
+async fn more_rows_than_run_behind_a_gather_follow_it() {
+    let bed = Bed::start().await;
+    let model = Arc::new(Model::load(&model_dir()).unwrap());
+    let namespace = harness::namespace(&model, &harness::tokenizer());
+    let mut engine = EngineConfig::for_tokens(20_000);
+    engine.batch_tokens = 16;
+    engine.blend = Some(BlendConfig {
+        forced: Some(EVERYTHING),
+        ..BlendConfig::new(unproven())
+    });
+    let address = bed.daemon.address();
+    let rig = Rig::start_with(model, namespace, engine, address, patient());
+    let first = order(&PREFIX, &[0, 1, 2, 3], 0);
+    first.ask(&rig, Use::Both).await;
+    bed.compiled(&rig, &first).await;
+    let second = order(&PREFIX, &[3, 1, 0, 2], 1);
+    let full = second.ask(&rig, Use::Nothing).await;
+    let blended = second.ask(&rig, Use::Read).await;
+    blended.assert_equals(&full);
+    assert_eq!(blended.usage.blended_tokens, second.chunk_tokens());
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn several_requests_blend_at_once() {
     let bed = Bed::start().await;

@@ -28,6 +28,10 @@ use crate::cache::{PoolBackend, Turns};
 use crate::config::ModelConfig;
 use crate::model::ForwardError;
 
+/// Batches that are computed as one behind a gather. When they are done it has brought
+/// everything, so that later ones hide nothing of it; but requests that come meanwhile wait.
+const BATCHES_BEHIND_GATHER: usize = 4;
+
 /// How an engine blends.
 #[derive(Clone, Debug)]
 pub struct BlendConfig {
@@ -266,7 +270,8 @@ impl EngineLoop {
         let blocks = sequence.blocks.clone();
         let (events, waiting) = (sequence.events(), Arc::clone(&self.waiting_count));
         let from = sequence.position;
-        let plan = [self.planned(index, self.batch_tokens)];
+        let room = self.batch_tokens.saturating_mul(BATCHES_BEHIND_GATHER);
+        let plan = [self.planned(index, room)];
         let Some(mut blender) = self.blender.take() else {
             return false;
         };

@@ -53,7 +53,8 @@ pub struct EngineConfig {
     pub blocks: usize,
     /// Element type of the pages. Default: f32.
     pub kv_dtype: KvDtype,
-    /// Tokens of one batch, prefill and decode together. Default: 512.
+    /// Tokens of one batch, prefill and decode together; of a prompt that is computed while its
+    /// chunks are loaded, four times as many. Default: 512.
     pub batch_tokens: usize,
     /// Requests that may wait for pages. Default: 256.
     pub max_waiting: usize,
