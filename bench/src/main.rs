@@ -5,6 +5,7 @@
 
 #![forbid(unsafe_code)]
 
+mod blend;
 mod checkpoint;
 mod codec;
 mod contexts;
@@ -59,6 +60,8 @@ enum Suite {
     All,
     /// Time to first token: computed, fetched from host memory, fetched from disk.
     Ttft,
+    /// Time to first token of prompts whose chunks are cached, by how they are reused.
+    Blend,
     /// Time to first token over a slow link, by the level that KV is fetched at.
     Link(link::Options),
     /// What a daemon that stalls in the middle of a fetch costs a request.
@@ -153,6 +156,7 @@ async fn run(suite: Suite, json: bool, quick: bool) -> anyhow::Result<()> {
         Suite::Faults => faults::run(quick).await?.print(json),
         Suite::Controller => controller::run(quick).print(json),
         Suite::Ttft => ttft::run(quick).await?.print(json),
+        Suite::Blend => blend::run(quick).await?.print(json),
         Suite::Link(options) => link::run(&options, quick).await?.print(json),
         Suite::Replay(options) => match options.generate {
             Some(requests) => replay::generate(requests, options.seed),
