@@ -73,13 +73,12 @@ async fn measure(
             let started = Instant::now();
             layers.load(&mut reader.rig.plugin.gather(&segmented))?;
             let loaded = started.elapsed();
-            let started = Instant::now();
-            layers.run(&order, &segmented, None)?;
-            let computed = started.elapsed();
-            let started = Instant::now();
+            let first = layers.time(&order, &segmented, None)?;
             let mut gather = reader.rig.plugin.gather(&segmented);
-            layers.run(&order, &segmented, Some(&mut gather))?;
-            Ok([loaded, computed, started.elapsed()].map(millis))
+            let looped = layers.time(&order, &segmented, Some(&mut gather))?;
+            // Before and after, as what ran last has left its data in the caches.
+            let second = layers.time(&order, &segmented, None)?;
+            Ok([millis(loaded), f64::midpoint(first, second), looped])
         })?;
         let answer = reader.blend(&order).await?;
         let [load, compute, looped] = times;
@@ -201,6 +200,18 @@ impl LayerLoop {
         let (pool, scratch) = (&mut self.pool, &mut self.scratch);
         blend::run(&self.model, pool, scratch, &mut prompts, &mut land)?;
         Ok(())
+    }
+
+    /// Milliseconds that [`Self::run`] takes.
+    fn time(
+        &mut self,
+        order: &Order,
+        segmented: &Segmented,
+        gather: Option<&mut Gather>,
+    ) -> anyhow::Result<f64> {
+        let started = Instant::now();
+        self.run(order, segmented, gather)?;
+        Ok(millis(started.elapsed()))
     }
 
     /// As the engine selects.
