@@ -113,8 +113,11 @@ impl Blender {
                     let bytes = layer.as_chunks().0.iter();
                     bytes.map(|&bytes| f16::from_le_bytes(bytes)).collect()
                 };
-                self.scores
-                    .put(chunk.key(), layers.iter().map(numbers).collect());
+                let scores: Scores = layers.iter().map(numbers).collect();
+                // One that is no number would make all others none.
+                if scores.iter().flatten().all(|score: &f16| score.is_finite()) {
+                    self.scores.put(chunk.key(), scores);
+                }
             }
         }
     }
