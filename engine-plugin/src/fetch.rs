@@ -13,9 +13,7 @@ use tracing::{debug, warn};
 
 use crate::coding::{Decoded, Decoding};
 use crate::inbox::{End, Inbox, Outbox, Received, Stage, Wish};
-use crate::{
-    Decision, EngineBackend, FetchObservation, Happened, LAYERS, LoadPolicy, Prompt, Shared,
-};
+use crate::{Decision, EngineBackend, Happened, LAYERS, LoadPolicy, Prompt, Shared};
 
 /// A prefix on its way into the engine's pages.
 ///
@@ -400,18 +398,8 @@ impl Fetch {
         if !self.receive(stream, &mut received).await? {
             return Ok(End::Abandoned);
         }
-        // What was lost on the way says nothing of how much coarser levels take.
-        if fitting == load && !received.lost {
-            shared.coder.note_received(received.bytes, stored);
-        }
-        if let Some(first) = received.first {
-            let observation = FetchObservation {
-                latency: first - begun,
-                bytes: received.after_first,
-                elapsed: first.elapsed().saturating_sub(received.busy),
-            };
-            shared.cost().observe_fetch(observation, Instant::now());
-        }
+        received.lost |= fitting < load;
+        received.teach(shared, begun, stored);
         Ok(End::Completed)
     }
 

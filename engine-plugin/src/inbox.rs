@@ -9,7 +9,7 @@ use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
 use tracing::{debug, warn};
 
-use crate::{Happened, LoadPolicy, Shared};
+use crate::{FetchObservation, Happened, LoadPolicy, Shared};
 
 /// The engine's end. Dropping it cancels the fetch.
 ///
@@ -258,6 +258,22 @@ impl Received {
         match self.first {
             None => self.first = Some(Instant::now()),
             Some(_) => self.after_first += bytes as u64,
+        }
+    }
+
+    /// What a fetch that was begun then, of so many stored bytes, says of link and levels.
+    pub(crate) fn teach(&self, shared: &Shared, begun: Instant, stored: u64) {
+        // What was lost on the way says nothing of how much coarser levels take.
+        if !self.lost {
+            shared.coder.note_received(self.bytes, stored);
+        }
+        if let Some(first) = self.first {
+            let observation = FetchObservation {
+                latency: first - begun,
+                bytes: self.after_first,
+                elapsed: first.elapsed().saturating_sub(self.busy),
+            };
+            shared.cost().observe_fetch(observation, Instant::now());
         }
     }
 }

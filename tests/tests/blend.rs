@@ -102,6 +102,16 @@ impl Bed {
         forced: Option<Selector>,
         of: impl Fn(Namespace) -> Namespace,
     ) -> Rig {
+        self.engine_with(gate, forced, of, patient())
+    }
+
+    fn engine_with(
+        &self,
+        gate: Option<Gate>,
+        forced: Option<Selector>,
+        of: impl Fn(Namespace) -> Namespace,
+        plugin: PluginConfig,
+    ) -> Rig {
         let model = Model::load(&model_dir()).unwrap();
         let namespace = of(harness::namespace(&model, &harness::tokenizer()));
         let mut engine = EngineConfig::for_tokens(20_000);
@@ -110,7 +120,7 @@ impl Bed {
             ..BlendConfig::new(gate)
         });
         let address = self.daemon.address();
-        Rig::start_with(Arc::new(model), namespace, engine, address, patient())
+        Rig::start_with(Arc::new(model), namespace, engine, address, plugin)
     }
 
     /// Waits until the cache has every chunk, and what was recorded of it.
@@ -408,6 +418,21 @@ async fn tenants_do_not_reuse_each_others_chunks() {
     let answer = second.ask(&ours, Use::Read).await;
     answer.assert_equals(&full);
     assert_eq!(answer.usage.blended_tokens, 0);
+
+    // Where they are a corpus for all, and with what was recorded of them.
+    let plugin = PluginConfig {
+        corpus: Some(*theirs.plugin.namespace()),
+        ..patient()
+    };
+    let readers = bed.engine_with(
+        Some(proven()),
+        None,
+        |_| kvasir_engine::cache::namespace(&model, layout, &digest, b"another"),
+        plugin,
+    );
+    let answer = second.ask(&readers, Use::Read).await;
+    assert_eq!(answer.usage.blended_tokens, second.chunk_tokens());
+    assert!(answer.usage.recomputed > 0.0 && answer.usage.recomputed <= BUDGET);
 }
 
 fn contexts(count: usize) -> Vec<Context> {

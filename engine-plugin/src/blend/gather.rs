@@ -93,13 +93,17 @@ pub(crate) fn start(
                 recorded: None,
             });
             let lacking = recorder.filter(|_| lacks(&chunk.key()));
+            let in_corpus = in_corpus(shared, prompt, chunk);
             wanted.push(Wanted {
                 key: chunk.key(),
-                in_corpus: in_corpus(shared, prompt, chunk),
+                in_corpus,
                 layout: *chunk.layout(),
                 recorded: lacking.and_then(|recorder| {
                     let layout = recorder.layout(chunk.layout().tokens()).ok()?;
-                    Some((recorder.key(namespace, &chunk.key()), layout))
+                    let own = recorder.key(namespace, &chunk.key());
+                    let corpus = shared.config.corpus.as_ref().zip(in_corpus);
+                    let of_corpus = corpus.map(|(corpus, key)| recorder.key(corpus, &key));
+                    Some((std::iter::once(own).chain(of_corpus).collect(), layout))
                 }),
                 compute: Duration::ZERO,
             });

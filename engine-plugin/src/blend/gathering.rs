@@ -27,7 +27,7 @@ use tracing::{debug, warn};
 use super::recorder::Recorded;
 use crate::coding::{Decoded, Decoding};
 use crate::inbox::{End, Outbox, Received};
-use crate::{Decision, FetchObservation, Happened, LoadPolicy, Shared};
+use crate::{Decision, Happened, LoadPolicy, Shared};
 
 /// A content chunk of the prompt, once.
 #[derive(Debug)]
@@ -36,8 +36,9 @@ pub(super) struct Wanted {
     /// Its key in the shared corpus.
     pub(super) in_corpus: Option<ChunkKey>,
     pub(super) layout: KvLayout,
-    /// Key and layout of what was recorded of it, where that is wanted.
-    pub(super) recorded: Option<(ChunkKey, KvLayout)>,
+    /// Keys and layout of what was recorded of it, by this tenant or for the corpus, where
+    /// that is wanted.
+    pub(super) recorded: Option<(Vec<ChunkKey>, KvLayout)>,
     /// How long computing it takes, wherever it stands.
     pub(super) compute: Duration,
 }
@@ -61,6 +62,14 @@ pub(super) enum Arrival {
     },
     /// It will not come.
     Lost { source: usize },
+}
+
+/// What was recorded of a source, as the cache has it.
+#[derive(Debug)]
+struct FoundRecord {
+    source: usize,
+    key: ChunkKey,
+    layout: KvLayout,
 }
 
 /// The async half: talks to the daemon, feeds the channel.
@@ -97,7 +106,7 @@ impl Gathering {
             Decision::Compute => (false, Duration::ZERO),
         };
         let recorded = match load {
-            true => self.recorded(&recorded).await,
+            true => self.recorded(recorded).await,
             false => Vec::new(),
         };
         debug!(present = found.len(), load, bytes, ?budget, "decided");
@@ -117,30 +126,19 @@ impl Gathering {
             return Ok(End::Abandoned);
         }
         let received = loading.received;
-        // What was lost on the way says nothing of how much coarser levels take.
-        if !received.lost {
-            shared.coder.note_received(received.bytes, stored);
-        }
-        if let Some(first) = received.first {
-            let observation = FetchObservation {
-                latency: first - begun,
-                bytes: received.after_first,
-                elapsed: first.elapsed().saturating_sub(received.busy),
-            };
-            shared.cost().observe_fetch(observation, Instant::now());
-        }
+        received.teach(shared, begun, stored);
         Ok(End::Completed)
     }
 
     /// What the cache holds of all that is wanted: the tenant's own copy, or that of the corpus.
-    /// And of which it has what was recorded.
-    async fn lookup(&self) -> Result<(Vec<Found>, Vec<usize>), CallError> {
+    /// And what it has of what was recorded.
+    async fn lookup(&self) -> Result<(Vec<Found>, Vec<FoundRecord>), CallError> {
         let config = &self.shared.config;
         let asking = self.shared.client.with_call_timeout(config.lookup_timeout);
         let own = self.wanted.iter().map(|wanted| wanted.key);
         let in_corpus = self.wanted.iter().filter_map(|wanted| wanted.in_corpus);
-        let records = self.wanted.iter().filter_map(|wanted| wanted.recorded);
-        let records = records.map(|(key, _)| key);
+        let records = self.wanted.iter().filter_map(|it| it.recorded.as_ref());
+        let records = records.flat_map(|(keys, _)| keys.iter().copied());
         let keys: Vec<ChunkKey> = own.chain(in_corpus).chain(records).collect();
         let lookup = asking.lookup(&keys).await?;
         let (own, others) = lookup.found.split_at(self.wanted.len());
@@ -164,20 +162,33 @@ impl Gathering {
             }
         }
         // Of those in the corpus, one was taken for each that could be there.
-        let recorded = self.wanted.iter().enumerate();
-        let recorded = recorded.filter(|(_, wanted)| wanted.recorded.is_some());
-        let recorded = recorded.zip(in_corpus).filter(|(_, found)| found.is_some());
-        let recorded = recorded.map(|((source, _), _)| source).collect();
+        let mut records = in_corpus;
+        let mut recorded = Vec::new();
+        for (source, wanted) in self.wanted.iter().enumerate() {
+            let Some((keys, layout)) = &wanted.recorded else {
+                continue;
+            };
+            let present = keys.iter().zip(records.by_ref());
+            let mut present: Vec<ChunkKey> = present
+                .filter_map(|(key, found)| found.map(|_| *key))
+                .collect();
+            present.truncate(1);
+            recorded.extend(present.into_iter().map(|key| FoundRecord {
+                source,
+                key,
+                layout: *layout,
+            }));
+        }
         Ok((found, recorded))
     }
 
     /// What was recorded of these sources, as far as it comes in the time of a lookup. A get
     /// brings chunks of one layout.
-    async fn recorded(&self, sources: &[usize]) -> Vec<(usize, Recorded)> {
-        let mut by_length: BTreeMap<u32, Vec<usize>> = BTreeMap::new();
-        for &source in sources {
-            let length = self.wanted[source].layout.tokens();
-            by_length.entry(length).or_default().push(source);
+    async fn recorded(&self, found: Vec<FoundRecord>) -> Vec<(usize, Recorded)> {
+        let mut by_length: BTreeMap<u32, Vec<FoundRecord>> = BTreeMap::new();
+        for record in found {
+            let length = record.layout.tokens();
+            by_length.entry(length).or_default().push(record);
         }
         let gets = by_length.into_values().map(|group| self.recorded_of(group));
         let timeout = self.shared.config.lookup_timeout;
@@ -191,15 +202,14 @@ impl Gathering {
         }
     }
 
-    async fn recorded_of(&self, sources: Vec<usize>) -> Result<Vec<(usize, Recorded)>, CallError> {
-        let wanted: Vec<(ChunkKey, KvLayout)> = sources
-            .iter()
-            .filter_map(|&source| self.wanted[source].recorded)
-            .collect();
-        let keys: Vec<ChunkKey> = wanted.iter().map(|(key, _)| *key).collect();
+    async fn recorded_of(
+        &self,
+        records: Vec<FoundRecord>,
+    ) -> Result<Vec<(usize, Recorded)>, CallError> {
+        let keys: Vec<ChunkKey> = records.iter().map(|record| record.key).collect();
         let mut stream = self.shared.client.get(&keys, GetOptions::default()).await?;
-        let fits = stream.chunks().iter().zip(&wanted);
-        let fits = fits.take_while(|(info, (_, layout))| info.layout == *layout);
+        let fits = stream.chunks().iter().zip(&records);
+        let fits = fits.take_while(|(info, record)| info.layout == record.layout);
         let mut recorded = vec![Vec::new(); fits.count()];
         while let Some(event) = stream.next().await? {
             if let GetEvent::Layer { chunk, parts, .. } = event
@@ -208,10 +218,12 @@ impl Gathering {
                 layers.push(Bytes::from(parts.concat()));
             }
         }
-        let whole = sources.into_iter().zip(recorded).zip(wanted);
+        let whole = records.into_iter().zip(recorded);
         let whole =
-            whole.filter(|((_, layers), (_, layout))| layers.len() == usize::from(layout.layers()));
-        Ok(whole.map(|(recorded, _)| recorded).collect())
+            whole.filter(|(record, layers)| layers.len() == usize::from(record.layout.layers()));
+        Ok(whole
+            .map(|(record, layers)| (record.source, layers))
+            .collect())
     }
 
     /// A layer from those of its parts that came.
