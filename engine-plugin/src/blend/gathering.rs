@@ -168,12 +168,12 @@ impl Gathering {
             let Some((keys, layout)) = &wanted.recorded else {
                 continue;
             };
-            let present = keys.iter().zip(records.by_ref());
-            let mut present: Vec<ChunkKey> = present
+            let present: Vec<ChunkKey> = keys
+                .iter()
+                .zip(records.by_ref())
                 .filter_map(|(key, found)| found.map(|_| *key))
                 .collect();
-            present.truncate(1);
-            recorded.extend(present.into_iter().map(|key| FoundRecord {
+            recorded.extend(present.first().map(|&key| FoundRecord {
                 source,
                 key,
                 layout: *layout,
