@@ -1,6 +1,7 @@
 //! A daemon, engines that read from it, and prompts of chunks in many orders.
 
 use std::collections::HashSet;
+use std::num::NonZeroU32;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
@@ -179,6 +180,7 @@ impl Bed {
         let needs_scores = selector.rule == Rule::Graded;
         engine.blend = Some(BlendConfig {
             forced: Some(selector),
+            compile_after: NonZeroU32::MIN,
             ..BlendConfig::new(self.gate(needs_scores))
         });
         let model = Arc::clone(&self.model);

@@ -27,7 +27,7 @@ use tracing::{debug, warn};
 use super::recorder::Recorded;
 use crate::coding::{Decoded, Decoding};
 use crate::inbox::{End, Outbox, Received};
-use crate::{Decision, Happened, LoadPolicy, Shared};
+use crate::{Decision, Happened, LoadPolicy, Shared, TierBytes};
 
 /// A content chunk of the prompt, once.
 #[derive(Debug)]
@@ -51,6 +51,8 @@ pub(super) enum Arrival {
         present: Vec<usize>,
         /// Whether they will be fetched.
         load: bool,
+        /// What is expected to come of them.
+        bytes: TierBytes,
         budget: Duration,
         /// What was recorded of sources.
         recorded: Vec<(usize, Recorded)>,
@@ -91,8 +93,11 @@ impl Gathering {
     pub(super) async fn run(&self, begun: Instant) -> Result<End, CallError> {
         let shared = &self.shared;
         let (found, recorded) = self.lookup().await?;
-        let stored: u64 = found.iter().map(|found| found.bytes).sum();
-        let bytes = shared.coder.expected_bytes(stored);
+        let mut stored = TierBytes::default();
+        for found in &found {
+            stored += found.bytes;
+        }
+        let bytes = stored.map(|stored| shared.coder.expected_bytes(stored));
         let compute = found.iter().map(|it| self.wanted[it.source].compute).sum();
         let decision = match shared.config.load {
             _ if found.is_empty() => Decision::Compute,
@@ -109,10 +114,11 @@ impl Gathering {
             true => self.recorded(recorded).await,
             false => Vec::new(),
         };
-        debug!(present = found.len(), load, bytes, ?budget, "decided");
+        debug!(present = found.len(), load, ?bytes, ?budget, "decided");
         let planned = Arrival::Planned {
             present: found.iter().map(|found| found.source).collect(),
             load,
+            bytes,
             budget,
             recorded,
         };
@@ -154,7 +160,7 @@ impl Gathering {
                     source,
                     key,
                     layout: wanted.layout,
-                    bytes: copy.bytes,
+                    bytes: TierBytes::of(copy.tier, copy.bytes),
                     is_live: true,
                     fits: false,
                     received: vec![false; wanted.layout.layers().into()],
@@ -252,7 +258,7 @@ struct Found {
     source: usize,
     key: ChunkKey,
     layout: KvLayout,
-    bytes: u64,
+    bytes: TierBytes,
     /// Not lost.
     is_live: bool,
     /// A get has said that it is of the layout that is expected.
@@ -520,7 +526,7 @@ fn plan(found: &[Found]) -> VecDeque<Segment> {
     let Some(layers) = found.first().map(|first| first.layout.layers()) else {
         return VecDeque::new();
     };
-    let stored: u64 = found.iter().map(|found| found.bytes).sum();
+    let stored: u64 = found.iter().map(|found| found.bytes.total()).sum();
     let of_a_get = stored / u64::from(layers) / groups.len() as u64;
     let step = GET_BYTES.div_ceil(of_a_get.max(1)).min(layers.into());
     let step = u16::try_from(step).unwrap_or(layers);
@@ -558,7 +564,7 @@ mod tests {
             Found {
                 source,
                 key: ChunkKey::from_bytes([0; 32]),
-                bytes: layout.chunk_bytes(),
+                bytes: TierBytes::of(crate::Tier::Memory, layout.chunk_bytes()),
                 layout,
                 is_live: true,
                 fits: false,

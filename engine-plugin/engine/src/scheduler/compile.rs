@@ -1,7 +1,7 @@
 //! Content chunks computed for the cache, each alone behind the canonical prefix.
 //!
-//! Chunks that a request had and the cache had not are compiled when the request is answered,
-//! never taken out of it: its chunks have read what stood before them. Compiling waits for
+//! Chunks that a few requests had and the cache had not are compiled when the last of these is
+//! answered, never taken out of it: its chunks have read what stood before them. Compiling waits for
 //! prefill of requests, and shares the engine with decoding, a step at a time. A chunk's KV goes
 //! to the cache; what probes record of it stays here.
 //!
@@ -11,6 +11,7 @@
 //! A request that comes while a step is under way waits for one layer of it at most.
 
 use std::collections::{HashSet, VecDeque};
+use std::num::{NonZeroU32, NonZeroUsize};
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -38,6 +39,10 @@ const MOST: usize = 1024;
 #[derive(Debug)]
 pub(super) struct Compiler {
     pub(super) probes: Probes,
+    /// How often chunks were missed that are not compiled yet.
+    missed: LruCache<ChunkKey, u32>,
+    /// How often is often enough.
+    after: NonZeroU32,
     waiting: VecDeque<Job>,
     /// Of those that wait, and of the one under way.
     keys: HashSet<ChunkKey>,
@@ -65,22 +70,28 @@ struct Compiling {
 }
 
 impl Compiler {
-    pub(super) fn new(probes: Probes) -> Self {
+    pub(super) fn new(probes: Probes, remembered: NonZeroUsize, after: NonZeroU32) -> Self {
         Self {
             probes,
+            missed: LruCache::new(remembered),
+            after,
             waiting: VecDeque::new(),
             keys: HashSet::new(),
             current: None,
         }
     }
 
-    /// Chunks that the cache has not, or of which it is not known what depends on context.
+    /// Chunks that the cache has been found not to have often enough, or of which it is not
+    /// known what depends on context.
     pub(super) fn want(&mut self, gathering: &Gathering, scores: &LruCache<ChunkKey, Scores>) {
         let segmented = gathering.segmented();
         let present: HashSet<usize> = gathering.gather().present().collect();
         for (index, chunk) in segmented.chunks().iter().enumerate() {
             let store = !present.contains(&index);
             let known = scores.contains(&chunk.key());
+            if store && !self.is_missed_enough(chunk.key()) {
+                continue;
+            }
             if (store || !known) && self.waiting.len() < MOST && self.keys.insert(chunk.key()) {
                 self.waiting.push_back(Job {
                     key: chunk.key(),
@@ -91,6 +102,13 @@ impl Compiler {
                 });
             }
         }
+    }
+
+    /// Counts one more miss.
+    fn is_missed_enough(&mut self, key: ChunkKey) -> bool {
+        let missed = self.missed.get_or_insert_mut(key, || 0);
+        *missed = missed.saturating_add(1);
+        *missed >= self.after.get()
     }
 
     /// Whether nothing is to be compiled.

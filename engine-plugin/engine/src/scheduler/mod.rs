@@ -32,7 +32,7 @@ use std::sync::mpsc as sync_mpsc;
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-use kvasir_plugin::blend::{Segment, Segmented};
+use kvasir_plugin::blend::{ContentCuts, Segment, Segmented};
 use kvasir_plugin::{CachePlugin, Prompt};
 use tokio::sync::mpsc;
 
@@ -273,7 +273,10 @@ impl EngineHandle {
         let blend = self.blend.as_ref().filter(|_| request.read_cache);
         let segmented = self.plugin.as_ref().zip(blend).map(|(plugin, blend)| {
             let namespace = plugin.namespace();
-            Segmented::new(namespace, &blend.gate.prefix, blend.limits, &segments)
+            let prefix = &blend.gate.prefix;
+            let cuts = blend.cuts.filter(|_| request.chunks.is_empty());
+            let cut = cuts.map(|cuts| cut(&request.prompt, prefix, cuts));
+            Segmented::new(namespace, prefix, blend.limits, &cut.unwrap_or(segments))
         });
         // One event per token, one before and one after them: sending never waits.
         let completion = self.limits.sequence_tokens - request.prompt.len();
@@ -296,6 +299,19 @@ impl EngineHandle {
     pub fn limits(&self) -> Limits {
         self.limits
     }
+}
+
+/// A prompt that names no chunks. Its first tokens are text if they are the canonical prefix,
+/// and so is its last piece: that is what is asked of the others.
+fn cut(prompt: &[u32], prefix: &[u32], cuts: ContentCuts) -> Vec<Segment> {
+    let rest = prompt.strip_prefix(prefix).unwrap_or(prompt);
+    let mut segments = cuts.segments(rest);
+    if let Some(last) = segments.pop() {
+        segments.push(Segment::Text(last.into_tokens()));
+    }
+    let front = Segment::Text(prompt[..prompt.len() - rest.len()].to_vec());
+    segments.insert(0, front);
+    segments
 }
 
 /// A prompt as chunks, and the text between them.
