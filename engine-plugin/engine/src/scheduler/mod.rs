@@ -329,3 +329,25 @@ fn segments(prompt: &[u32], chunks: &[Range<usize>]) -> Result<Vec<Segment>, Req
     segments.push(Segment::Text(prompt[end..].to_vec()));
     Ok(segments)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_prefix_and_what_is_asked_are_text() {
+        let cuts = ContentCuts {
+            min: 1,
+            mean: 1000,
+            max: 8,
+        };
+        let prompt: Vec<u32> = (0..21).collect();
+        let text = |range: Range<u32>| Segment::Text(range.collect());
+        let chunk = |range: Range<u32>| Segment::Chunk(range.collect());
+        let behind = [text(0..1), chunk(1..9), chunk(9..17), text(17..21)];
+        assert_eq!(cut(&prompt, &[0], cuts), behind);
+        let bare = [text(0..0), chunk(0..8), chunk(8..16), text(16..21)];
+        assert_eq!(cut(&prompt, &[7], cuts), bare);
+        assert_eq!(cut(&[0], &[0], cuts), [text(0..1)]);
+    }
+}
