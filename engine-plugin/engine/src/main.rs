@@ -101,7 +101,8 @@ struct ServeArgs {
     #[arg(long)]
     fetch_level: Option<Level>,
     /// Milliseconds to the first token that fetches at levels l0 to l2 keep to: what comes is
-    /// as fine as it can be until then, and what would be late is computed. Not with
+    /// as fine as it can be until then, and what would be late is computed. Chunks at other
+    /// places are repaired as well as that time allows. Not with
     /// --fetch-level. Default: none; everything comes as it is stored.
     #[arg(long, value_name = "MILLISECONDS", conflicts_with = "fetch_level")]
     deadline: Option<u64>,

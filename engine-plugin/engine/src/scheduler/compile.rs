@@ -12,8 +12,6 @@
 
 use std::collections::{HashSet, VecDeque};
 use std::num::{NonZeroU32, NonZeroUsize};
-use std::ops::ControlFlow;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
@@ -29,10 +27,8 @@ use super::engine_loop::EngineLoop;
 use crate::blend::{Probes, Recording};
 use crate::kv::{BLOCK_TOKENS, BlockId};
 use crate::metrics::COMPILED;
-use crate::model::{ForwardError, LogitsWanted, Positions, Step};
+use crate::model::ForwardError;
 
-/// Tokens of one step.
-const STEP_TOKENS: usize = 256;
 /// Chunks that wait, at most.
 const MOST: usize = 1024;
 
@@ -64,8 +60,6 @@ struct Job {
 struct Compiling {
     job: Job,
     blocks: Vec<BlockId>,
-    /// Tokens of prefix and chunk that are in the pages.
-    position: usize,
     recording: Recording,
 }
 
@@ -159,7 +153,6 @@ impl EngineLoop {
                     compiler.current = Some(Compiling {
                         job,
                         blocks,
-                        position: 0,
                         recording: Recording::default(),
                     });
                 }
@@ -207,50 +200,25 @@ impl EngineLoop {
         let Compiling {
             job,
             blocks,
-            position,
             recording,
         } = compiling;
-        let end = job.prefix.len() + job.chunk.len();
-        let waiting = Arc::clone(&self.waiting_count);
-        let go_on = move || waiting.load(Ordering::Acquire) == 0;
-        if job.store && *position < end {
-            let tokens = [&job.prefix[..], &job.chunk].concat();
-            let to = end.min(*position + STEP_TOKENS);
-            let step = Step {
-                tokens: &tokens[*position..to],
-                positions: Positions::From(*position),
-                blocks,
-                logits: LogitsWanted::None,
-            };
-            let (pool, scratch) = (&mut self.pool, &mut self.scratch);
-            let outcome = self.model.forward(pool, scratch, &[step], &mut |_| {
-                if go_on() {
-                    ControlFlow::Continue(())
-                } else {
-                    ControlFlow::Break(())
-                }
-            });
-            match outcome {
-                Ok(_) => *position = to,
-                Err(ForwardError::Stopped) => return Ok(true),
-                Err(error) => return Err(error),
-            }
-            if to == end {
-                self.store_compiled(plugin, job, blocks);
-            }
-            return Ok(true);
-        }
-        let (pool, scratch) = (&mut self.pool, &mut self.scratch);
-        recording.step(
+        let waiting = &self.waiting_count;
+        let was_alone = recording.is_alone();
+        let goes_on = recording.step(
             probes,
             &self.model,
-            pool,
-            scratch,
+            &mut self.pool,
+            &mut self.scratch,
             blocks,
             &job.prefix,
             &job.chunk,
-            &go_on,
-        )
+            job.store,
+            &|| waiting.load(Ordering::Acquire) == 0,
+        )?;
+        if job.store && recording.is_alone() && !was_alone {
+            self.store_compiled(plugin, job, blocks);
+        }
+        Ok(goes_on)
     }
 
     fn store_compiled(&mut self, plugin: &CachePlugin, job: &Job, blocks: &[BlockId]) {
