@@ -149,20 +149,16 @@ impl Bed {
         level: Level,
         requests: usize,
     ) -> anyhow::Result<Reader> {
-        let (address, plane) = (self.address.clone(), DataPlane::default());
-        self.reader_at(&address, plane, selector, level, requests)
+        let address = self.address.clone();
+        let config = self.plugin(DataPlane::default(), level);
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        self.reader_at(&address, config, threads, selector, level, requests)
             .await
     }
 
-    pub(super) async fn reader_at(
-        &mut self,
-        address: &str,
-        data_plane: DataPlane,
-        selector: Selector,
-        level: Level,
-        requests: usize,
-    ) -> anyhow::Result<Reader> {
-        let config = PluginConfig {
+    /// One that loads whatever is there.
+    pub(super) fn plugin(&self, data_plane: DataPlane, level: Level) -> PluginConfig {
+        PluginConfig {
             data_plane,
             load: LoadPolicy::Always,
             lookup_timeout: Duration::from_secs(5),
@@ -173,10 +169,23 @@ impl Bed {
                 ..CodecConfig::default()
             },
             ..PluginConfig::default()
-        };
+        }
+    }
+
+    /// One that computes on so many threads.
+    pub(super) async fn reader_at(
+        &mut self,
+        address: &str,
+        config: PluginConfig,
+        threads: usize,
+        selector: Selector,
+        level: Level,
+        requests: usize,
+    ) -> anyhow::Result<Reader> {
         let longest = self.size.context() + QUESTION_TOKENS + 32;
         // Compiling needs pages too.
         let mut engine = EngineConfig::for_tokens((requests + 1) * longest);
+        engine.threads = threads;
         let needs_scores = selector.rule == Rule::Graded;
         engine.blend = Some(BlendConfig {
             forced: Some(selector),
