@@ -11,8 +11,9 @@
 //! summed over layers, as ProphetKV does), `question-N` (of layer N alone), `first-question`
 //! (16 tokens of each chunk, then those), `probed` (what [`Probes`] recorded at layer 1),
 //! `probed-N` (at layer N), `graded` (what they recorded in half of the layers, see
-//! [`Rule::Graded`]; the default of the engine), and `oracle-N` (deviation at layer N from full
-//! prefill). What a pass of the question costs is charged, all its rows in all layers.
+//! [`Rule::Graded`]; the default of the engine), `graded-N` (the same with the first N of the
+//! four probes, for what each adds), and `oracle-N` (deviation at layer N from full prefill).
+//! What a pass of the question costs is charged, all its rows in all layers.
 
 use std::str::FromStr;
 
@@ -29,7 +30,7 @@ use crate::kvstats::plane::Shape;
 /// Tokens of each chunk that `first-question` begins with.
 const FIRST: usize = 16;
 /// Probes of a recording.
-const PROBES: u64 = 4;
+const PROBES: usize = 4;
 
 /// A method of blending.
 #[derive(Clone, Debug, PartialEq)]
@@ -49,7 +50,7 @@ enum By {
     Deviation { of: Compared, gradual: bool },
     Question { layer: Option<usize>, first: bool },
     Probed { layer: usize },
-    Graded,
+    Graded { probes: usize },
     Oracle { layer: usize },
 }
 
@@ -88,7 +89,15 @@ impl FromStr for Blended {
                 layer: (!layer.is_empty()).then(|| layer.parse()).transpose()?,
                 first: false,
             },
-            ("graded", "") => By::Graded,
+            ("graded", "") => By::Graded { probes: PROBES },
+            ("graded", probes) => {
+                let probes = probes.parse()?;
+                ensure!(
+                    (1..=PROBES).contains(&probes),
+                    "a chunk is graded with 1 to {PROBES} probes"
+                );
+                By::Graded { probes }
+            }
             ("probed", "") => By::Probed { layer: 1 },
             ("probed", layer) => By::Probed {
                 layer: layer.parse::<usize>()?.max(1),
@@ -127,7 +136,9 @@ impl Blended {
             let first = context.chunks.into_iter().next();
             first.context("a context has chunks")
         };
-        self.texts = (0..PROBES).map(text).collect::<anyhow::Result<_>>()?;
+        self.texts = (0..PROBES as u64)
+            .map(text)
+            .collect::<anyhow::Result<_>>()?;
         Ok(self)
     }
 
@@ -241,12 +252,12 @@ impl Blended {
                 (vec![scores], rule)
             }
             By::Probed { layer } => {
-                let mut scores = self.probed(reader, caches, layer)?;
+                let mut scores = self.probed(reader, caches, PROBES, layer)?;
                 (scores.split_off(layer - 1), Rule::Scored)
             }
-            By::Graded => {
+            By::Graded { probes } => {
                 let half = reader.config().layers / 2;
-                (self.probed(reader, caches, half)?, Rule::Graded)
+                (self.probed(reader, caches, probes, half)?, Rule::Graded)
             }
             By::Oracle { layer } => {
                 let full = caches.full().context("full prefill was kept")?;
@@ -271,10 +282,11 @@ impl Blended {
         &self,
         reader: &mut Reader,
         caches: &Caches,
+        probes: usize,
         layers: usize,
     ) -> anyhow::Result<Vec<Vec<f32>>> {
         let probes = Probes {
-            texts: self.texts.clone(),
+            texts: self.texts[..probes].to_vec(),
             layers,
         };
         caches.probed(reader, &probes)
@@ -283,3 +295,24 @@ impl Blended {
 
 /// Of no context that questions are asked about.
 const PROBE_SEED: u64 = 0x7072_6f62_6573;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn graded_is_with_all_probes_unless_it_names_fewer() {
+        let by = |name: &str| name.parse::<Blended>().map(|blended| blended.by);
+        let all = By::Graded { probes: PROBES };
+        assert_eq!(by("blend:graded:0.15").unwrap(), all);
+        assert_eq!(by("blend:graded-4:0.15").unwrap(), all);
+        assert_eq!(by("blend:graded-1:0.15").unwrap(), By::Graded { probes: 1 });
+        for none in [
+            "blend:graded-0:0.15",
+            "blend:graded-5:0.15",
+            "blend:graded-x:0.15",
+        ] {
+            assert!(by(none).is_err(), "{none}");
+        }
+    }
+}

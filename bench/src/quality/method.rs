@@ -87,8 +87,8 @@ pub(crate) struct Caches {
     /// K and V of all tokens as full prefill computed them, where they are kept.
     full: Option<Kv>,
     first: u32,
-    /// What probes recorded, by the number of layers they recorded.
-    probed: RefCell<BTreeMap<usize, Vec<Vec<f32>>>>,
+    /// What probes recorded, by their digest and the number of layers they recorded.
+    probed: RefCell<BTreeMap<([u8; 32], usize), Vec<Vec<f32>>>>,
 }
 
 impl Caches {
@@ -122,7 +122,8 @@ impl Caches {
         reader: &mut Reader,
         probes: &Probes,
     ) -> anyhow::Result<Vec<Vec<f32>>> {
-        if let Some(scores) = self.probed.borrow().get(&probes.layers) {
+        let key = (probes.digest(), probes.layers);
+        if let Some(scores) = self.probed.borrow().get(&key) {
             return Ok(scores.clone());
         }
         let mut scores = vec![vec![0.0]; probes.layers];
@@ -133,7 +134,7 @@ impl Caches {
             }
         }
         let mut known = self.probed.borrow_mut();
-        known.insert(probes.layers, scores.clone());
+        known.insert(key, scores.clone());
         Ok(scores)
     }
 
