@@ -387,6 +387,21 @@ fn of_blending_too_what_has_no_rows_is_left_out() {
     let cheaper = text(&blended_but(|name, _| !dropped(name)));
     assert!(!cheaper.contains("| `blend:graded:0.15`, 15.0 % charged |"));
 
+    // A charge that is near no budget is among the means only.
+    let between = text(&blended_but(|name, row| {
+        if name == "blend:hkvd-kv:0.3/charged" {
+            row["value"] = json!(0.26);
+        }
+        true
+    }));
+    assert_eq!(between.matches("| `hkvd-kv` | 26.0 % |").count(), 1);
+
+    // All tasks of a run are not all tasks when it left some out.
+    let mut some = blended();
+    let rows = some["blend"][0]["rows"].as_array_mut().unwrap();
+    rows.push(json!({"name": "full/all/em", "value": 0.123, "unit": "share"}));
+    assert!(!text(&some).contains("0.123"));
+
     // No loss is above zero: no gap, nothing to close.
     let mut none = blended();
     for run in none["blend"].as_array_mut().unwrap() {
