@@ -1,8 +1,8 @@
 //! What runs say whose methods compute a part of reused chunks anew, `blend:RULE:BUDGET[:LAYERS]`.
 //!
 //! A point is a method at what it was charged, which is not quite its budget; the points of a
-//! rule are a curve. Several runs are read as one: a method is taken from the run that asked it
-//! about most tasks, and held against full prefill and naive reuse of the same run.
+//! rule are a curve. Several runs are read as one: what a method does to a task is taken from the
+//! first run that asked it, and held against full prefill and naive reuse of the same run.
 
 use std::path::Path;
 
@@ -52,7 +52,6 @@ struct Point<'a> {
     method: &'a str,
     /// Share of rows that were computed.
     charged: f64,
-    run: usize,
 }
 
 /// What curves are of.
@@ -69,19 +68,16 @@ impl<'a> Blending<'a> {
         let runs: Vec<Quality<'a>> = reports.iter().map(Quality::new).collect();
         let mut tasks = Vec::new();
         let mut curves: Vec<Curve<'a>> = Vec::new();
-        for (index, run) in runs.iter().enumerate() {
-            let asked = |method: &str| {
-                let tasks = run.tasks_of(EXACT).into_iter();
-                let asked = |task: &&str| *task != ALL && run.row(method, task, EXACT).is_some();
-                tasks.filter(asked).collect::<Vec<_>>()
-            };
+        for run in &runs {
             for &method in &run.methods {
                 let charged = run.total(method, "charged").and_then(|row| row.value);
                 let (Some(rule), Some(charged)) = (rule(method), charged) else {
                     continue;
                 };
-                for task in asked(method) {
-                    note(&mut tasks, task);
+                for task in run.tasks_of(EXACT) {
+                    if task != ALL && run.row(method, task, EXACT).is_some() {
+                        note(&mut tasks, task);
+                    }
                 }
                 let at = curves.iter().position(|curve| curve.rule == rule);
                 let at = at.unwrap_or_else(|| {
@@ -90,20 +86,8 @@ impl<'a> Blending<'a> {
                     curves.len() - 1
                 });
                 let points = &mut curves[at].points;
-                let point = Point {
-                    method,
-                    charged,
-                    run: index,
-                };
-                let same = points.iter_mut().find(|known| known.method == method);
-                let fewer = |known: &Point<'_>| {
-                    let has = |task: &&&str| runs[known.run].row(method, task, EXACT).is_some();
-                    tasks.iter().filter(has).count() < asked(method).len()
-                };
-                match same {
-                    None => points.push(point),
-                    Some(known) if fewer(known) => *known = point,
-                    Some(_) => {}
+                if points.iter().all(|known| known.method != method) {
+                    points.push(Point { method, charged });
                 }
             }
         }
@@ -118,8 +102,18 @@ impl<'a> Blending<'a> {
         }
     }
 
-    fn row(&self, point: &Point<'_>, task: &str, measure: &str) -> Option<&'a Row> {
-        self.runs[point.run].row(point.method, task, measure)
+    /// The first run that asked a method about a task. All tasks of a run that left some out
+    /// are other tasks.
+    fn run(&self, method: &str, task: &str) -> Option<&Quality<'a>> {
+        let mut runs = self.runs.iter();
+        runs.find(|run| {
+            let asked = |task: &&str| run.row(method, task, EXACT).is_some();
+            asked(&task) && (task != ALL || self.tasks.iter().all(asked))
+        })
+    }
+
+    fn row(&self, method: &str, task: &str, measure: &str) -> Option<&'a Row> {
+        self.run(method, task)?.row(method, task, measure)
     }
 
     /// Tasks on which naive reuse loses exact match, its whole interval above zero.
@@ -132,10 +126,11 @@ impl<'a> Blending<'a> {
         self.tasks.iter().copied().filter(loses).collect()
     }
 
-    /// Over some tasks together, all of which the run must have asked the method about.
-    fn mean(&self, measure: Measure, run: usize, method: &str, tasks: &[&str]) -> Option<f64> {
-        let mean = |method: &str, name: &str| {
-            let value = |task: &&str| self.runs[run].row(method, task, name)?.value;
+    /// Over some tasks together; nothing if the method was not asked about one of them.
+    fn mean(&self, measure: Measure, method: &str, tasks: &[&str]) -> Option<f64> {
+        // Others as in the run that asked the method.
+        let mean = |of: &str, name: &str| {
+            let value = |task: &&str| self.run(method, task)?.row(of, task, name)?.value;
             let sum: f64 = tasks.iter().map(value).sum::<Option<f64>>()?;
             #[expect(clippy::cast_precision_loss, reason = "a few tasks")]
             (!tasks.is_empty()).then(|| sum / tasks.len() as f64)
@@ -149,13 +144,6 @@ impl<'a> Blending<'a> {
                 (full > naive).then(|| gained / (full - naive))
             }
         }
-    }
-
-    /// Of a method that every run has, from the first that asked it about these tasks.
-    fn reference(&self, measure: Measure, method: &str, tasks: &[&str]) -> Option<f64> {
-        let runs = 0..self.runs.len();
-        runs.into_iter()
-            .find_map(|run| self.mean(measure, run, method, tasks))
     }
 }
 

@@ -282,17 +282,17 @@ fn the_page_is_written_to_its_directory() {
     assert!(matches!(run(&options), Err(PageError::Read { .. })));
 }
 
-/// The fixture with two runs of blending, of which the first asks about one task only.
+/// The fixture with two runs of blending, of which the second asks about one task only.
 fn blended() -> Value {
     let mut fixture = fixture();
     fixture["blend"] = serde_json::from_str(include_str!("blend/fixture.json")).unwrap();
     fixture
 }
 
-/// The same with those rows of the second run that `change` keeps, and as it leaves them.
+/// The same with those rows of the first run that `change` keeps, and as it leaves them.
 fn blended_but(change: impl Fn(&str, &mut Value) -> bool) -> Value {
     let mut fixture = blended();
-    let rows = fixture["blend"][1]["rows"].as_array_mut().unwrap();
+    let rows = fixture["blend"][0]["rows"].as_array_mut().unwrap();
     rows.retain_mut(|row| {
         let name = row["name"].as_str().unwrap().to_owned();
         change(&name, row)
@@ -311,7 +311,7 @@ fn blending_is_shown_by_what_was_charged() {
     let text = &files[0].1;
     for line in [
         "--kvstats FILE --blend FILE --blend FILE --out DIR",
-        "| questions | 1000 | – | 40 | 100 |",
+        "| questions | 1000 | – | 100 | 40 |",
         // Full prefill and naive reuse are 1.0 apart over two tasks together.
         "| random choice at 15 % closes no more than 25 % of the gap | `blend:random:0.15`, 14.9 % charged | 0.120 | met |",
         "at 15 % or less | `blend:graded:0.15`, 15.0 % charged | 0.990 | met |",
@@ -344,6 +344,37 @@ fn blending_is_shown_by_what_was_charged() {
         assert!(!svg.contains("question"), "{name}");
         assert!(!svg.contains("NaN") && !svg.contains("inf"), "{name}");
     }
+}
+
+#[test]
+fn tasks_may_be_asked_in_runs_of_their_own() {
+    let means = |fixture: &Value| -> Vec<String> {
+        let text = made(fixture).remove(0).1;
+        let section = text
+            .split("### ")
+            .find(|it| it.starts_with("Means over tasks"));
+        let lines = section
+            .unwrap()
+            .lines()
+            .filter(|line| line.contains(" % |"));
+        lines.map(str::to_owned).collect()
+    };
+    let mut apart = blended();
+    let mut other = apart["blend"][0].clone();
+    let of = |row: &Value| row["name"].as_str().unwrap().contains("/ordinal");
+    apart["blend"][0]["rows"]
+        .as_array_mut()
+        .unwrap()
+        .retain(|row| !of(row));
+    let keep = |row: &Value| of(row) || row["name"].as_str().unwrap().ends_with("/charged");
+    other["rows"].as_array_mut().unwrap().retain(keep);
+    // A rule is held against its own run, whatever others say of full prefill.
+    let rows = apart["blend"][0]["rows"].as_array_mut().unwrap();
+    rows.push(json!({"name": "full/ordinal/em", "value": 0.5, "unit": "share"}));
+    rows.push(json!({"name": "naive/ordinal/em", "value": 0.4, "unit": "share"}));
+    apart["blend"].as_array_mut().unwrap().push(other);
+    assert_eq!(means(&apart), means(&blended()));
+    assert!(means(&apart).len() > 5);
 }
 
 #[test]
@@ -398,6 +429,7 @@ fn of_blending_too_what_has_no_rows_is_left_out() {
 
     // All tasks of a run are not all tasks when it left some out.
     let mut some = blended();
+    some["blend"].as_array_mut().unwrap().reverse();
     let rows = some["blend"][0]["rows"].as_array_mut().unwrap();
     rows.push(json!({"name": "full/all/em", "value": 0.123, "unit": "share"}));
     assert!(!text(&some).contains("0.123"));

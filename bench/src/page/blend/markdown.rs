@@ -36,7 +36,7 @@ fn bars(blending: &Blending<'_>) -> String {
         let charged = percent(point.charged);
         format!("{}, {charged} charged", code(point.method))
     };
-    let closed = |point: &Point<'_>| blending.mean(Measure::Closed, point.run, point.method, &gap);
+    let closed = |point: &Point<'_>| blending.mean(Measure::Closed, point.method, &gap);
     let random = curve("random").and_then(|curve| {
         let point = curve.near(0.15)?;
         let value = closed(point)?;
@@ -60,7 +60,7 @@ fn bars(blending: &Blending<'_>) -> String {
         })
     });
     let control = chosen.and_then(|point| {
-        let value = blending.row(point, CONTROL, "em_loss")?.value?;
+        let value = blending.row(point.method, CONTROL, "em_loss")?.value?;
         Some(Bar {
             asks: "there, the control (`hop1`) is within a point of full prefill",
             of: of(point),
@@ -105,15 +105,14 @@ fn curves(blending: &Blending<'_>, plots: &[Plot]) -> String {
     let references = [FULL, NAIVE].into_iter().map(|method| {
         let cells = columns
             .iter()
-            .map(|(_, measure, tasks)| mean(*measure, blending.reference(*measure, method, tasks)));
+            .map(|(_, measure, tasks)| mean(*measure, blending.mean(*measure, method, tasks)));
         let first = [code(method), String::new()].into_iter();
         first.chain(cells).collect::<Vec<_>>()
     });
     let points = blending.curves.iter().flat_map(|curve| {
         curve.points.iter().map(|point| {
             let cells = columns.iter().map(|(_, measure, tasks)| {
-                let (run, method) = (point.run, point.method);
-                mean(*measure, blending.mean(*measure, run, method, tasks))
+                mean(*measure, blending.mean(*measure, point.method, tasks))
             });
             let first = [code(&curve.rule), percent(point.charged)].into_iter();
             first.chain(cells).collect()
@@ -144,29 +143,15 @@ fn curves(blending: &Blending<'_>, plots: &[Plot]) -> String {
 fn tasks(blending: &Blending<'_>) -> String {
     let mut text = String::new();
     for &task in blending.tasks.iter().chain(&[ALL]) {
-        let measures = |row: &dyn Fn(&str) -> Option<String>| -> Option<Vec<String>> {
-            row(EXACT)?;
-            Some(
-                MEASURES
-                    .iter()
-                    .map(|(measure, _)| row(measure).unwrap_or_else(|| value(None)))
-                    .collect(),
-            )
-        };
-        // All tasks of a run that left some out are other tasks.
-        let asked = |run: usize| {
-            let has = |task: &&str| blending.runs[run].row(NAIVE, task, EXACT).is_some();
-            task != ALL || blending.tasks.iter().all(has)
-        };
-        let of = |run: usize, method: &str| {
-            let row = |measure: &str| blending.runs[run].row(method, task, measure);
-            measures(&|measure| row(measure).map(|row| value(Some(row)))).filter(|_| asked(run))
+        let of = |method: &str| -> Option<Vec<String>> {
+            blending.row(method, task, EXACT)?;
+            let cell = |(measure, _)| value(blending.row(method, task, measure));
+            Some(MEASURES.into_iter().map(cell).collect())
         };
         let mut rows = Vec::new();
         for method in [FULL, NAIVE] {
-            let found = (0..blending.runs.len()).find_map(|run| of(run, method));
             let first = vec![code(method), String::new()];
-            rows.extend(found.map(|cells| [first, cells].concat()));
+            rows.extend(of(method).map(|cells| [first, cells].concat()));
         }
         let references = rows.len();
         for curve in &blending.curves {
@@ -176,7 +161,7 @@ fn tasks(blending: &Blending<'_>) -> String {
                     continue;
                 }
                 let first = vec![code(&curve.rule), percent(point.charged)];
-                rows.extend(of(point.run, point.method).map(|cells| [first, cells].concat()));
+                rows.extend(of(point.method).map(|cells| [first, cells].concat()));
             }
         }
         if rows.len() == references {

@@ -49,15 +49,15 @@ impl Panel<'_> {
         let curves = blending.curves.iter().enumerate();
         let lines = curves.map(|(rule, curve)| {
             let points = curve.points.iter().filter_map(|point| {
-                let value = blending.mean(measure, point.run, point.method, tasks)?;
+                let value = blending.mean(measure, point.method, tasks)?;
                 let [lo, hi] = [value; 2];
                 Some((point.charged, Point { value, lo, hi }))
             });
             (rule, points.collect::<Vec<_>>())
         });
-        let levels = REFERENCES.into_iter().filter_map(|(method, color)| {
-            Some((blending.reference(measure, method, tasks)?, color))
-        });
+        let levels = REFERENCES
+            .into_iter()
+            .filter_map(|(method, color)| Some((blending.mean(measure, method, tasks)?, color)));
         Panel {
             caption,
             lines: lines.filter(|(_, points)| !points.is_empty()).collect(),
