@@ -1,7 +1,7 @@
 //! `page`: results as Markdown and plots, made from what the suites printed.
 //!
 //! Reads the last line of what `kvasir-bench quality --json` printed, and of
-//! `kvasir-bench kvstats --json` where it is given; writes `quality.md` and
+//! `kvasir-bench kvstats --json` and of runs of blending where they are given; writes `quality.md` and
 //! `quality/*.svg`. The same JSON gives the same bytes, so a page that differs
 //! from its JSON was edited by hand.
 //!
@@ -11,16 +11,19 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+mod blend;
 mod figure;
 mod legend;
 mod markdown;
 mod plot;
 mod read;
 mod scatter;
+mod text;
 
 #[cfg(test)]
 mod tests;
 
+use blend::Blending;
 use read::Report;
 pub(crate) use scatter::Scatter;
 
@@ -33,6 +36,10 @@ pub(crate) struct Options {
     /// What `kvasir-bench kvstats --json` printed.
     #[arg(long, value_name = "FILE")]
     kvstats: Option<PathBuf>,
+    /// What `kvasir-bench quality --json --methods naive,blend:RULE:BUDGET,…` printed; may be
+    /// given several times.
+    #[arg(long, value_name = "FILE")]
+    blend: Vec<PathBuf>,
     /// Directory to write `quality.md` and `quality/*.svg` to.
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
@@ -108,13 +115,18 @@ pub(crate) fn run(options: &Options) -> Result<(), PageError> {
         .as_deref()
         .map(|path| Report::load(path, KVSTATS))
         .transpose()?;
+    let blends: Vec<Report> = options
+        .blend
+        .iter()
+        .map(|path| blend::load(path))
+        .collect::<Result<_, _>>()?;
     check(
         &quality,
         &options.quality,
         kvstats.as_ref(),
         options.kvstats.as_deref(),
     )?;
-    for (name, content) in page(&quality, kvstats.as_ref())? {
+    for (name, content) in page(&quality, kvstats.as_ref(), &blends)? {
         let path = options.out.join(name);
         let written = path
             .parent()
@@ -154,9 +166,14 @@ fn check(
 }
 
 /// Every file of the page, by its path below the directory.
-fn page(quality: &Report, kvstats: Option<&Report>) -> Result<Vec<(String, String)>, PageError> {
-    let plots = plot::all(quality, kvstats)?;
-    let text = markdown::page(quality, kvstats, &plots);
+fn page(
+    quality: &Report,
+    kvstats: Option<&Report>,
+    blends: &[Report],
+) -> Result<Vec<(String, String)>, PageError> {
+    let mut plots = plot::all(quality, kvstats)?;
+    plots.extend(blend::plot::all(&Blending::new(blends))?);
+    let text = markdown::page(quality, kvstats, blends, &plots);
     let mut files = vec![("quality.md".to_owned(), text)];
     files.extend(plots.into_iter().map(|plot| (plot.path(), plot.svg)));
     Ok(files)

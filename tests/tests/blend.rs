@@ -340,7 +340,7 @@ async fn prompts_that_name_no_chunks_are_cut_by_their_content() {
 
     // Chunks that a prompt names are all that it has.
     let named = Order {
-        chunks: vec![38..138],
+        chunks: std::iter::once(38..138).collect(),
         ..prompt(&harness::prompt(37, 33))
     };
     let answer = named.ask(&rig, Use::Read).await;

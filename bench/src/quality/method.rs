@@ -77,6 +77,9 @@ impl Way {
     }
 }
 
+/// What probes recorded: by layer, from layer 1, and token of the context.
+type Recorded = Vec<Vec<f32>>;
+
 /// One context as chunks, and the KV that each has when it is computed alone.
 #[derive(Debug)]
 pub(crate) struct Caches {
@@ -88,7 +91,7 @@ pub(crate) struct Caches {
     full: Option<Kv>,
     first: u32,
     /// What probes recorded, by their digest and the number of layers they recorded.
-    probed: RefCell<BTreeMap<([u8; 32], usize), Vec<Vec<f32>>>>,
+    probed: RefCell<BTreeMap<([u8; 32], usize), Recorded>>,
 }
 
 impl Caches {
@@ -117,11 +120,7 @@ impl Caches {
 
     /// By layer, from layer 1, and token of the context: how much it deviates behind texts
     /// that are strange to it; see [`kvasir_engine::blend::Probes`].
-    pub(crate) fn probed(
-        &self,
-        reader: &mut Reader,
-        probes: &Probes,
-    ) -> anyhow::Result<Vec<Vec<f32>>> {
+    pub(crate) fn probed(&self, reader: &mut Reader, probes: &Probes) -> anyhow::Result<Recorded> {
         let key = (probes.digest(), probes.layers);
         if let Some(scores) = self.probed.borrow().get(&key) {
             return Ok(scores.clone());

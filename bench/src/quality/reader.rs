@@ -6,6 +6,7 @@ use std::path::Path;
 use anyhow::Context as _;
 use kvasir_engine::blend::{self, Probes};
 use kvasir_engine::kernels::{Isa, rotate};
+use kvasir_engine::logits::argmax;
 use kvasir_engine::rope::Frequencies;
 use kvasir_engine::{
     BLOCK_TOKENS, BeforeLayer, BlockId, KvDtype, KvPool, LogitsWanted, Model, ModelConfig,
@@ -451,17 +452,6 @@ fn turn(
             }
         }
     }
-}
-
-/// Index of the largest value; the first of equals.
-pub(crate) fn argmax(row: &[f32]) -> u32 {
-    let mut best = 0;
-    for (index, value) in row.iter().enumerate() {
-        if *value > row[best] {
-            best = index;
-        }
-    }
-    u32::try_from(best).unwrap_or(u32::MAX)
 }
 
 #[cfg(test)]

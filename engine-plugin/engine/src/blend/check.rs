@@ -16,6 +16,7 @@ use super::{Probes, Prompt, run};
 use crate::cache::{self, PoolBackend, Turns};
 use crate::kernels::Threads;
 use crate::kv::{BLOCK_TOKENS, BlockId, KvDtype, KvError, KvPool};
+use crate::logits::{argmax, kl_divergence, log_softmax};
 use crate::model::{ForwardError, LogitsWanted, Model, Positions, Scratch, Step};
 
 /// Chunks, and questions about them, in tokens.
@@ -208,7 +209,7 @@ impl Sums {
             self.exact += u32::from(found.exact);
             for (found, reference) in found.logits.iter().zip(&reference.logits) {
                 self.tokens += 1;
-                self.kl += divergence(reference, found);
+                self.kl += kl_divergence(reference, found);
             }
         }
         self.contexts += 1;
@@ -421,21 +422,4 @@ impl<'a> Bench<'a> {
         let count = text.len().saturating_sub(1).max(1) as f64;
         Ok(losses.sum::<f64>() / count)
     }
-}
-
-fn argmax(row: &[f32]) -> u32 {
-    let best = (0..row.len()).max_by(|&a, &b| row[a].total_cmp(&row[b]));
-    best.and_then(|best| u32::try_from(best).ok()).unwrap_or(0)
-}
-
-fn log_softmax(row: &[f32]) -> Vec<f64> {
-    let top = f64::from(row.iter().copied().fold(f32::NEG_INFINITY, f32::max));
-    let sum: f64 = row.iter().map(|&x| (f64::from(x) - top).exp()).sum();
-    row.iter().map(|&x| f64::from(x) - top - sum.ln()).collect()
-}
-
-fn divergence(reference: &[f32], found: &[f32]) -> f64 {
-    let (reference, found) = (log_softmax(reference), log_softmax(found));
-    let terms = reference.iter().zip(&found);
-    terms.map(|(p, q)| p.exp() * (p - q)).sum::<f64>().max(0.0)
 }
