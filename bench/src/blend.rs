@@ -4,7 +4,7 @@
 //! prefix, six chunks of 512 random tokens, and a question of 32. Chunks are compiled once, and
 //! then asked for in other orders, never twice in the same. What is computed anew is forced:
 //! weights are random, so that nothing can be said of quality here; `quality` does that. Which
-//! rows are computed anew is up to the probes as always, in half of the layers. The first chunk
+//! rows are computed anew is up to the probes as always, in a third of the layers. The first chunk
 //! of an order stands where it was compiled, and needs no repair.
 //!
 //! # Rows

@@ -575,7 +575,7 @@ fn a_check_measures_what_reuse_does_and_what_repairs_bring_back() {
 fn a_check_of_nothing_is_refused() {
     let model = Model::load(&model_dir()).unwrap();
     let check = |contexts: &[Context]| check::check(&model, &PREFIX, contexts, |_, _| ());
-    assert!(matches!(check(&contexts(4)), Err(CheckError::TooFew(4))));
+    assert!(matches!(check(&contexts(1)), Err(CheckError::TooFew(1))));
     assert!(matches!(check(&[]), Err(CheckError::TooFew(0))));
     let mut short = contexts(6);
     short[5].chunks.truncate(1);

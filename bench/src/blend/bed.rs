@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
+use kvasir_engine::blend::check::{PROBES, probed_layers};
 use kvasir_engine::kv::KvDtype;
 use kvasir_engine::model::Model;
 use kvasir_engine::scheduler::{BlendConfig, EngineConfig};
@@ -201,7 +202,7 @@ impl Bed {
 
     /// What an engine must know to blend. It is no verdict: what is computed anew is forced.
     pub(super) fn gate(&self, needs_scores: bool) -> Gate {
-        let layers = self.model.config().layers / 2;
+        let layers = probed_layers(self.model.config().layers);
         Gate {
             version: Gate::VERSION,
             weights: String::new(),
@@ -210,7 +211,8 @@ impl Bed {
                 true => u16::try_from(layers).unwrap_or(u16::MAX),
                 false => 0,
             },
-            probes: (0..2)
+            probes: (0..)
+                .take(PROBES)
                 .map(|probe| random(PROBE_TOKENS, &[3, probe]))
                 .collect(),
             questions: 0,

@@ -26,7 +26,11 @@ fn made(fixture: &Value) -> Vec<(String, String)> {
         .flatten()
         .map(|report| read(report, QUALITY).unwrap())
         .collect();
-    page(&quality, kvstats.as_ref(), &blends).unwrap()
+    let mut files = page(&quality, kvstats.as_ref()).unwrap();
+    if !blends.is_empty() {
+        files.extend(blending(&blends).unwrap());
+    }
+    files
 }
 
 /// The fixture without rows whose names `drop` holds for.
@@ -266,7 +270,7 @@ fn the_page_is_written_to_its_directory() {
     let quality = dir.path().join("quality.json");
     std::fs::write(&quality, fixture()["quality"].to_string()).unwrap();
     let mut options = Options {
-        quality,
+        quality: Some(quality.clone()),
         kvstats: None,
         blend: Vec::new(),
         out: dir.path().join("docs"),
@@ -275,10 +279,10 @@ fn the_page_is_written_to_its_directory() {
     assert!(options.out.join("quality.md").is_file());
     assert!(options.out.join("quality/kl.svg").is_file());
     // Nothing in it is blended.
-    options.blend = vec![options.quality.clone()];
+    options.blend = vec![quality];
     let error = run(&options).unwrap_err().to_string();
     assert!(error.contains("`blend:RULE:BUDGET/charged`"), "{error}");
-    options.quality = dir.path().join("missing.json");
+    options.quality = Some(dir.path().join("missing.json"));
     assert!(matches!(run(&options), Err(PageError::Read { .. })));
 }
 
@@ -287,6 +291,12 @@ fn blended() -> Value {
     let mut fixture = fixture();
     fixture["blend"] = serde_json::from_str(include_str!("blend/fixture.json")).unwrap();
     fixture
+}
+
+/// The page on blending.
+fn blending_text(files: &[(String, String)]) -> String {
+    let page = files.iter().find(|(name, _)| name == "blending.md");
+    page.unwrap().1.clone()
 }
 
 /// The same with those rows of the first run that `change` keeps, and as it leaves them.
@@ -305,13 +315,13 @@ fn blending_is_shown_by_what_was_charged() {
     let files = made(&blended());
     let plots = ["blend-exact-match", "blend-kl", "blend-gap"];
     assert_eq!(
-        names(&files)[5..],
+        names(&files)[6..],
         plots.map(|name| format!("quality/{name}.svg"))
     );
-    let text = &files[0].1;
+    let text = blending_text(&files);
     for line in [
-        "--kvstats FILE --blend FILE --blend FILE --out DIR",
-        "| questions | 1000 | – | 100 | 40 |",
+        "page --blend FILE --blend FILE --out DIR",
+        "| questions | 100 | 40 |",
         // Full prefill and naive reuse are 1.0 apart over two tasks together.
         "| random choice at 15 % closes no more than 25 % of the gap | `blend:random:0.15`, 14.9 % charged | 0.120 | met |",
         "at 15 % or less | `blend:graded:0.15`, 15.0 % charged | 0.990 | met |",
@@ -338,7 +348,7 @@ fn blending_is_shown_by_what_was_charged() {
     }
     // 20 % is near none of the budgets, but among the means.
     assert_eq!(text.matches("| `graded` | 20.0 % |").count(), 1);
-    for (name, svg) in &files[6..] {
+    for (name, svg) in &files[7..] {
         assert!(svg.contains("hkvd-kv") && svg.contains("charged"), "{name}");
         // Drawn only where it was asked about all tasks.
         assert!(!svg.contains("question"), "{name}");
@@ -349,9 +359,9 @@ fn blending_is_shown_by_what_was_charged() {
 #[test]
 fn tasks_may_be_asked_in_runs_of_their_own() {
     let means = |fixture: &Value| -> Vec<String> {
-        let text = made(fixture).remove(0).1;
+        let text = blending_text(&made(fixture));
         let section = text
-            .split("### ")
+            .split("## ")
             .find(|it| it.starts_with("Means over tasks"));
         let lines = section
             .unwrap()
@@ -387,7 +397,7 @@ fn a_bar_that_is_missed_is_bold() {
             }
             true
         });
-        let text = made(&fixture).remove(0).1;
+        let text = blending_text(&made(&fixture));
         let bars = text.lines().filter(|line| line.contains(" % charged | "));
         let missed = bars.map(|line| line.ends_with("| **MISSED** |"));
         missed.collect::<Vec<_>>()
@@ -405,9 +415,13 @@ fn a_bar_that_is_missed_is_bold() {
 
 #[test]
 fn of_blending_too_what_has_no_rows_is_left_out() {
-    let text = |fixture: &Value| made(fixture).remove(0).1;
-    let before = text(&fixture());
-    assert!(!before.contains("## Blending") && !before.contains("blend"));
+    let text = |fixture: &Value| blending_text(&made(fixture));
+    let before = made(&fixture());
+    assert!(
+        before
+            .iter()
+            .all(|(name, text)| !name.contains("blend") && !text.contains("blend"))
+    );
 
     let files = made(&blended_but(|name, _| !name.ends_with("/kl")));
     assert!(!names(&files).contains(&"quality/blend-kl.svg"));

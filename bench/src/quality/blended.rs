@@ -10,8 +10,8 @@
 //! layer 1), the same with `-gradual`, `question` (attention of the question over reused KV,
 //! summed over layers, as ProphetKV does), `question-N` (of layer N alone), `first-question`
 //! (16 tokens of each chunk, then those), `probed` (what [`Probes`] recorded at layer 1),
-//! `probed-N` (at layer N), `graded` (what they recorded in half of the layers, see
-//! [`Rule::Graded`]; the default of the engine), `graded-N` (the same with the first N of the
+//! `probed-N` (at layer N), `graded` (what they recorded in a third of the layers, see
+//! [`Rule::Graded`]; the default of the engine), `graded-N` (the same with the first N of
 //! four probes, for what each adds), and `oracle-N` (deviation at layer N from full prefill).
 //! What a pass of the question costs is charged, all its rows in all layers.
 
@@ -19,6 +19,7 @@ use std::str::FromStr;
 
 use anyhow::{Context as _, bail, ensure};
 use kvasir_engine::blend::Probes;
+use kvasir_engine::blend::check::{PROBES, probed_layers};
 use kvasir_plugin::blend::{Check, Compared, Reused, Rule, Selection, Selector};
 
 use super::method::{Caches, Charge};
@@ -29,8 +30,8 @@ use crate::kvstats::plane::Shape;
 
 /// Tokens of each chunk that `first-question` begins with.
 const FIRST: usize = 16;
-/// Probes of a recording.
-const PROBES: usize = 4;
+/// Probes of a recording, at most.
+const MOST_PROBES: usize = 4;
 
 /// A method of blending.
 #[derive(Clone, Debug, PartialEq)]
@@ -93,8 +94,8 @@ impl FromStr for Blended {
             ("graded", probes) => {
                 let probes = probes.parse()?;
                 ensure!(
-                    (1..=PROBES).contains(&probes),
-                    "a chunk is graded with 1 to {PROBES} probes"
+                    (1..=MOST_PROBES).contains(&probes),
+                    "a chunk is graded with 1 to {MOST_PROBES} probes"
                 );
                 By::Graded { probes }
             }
@@ -136,7 +137,7 @@ impl Blended {
             let first = context.chunks.into_iter().next();
             first.context("a context has chunks")
         };
-        self.texts = (0..PROBES as u64)
+        self.texts = (0..MOST_PROBES as u64)
             .map(text)
             .collect::<anyhow::Result<_>>()?;
         Ok(self)
@@ -256,8 +257,8 @@ impl Blended {
                 (scores.split_off(layer - 1), Rule::Scored)
             }
             By::Graded { probes } => {
-                let half = reader.config().layers / 2;
-                (self.probed(reader, caches, probes, half)?, Rule::Graded)
+                let layers = probed_layers(reader.config().layers);
+                (self.probed(reader, caches, probes, layers)?, Rule::Graded)
             }
             By::Oracle { layer } => {
                 let full = caches.full().context("full prefill was kept")?;
@@ -301,12 +302,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn graded_is_with_all_probes_unless_it_names_fewer() {
+    fn graded_is_as_the_engine_does_unless_it_names_its_probes() {
         let by = |name: &str| name.parse::<Blended>().map(|blended| blended.by);
         let all = By::Graded { probes: PROBES };
         assert_eq!(by("blend:graded:0.15").unwrap(), all);
-        assert_eq!(by("blend:graded-4:0.15").unwrap(), all);
-        assert_eq!(by("blend:graded-1:0.15").unwrap(), By::Graded { probes: 1 });
+        assert_eq!(by("blend:graded-1:0.15").unwrap(), all);
+        assert_eq!(by("blend:graded-4:0.15").unwrap(), By::Graded { probes: 4 });
         for none in [
             "blend:graded-0:0.15",
             "blend:graded-5:0.15",

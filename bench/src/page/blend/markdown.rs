@@ -5,14 +5,14 @@ use super::{ALL, Blending, EXACT, FULL, Measure, NAIVE, Point};
 use crate::page::legend;
 use crate::page::plot::Plot;
 use crate::page::read::Quality;
-use crate::page::text::{code, escape, image, number, section as heading, table, value};
+use crate::page::text::{code, escape, image, number, table, value};
 
-/// The section on blending; nothing where no method blends.
+/// What there is to say; nothing where no method blends.
 pub(in crate::page) fn section(blending: &Blending<'_>, plots: &[Plot]) -> String {
     if blending.curves.is_empty() {
         return String::new();
     }
-    let mut text = heading("Blending") + "\n" + INTRODUCTION;
+    let mut text = "\n".to_owned() + INTRODUCTION;
     text += &bars(blending);
     text += &curves(blending, plots);
     text += &tasks(blending);
@@ -81,7 +81,7 @@ fn bars(blending: &Blending<'_>) -> String {
         return String::new();
     }
     let head = ["asked", "of", "value (share)", ""].map(str::to_owned);
-    format!("\n### Bars\n\n{}", table(&head, &rows))
+    format!("\n## Bars\n\n{}", table(&head, &rows))
 }
 
 /// Plots, and what is drawn in them.
@@ -131,7 +131,7 @@ fn curves(blending: &Blending<'_>, plots: &[Plot]) -> String {
         format!("They are {}.", names.join(", "))
     };
     format!(
-        "\n### Means over tasks\n\nTasks with a gap are those on which naive reuse loses exact \
+        "\n## Means over tasks\n\nTasks with a gap are those on which naive reuse loses exact \
          match, the whole interval of its loss above zero. {which} The gap is what full prefill \
          has more of it than naive reuse, over these tasks together. A rule that was not asked \
          about all of them is left out.\n{images}\n{}",
@@ -181,7 +181,7 @@ fn tasks(blending: &Blending<'_>) -> String {
     if text.is_empty() {
         return text;
     }
-    format!("\n### By task\n\nEvery rule at what is nearest to {BUDGETS_SAID}.\n{text}")
+    format!("\n## By task\n\nEvery rule at what is nearest to {BUDGETS_SAID}.\n{text}")
 }
 
 /// A table a run that asked at several numbers of chunks.
@@ -190,7 +190,7 @@ fn chunks(blending: &Blending<'_>) -> String {
     if tables.is_empty() {
         return tables;
     }
-    format!("\n### By number of chunks\n\nExact match, and KL.\n{tables}")
+    format!("\n## By number of chunks\n\nExact match, and KL.\n{tables}")
 }
 
 fn chunks_of(run: &Quality<'_>) -> String {
@@ -233,7 +233,7 @@ fn chunks_of(run: &Quality<'_>) -> String {
 
 /// What the rules are, of those that are on the page.
 fn rules(blending: &Blending<'_>) -> String {
-    let mut text = "\n### Rules\n\n".to_owned();
+    let mut text = "\n## Rules\n\n".to_owned();
     for curve in &blending.curves {
         let rule = curve.rule.split(", ").next().unwrap_or_default();
         let meaning = legend::rule(rule).unwrap_or("not described here");

@@ -1,12 +1,12 @@
 //! Which tokens of a chunk depend on what stands before it: recorded once, when the chunk is
 //! compiled.
 //!
-//! The chunk is computed behind a few probes, texts that have nothing to do with any request,
+//! The chunk is computed behind a probe or a few, texts that have nothing to do with any request,
 //! and each token's K and V are held against those that it has alone, layer by layer. A token
 //! that deviates behind a stranger's text reads its context: those are the ones to compute anew
 //! when the chunk is reused, whatever stands before it then, and as deep as they deviate.
-//! Deviations behind different texts hit the same tokens, so the largest of few probes says
-//! enough; and unlike HKVD ([`kvasir_plugin::blend::Check`]), nothing has to be computed for it
+//! Deviations behind different texts hit the same tokens, so that one probe says enough, and the
+//! largest of a few no more; and unlike HKVD ([`kvasir_plugin::blend::Check`]), nothing has to be computed for it
 //! when a request is waiting, and no layer is run for all tokens.
 
 use std::ops::ControlFlow;
