@@ -52,7 +52,7 @@ pub(crate) struct Costs {
 #[derive(Clone, Copy, Debug, PartialEq, Args)]
 pub(crate) struct Repair {
     /// Share of the tokens of a reused chunk that are computed anew.
-    #[arg(long, default_value_t = 0.1, value_parser = share)]
+    #[arg(long, default_value_t = 0.05, value_parser = share)]
     pub(crate) share: f64,
     /// Layers, from the first, in which they are.
     #[arg(long, default_value_t = 12)]
