@@ -47,6 +47,6 @@ pub use config::{Architecture, ConfigError, ModelConfig};
 pub use kernels::Threads;
 pub use kv::{BLOCK_TOKENS, BlockId, KvDtype, KvError, KvPool};
 pub use model::{
-    BeforeLayer, Fate, ForwardError, LoadError, Logits, LogitsWanted, Model, Positions, Scratch,
-    Step,
+    BeforeLayer, Fate, ForwardError, LoadError, Logits, LogitsWanted, Model, Pages, Positions,
+    Scratch, Step,
 };
