@@ -56,6 +56,8 @@ use method::{Caches, Charge, Method, Way};
 use reader::Reader;
 use score::{Answer, Asked, Distance};
 
+pub(crate) use score::mean;
+
 /// The profile in a model's directory.
 pub(crate) const PROFILE: &str = "kvasir-profile.bin";
 /// Chunks of a cell that has no count in its name.

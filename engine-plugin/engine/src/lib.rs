@@ -36,6 +36,7 @@ pub mod kernels;
 pub mod kv;
 pub mod metrics;
 pub mod model;
+pub mod paging;
 pub mod request;
 pub mod rope;
 pub mod sampling;
