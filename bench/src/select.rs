@@ -25,7 +25,7 @@ mod timing;
 use std::path::PathBuf;
 
 use anyhow::Context as _;
-use kvasir_engine::paging::{Digests, Options as Selection, Rule, Selector, Third, Vote};
+use kvasir_engine::paging::{Detail, Digests, Options as Selection, Rule, Selector, Vote};
 
 use crate::corpus::{self, Split, Vocabulary};
 use crate::quality::interval;
@@ -106,9 +106,10 @@ impl Way {
     }
 }
 
-/// Digests of both kinds.
+/// Digests of every kind.
 #[derive(Debug)]
 struct Digested {
+    tokens: Digests,
     means: Digests,
     deviations: Digests,
 }
@@ -116,15 +117,17 @@ struct Digested {
 impl Digested {
     fn of(reader: &Reader, context: &Pages) -> anyhow::Result<Self> {
         Ok(Self {
-            means: reader.digests(context, Third::Mean)?,
-            deviations: reader.digests(context, Third::Deviation)?,
+            tokens: reader.digests(context, Detail::Tokens)?,
+            means: reader.digests(context, Detail::Mean)?,
+            deviations: reader.digests(context, Detail::Deviation)?,
         })
     }
 
     fn for_rule(&self, rule: Rule) -> &Digests {
-        match rule.third() {
-            Some(Third::Deviation) => &self.deviations,
-            _ => &self.means,
+        match rule.detail() {
+            Some(Detail::Deviation) => &self.deviations,
+            Some(Detail::Mean) => &self.means,
+            _ => &self.tokens,
         }
     }
 }

@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::Context as _;
 use kvasir_engine::blend::{self, Probes};
 use kvasir_engine::kernels::{Isa, rotate};
-use kvasir_engine::paging::{Digests, Third};
+use kvasir_engine::paging::{Detail, Digests};
 use kvasir_engine::rope::Frequencies;
 use kvasir_engine::{
     BLOCK_TOKENS, BeforeLayer, BlockId, KvDtype, KvPool, LogitsWanted, Model, ModelConfig,
@@ -370,8 +370,8 @@ impl Reader {
     }
 
     /// Digests of the full pages of a context.
-    pub(crate) fn digests(&self, context: &Pages, third: Third) -> anyhow::Result<Digests> {
-        let mut digests = Digests::new(self.config(), third);
+    pub(crate) fn digests(&self, context: &Pages, detail: Detail) -> anyhow::Result<Digests> {
+        let mut digests = Digests::new(self.config(), detail);
         digests.extend(&self.pool, &context.blocks, context.tokens)?;
         Ok(digests)
     }

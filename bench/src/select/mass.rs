@@ -60,14 +60,14 @@ impl Masses {
     }
 
     /// Counts one step of one row.
-    pub(super) fn add<'a>(
+    pub(super) fn add(
         &mut self,
         config: &ModelConfig,
         before: &BeforeLayer<'_>,
         step: usize,
         blocks: &[BlockId],
         digests: &Digested,
-        selectors: &mut dyn Iterator<Item = &'a mut Selector>,
+        selectors: &mut dyn Iterator<Item = &mut Selector>,
     ) {
         let weights = page_weights(config, before, step, blocks);
         let pages = weights.first().map_or(0, Vec::len);

@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use half::f16;
 use kvasir_engine::model::{BeforeLayer, Fate};
-use kvasir_engine::paging::{Digests, Options, Rule, Selector, Third};
+use kvasir_engine::paging::{Detail, Digests, Options, Rule, Selector};
 use kvasir_engine::{BLOCK_TOKENS, BlockId, KvDtype, KvPool, Model, Pages};
 use rand::{Rng as _, SeedableRng as _};
 use rand_chacha::ChaCha8Rng;
@@ -48,7 +48,7 @@ pub(super) fn run(quick: bool, report: &mut Report) -> anyhow::Result<()> {
             bed.measure(&model, name, rule, thousands, report);
         }
         if thousands == lengths[lengths.len() - 1] {
-            let share = bed.digests.bytes() as f64 / bed.pool.bytes() as f64;
+            let share = bed.tokens.bytes() as f64 / bed.pool.bytes() as f64;
             let row = Row::new("digest/share", share, "share");
             report.push(row.against(1.0 / 16.0, 1.0 / 16.0 / share));
         }
@@ -60,11 +60,12 @@ pub(super) fn run(quick: bool, report: &mut Report) -> anyhow::Result<()> {
 struct Bed {
     pool: KvPool,
     blocks: Vec<BlockId>,
-    digests: Digests,
+    tokens: Digests,
+    means: Digests,
     rows: Vec<f32>,
     /// As large as K and V: `[page][plane][kv_head][PAGE]`.
     bytes: Vec<u64>,
-    tokens: usize,
+    length: usize,
 }
 
 impl Bed {
@@ -93,15 +94,19 @@ impl Bed {
             pool.write_layer(&blocks, topic * TOPIC_TOKENS, TOPIC_TOKENS, 0, &payload)?;
         }
         rows.resize(config.qkv_width(), 0.0);
-        let mut digests = Digests::new(config, Third::Mean);
-        digests.extend(&pool, &blocks, tokens)?;
+        let digested = |detail| -> anyhow::Result<Digests> {
+            let mut digests = Digests::new(config, detail);
+            digests.extend(&pool, &blocks, tokens)?;
+            Ok(digests)
+        };
         Ok(Self {
+            tokens: digested(Detail::Tokens)?,
+            means: digested(Detail::Mean)?,
             pool,
             blocks,
-            digests,
             rows,
             bytes: vec![1; tokens / BLOCK_TOKENS * 2 * SHAPE.kv_heads * PAGE],
-            tokens,
+            length: tokens,
         })
     }
 
@@ -118,6 +123,10 @@ impl Bed {
             ..Options::default()
         };
         let mut selector = Selector::new(model, options);
+        let digests = match rule.detail() {
+            Some(Detail::Mean) => &self.means,
+            _ => &self.tokens,
+        };
         let (mut choosing, mut reading) = (Vec::new(), Vec::new());
         for _ in 0..15 {
             // Takes digests out of the caches, as the other layers of a model do.
@@ -127,13 +136,13 @@ impl Bed {
                 pool: &mut self.pool,
                 rows: &self.rows,
                 stride: self.rows.len(),
-                positions: &[self.tokens - 1],
+                positions: &[self.length - 1],
                 steps: std::slice::from_ref(&(0..1)),
                 fates: &mut [Fate::GoesOn],
                 pages: &mut [Pages::All],
             };
             let begun = Instant::now();
-            let chosen = selector.choose(&before, 0, &self.digests, &self.blocks);
+            let chosen = selector.choose(&before, 0, digests, &self.blocks);
             choosing.push(begun.elapsed().as_secs_f64() * 1e6);
             if let Pages::Chosen(chosen) = chosen {
                 reading.push(self.read(&chosen));

@@ -34,7 +34,7 @@ mod refine;
 mod select;
 mod vote;
 
-pub use digest::{Digests, GROUP_PAGES, Third};
+pub use digest::{Detail, Digests, GROUP_PAGES};
 pub use estimate::page_weights;
 pub use select::{Options, Rule, Selector, Vote};
 

@@ -8,7 +8,7 @@
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 
-use kvasir_engine::paging::{Digests, Options, Rule, Selector, Third, Vote, page_weights};
+use kvasir_engine::paging::{Digests, Options, Rule, Selector, Vote, page_weights};
 use kvasir_engine::{
     BLOCK_TOKENS, BeforeLayer, BlockId, Fate, KvDtype, KvPool, LogitsWanted, Model, Pages,
     Positions, Scratch, Step, Threads,
@@ -93,8 +93,8 @@ impl<'a> Bed<'a> {
     }
 
     fn digests(&self, rule: Rule) -> Digests {
-        let third = rule.third().unwrap_or(Third::Mean);
-        let mut digests = Digests::new(self.model.config(), third);
+        let detail = rule.detail().unwrap_or_default();
+        let mut digests = Digests::new(self.model.config(), detail);
         let tokens = self.tokens.len();
         digests.extend(&self.pool, &self.blocks, tokens).unwrap();
         digests
@@ -144,12 +144,12 @@ fn a_budget_of_everything_changes_no_bit() {
 fn budgets_are_kept() {
     for (name, model) in models() {
         let config = model.config();
-        let mut bed = Bed::new(&model, 390);
+        let mut bed = Bed::new(&model, 246);
         for (rule, share, is_shared, mass) in RULES[1..].iter().flat_map(|&rule| {
             [
-                (0.125, true, None),
-                (0.3, false, None),
-                (0.3, true, Some(0.6)),
+                (0.25, true, None),
+                (0.5, false, None),
+                (0.5, true, Some(0.6)),
             ]
             .map(|(share, is_shared, mass)| (rule, share, is_shared, mass))
         }) {
@@ -164,9 +164,9 @@ fn budgets_are_kept() {
             };
             let digests = bed.digests(rule);
             let mut selector = Selector::new(&model, options);
-            // 25 pages, of which the last is not full.
-            let budget = if share == 0.125 { 3 } else { 7 };
-            bed.run(&[3], 390, &mut |before, blocks| {
+            // 16 pages, of which the last is not full.
+            let budget = if share == 0.25 { 4 } else { 8 };
+            bed.run(&[3], 246, &mut |before, blocks| {
                 let pages = selector.choose(before, 0, &digests, blocks);
                 if before.layer == 0 || config.windows[before.layer].is_some() {
                     assert_eq!(pages, Pages::All);
@@ -185,7 +185,7 @@ fn budgets_are_kept() {
                         pages.is_sorted_by(|a, b| a < b),
                         "{name} {rule:?} {pages:?}"
                     );
-                    assert!([0, 23, 24].iter().all(|page| pages.contains(page)));
+                    assert!([0, 14, 15].iter().all(|page| pages.contains(page)));
                     assert!(is_shared || pages.len() <= budget);
                 }
                 pages
@@ -204,7 +204,7 @@ fn the_oracle_knows_the_mass() {
             continue;
         }
         let group = config.heads / config.kv_heads;
-        let mut bed = Bed::new(&model, 384);
+        let mut bed = Bed::new(&model, 240);
         let all: Vec<Digests> = RULES.iter().map(|&rule| bed.digests(rule)).collect();
         let options = |rule, mass| Options {
             rule,
@@ -218,7 +218,7 @@ fn the_oracle_knows_the_mass() {
         let selector = |rule, mass| Selector::new(&model, options(rule, mass));
         let mut selectors: Vec<Selector> = RULES.iter().map(|&rule| selector(rule, None)).collect();
         let mut to_mass = selector(Rule::Oracle, Some(0.5));
-        bed.run(&[3], 384, &mut |before, blocks| {
+        bed.run(&[3], 240, &mut |before, blocks| {
             let weights = page_weights(config, before, 0, blocks);
             for head in &weights {
                 assert!((head.iter().sum::<f32>() - 1.0).abs() < 1e-4, "{name}");
@@ -256,7 +256,7 @@ fn the_oracle_knows_the_mass() {
                 panic!("pages are chosen");
             };
             // Of the mass of full pages; the last one has a little, too.
-            let own = weights.iter().map(|head| head[24]).fold(0.0, f32::max);
+            let own = weights.iter().map(|head| head[15]).fold(0.0, f32::max);
             for mass in masses(&Pages::Chosen(chosen.clone())) {
                 assert!(mass >= 0.5 * (1.0 - own) - 1e-3, "{name}: {mass}");
             }
@@ -264,9 +264,9 @@ fn the_oracle_knows_the_mass() {
                 // Without its lightest full page, it would not be.
                 let heads = &weights[kv_head * group..][..group];
                 let of = |page: u32| -> f32 { heads.iter().map(|head| head[page as usize]).sum() };
-                let least = pages.iter().copied().filter(|&page| page < 24);
+                let least = pages.iter().copied().filter(|&page| page < 15);
                 let least = least.min_by(|&a, &b| of(a).total_cmp(&of(b))).unwrap();
-                pages.retain(|&page| page != least && page < 24);
+                pages.retain(|&page| page != least && page < 15);
                 let left: f32 = pages.iter().map(|&page| of(page)).sum();
                 assert!(left / group as f32 <= 0.5 + 1e-3, "{name}");
             }
@@ -313,8 +313,8 @@ fn needles_are_found_and_odd_pages_read() {
             .unwrap();
     }
     for rule in RULES {
-        let third = rule.third().unwrap_or(Third::Mean);
-        let mut digests = Digests::new(config, third);
+        let detail = rule.detail().unwrap_or_default();
+        let mut digests = Digests::new(config, detail);
         digests.extend(&pool, &blocks, tokens).unwrap();
         let options = Options {
             rule,
@@ -339,7 +339,7 @@ fn needles_are_found_and_odd_pages_read() {
             }
         };
         let found = choose(&rows);
-        if rule.third().is_some() {
+        if rule.detail().is_some() {
             for pages in &found {
                 assert!(
                     pages.contains(&100) && pages.contains(&77),
@@ -358,7 +358,7 @@ fn needles_are_found_and_odd_pages_read() {
 #[test]
 fn choices_of_alike_queries_are_taken_again() {
     let (_, model) = models().remove(0);
-    let mut bed = Bed::new(&model, 384);
+    let mut bed = Bed::new(&model, 240);
     let digests = bed.digests(Rule::Bounds);
     for (alike, is_same) in [(-1.0, true), (2.0, false)] {
         let options = Options {
@@ -372,7 +372,7 @@ fn choices_of_alike_queries_are_taken_again() {
         let mut chosen = Vec::new();
         for token in [3, 50] {
             let mut of_token = Vec::new();
-            bed.run(&[token], 384, &mut |before, blocks| {
+            bed.run(&[token], 240, &mut |before, blocks| {
                 of_token.push(selector.choose(before, 0, &digests, blocks));
                 Pages::All
             });

@@ -1,15 +1,19 @@
 //! Bounds of dot products with the keys in a box.
 //!
 //! A box of a few pages has, per channel, a lower end and a step, both f16; the pages' own
-//! ends are whole numbers of steps in u8. So a query is multiplied with the steps once per
+//! ends are whole numbers of steps, of 8 or 4 bits. So a query is multiplied with the steps once per
 //! box, and what is left per page are sums over bytes. Channels are padded to whole
 //! [`LANES`] with steps and codes of 0.
 
 use super::elementwise::{LANES, sum_lanes};
 use super::isa::dispatch;
 
-/// Rows of codes of a page: lower ends, upper ends, and one more that the digest chooses.
+/// Rows of codes of a page in whole bytes: lower ends, upper ends, and one more that the
+/// digest chooses.
 pub(crate) const CODE_ROWS: usize = 3;
+
+/// Tokens of a page, whose codes of one channel are one word.
+const TOKENS: usize = 16;
 
 /// What is known of `query · key` for all keys in a box, but for a common `base`.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -23,6 +27,8 @@ pub(crate) struct Reach {
     pub(crate) third_size: f32,
     /// Sum over channels of the squared difference of the two ends' products.
     pub(crate) spread: f32,
+    /// The same, of each channel its share.
+    pub(crate) part: f32,
 }
 
 /// A query in the units of one box.
@@ -38,15 +44,23 @@ pub(crate) struct Weighed {
 }
 
 dispatch! {
-    /// Multiplies a query with the steps of a box. All slices but `out` are equally long, a
-    /// multiple of [`LANES`].
+    /// Multiplies a query with the steps of a box, which is `steps` of them wide. All slices
+    /// are equally long, a multiple of [`LANES`].
     pub(crate) fn weigh(
-        low: &[u16], step: &[u16], query: &[f32], weights: &mut [f32], out: &mut Weighed,
+        low: &[u16], step: &[u16], steps: f32, query: &[f32], weights: &mut [f32],
+        out: &mut Weighed,
     ) = weigh_body
 }
 
 #[inline(always)]
-fn weigh_body(low: &[u16], step: &[u16], query: &[f32], weights: &mut [f32], out: &mut Weighed) {
+fn weigh_body(
+    low: &[u16],
+    step: &[u16],
+    steps: f32,
+    query: &[f32],
+    weights: &mut [f32],
+    out: &mut Weighed,
+) {
     let [mut base, mut above, mut below, mut size] = [[0.0f32; LANES]; 4];
     let chunks = low
         .as_chunks::<LANES>()
@@ -59,7 +73,7 @@ fn weigh_body(low: &[u16], step: &[u16], query: &[f32], weights: &mut [f32], out
         for lane in 0..LANES {
             let (low, step, query) = (widen(low[lane]), widen(step[lane]), query[lane]);
             let weight = query * step;
-            let far = weight * 255.0;
+            let far = weight * steps;
             weights[lane] = weight;
             base[lane] = query.mul_add(low, base[lane]);
             above[lane] += if far > 0.0 { far } else { 0.0 };
@@ -116,7 +130,64 @@ fn reach_body(codes: &[u8], weights: &[f32], out: &mut [Reach]) {
             third: sum_lanes(mean),
             third_size: sum_lanes(size),
             spread: sum_lanes(spread),
+            part: 0.0,
         };
+    }
+}
+
+dispatch! {
+    /// As [`reach`], of codes of 4 bits, lower ends in the lower half: `[page][channel]`.
+    /// Without a third row.
+    pub(crate) fn reach_packed(
+        codes: &[u8], weights: &[f32], shares: &[f32], out: &mut [Reach],
+    ) = reach_packed_body
+}
+
+#[inline(always)]
+fn reach_packed_body(codes: &[u8], weights: &[f32], shares: &[f32], out: &mut [Reach]) {
+    let shares = shares.as_chunks::<LANES>().0;
+    let weights = weights.as_chunks::<LANES>().0;
+    for (codes, out) in codes.chunks_exact(LANES * weights.len()).zip(out) {
+        let [mut upper, mut lower, mut spread, mut part] = [[0.0f32; LANES]; 4];
+        let codes = codes.as_chunks::<LANES>().0.iter();
+        for ((codes, weights), shares) in codes.zip(weights).zip(shares) {
+            for lane in 0..LANES {
+                let a = weights[lane] * f32::from(codes[lane] & 15);
+                let b = weights[lane] * f32::from(codes[lane] >> 4);
+                upper[lane] += if a > b { a } else { b };
+                lower[lane] += if a > b { b } else { a };
+                let square = (b - a) * (b - a);
+                spread[lane] += square;
+                part[lane] = shares[lane].mul_add(square, part[lane]);
+            }
+        }
+        *out = Reach {
+            upper: sum_lanes(upper),
+            lower: sum_lanes(lower),
+            spread: sum_lanes(spread),
+            part: sum_lanes(part),
+            ..Reach::default()
+        };
+    }
+}
+
+dispatch! {
+    /// Adds to each token of a page its codes of 2 bits, a word a channel with the first
+    /// token's lowest, times the channels' weights.
+    pub(crate) fn add_tokens(
+        words: &[u32], weights: &[f32], out: &mut [f32; TOKENS],
+    ) = add_tokens_body
+}
+
+#[inline(always)]
+fn add_tokens_body(words: &[u32], weights: &[f32], out: &mut [f32; TOKENS]) {
+    const SHIFTS: [u32; TOKENS] = [0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30];
+    for (&word, &weight) in words.iter().zip(weights) {
+        for (out, shift) in out.iter_mut().zip(SHIFTS) {
+            #[expect(clippy::cast_precision_loss, reason = "two bits")]
+            let code = ((word >> shift) & 3) as f32;
+            *out = code.mul_add(weight, *out);
+        }
     }
 }
 
@@ -184,21 +255,28 @@ mod tests {
             let (low, step) = (bits(floats(width)), bits(floats(width)));
             let codes: Vec<u8> = floats(pages * CODE_ROWS * width)
                 .into_iter().map(|value| value.to_bits().to_le_bytes()[1]).collect();
+            let words: Vec<u32> = floats(width).into_iter().map(f32::to_bits).collect();
             let run = |isa: Option<Isa>| {
                 let mut weights = vec![0.0; width];
                 let mut weighed = Weighed::default();
                 let mut reached = vec![Reach::default(); pages];
+                let mut packed = vec![Reach::default(); pages];
+                let mut tokens = [0.5; TOKENS];
                 match isa {
                     Some(isa) => {
-                        weigh(isa, &low, &step, &query, &mut weights, &mut weighed);
+                        weigh(isa, &low, &step, 255.0, &query, &mut weights, &mut weighed);
                         reach(isa, &codes, &weights, &mut reached);
+                        reach_packed(isa, &codes, &weights, &query, &mut packed);
+                        add_tokens(isa, &words, &weights, &mut tokens);
                     }
                     None => {
-                        weigh_body(&low, &step, &query, &mut weights, &mut weighed);
+                        weigh_body(&low, &step, 255.0, &query, &mut weights, &mut weighed);
                         reach_body(&codes, &weights, &mut reached);
+                        reach_packed_body(&codes, &weights, &query, &mut packed);
+                        add_tokens_body(&words, &weights, &mut tokens);
                     }
                 }
-                (weights, weighed, reached)
+                (weights, weighed, reached, packed, tokens)
             };
             for isa in Isa::available() {
                 prop_assert_eq!(run(Some(isa)), run(None));

@@ -27,7 +27,9 @@ pub use isa::{Isa, Threads};
 pub use matmul::K_CHUNK;
 
 pub(crate) use attention::{AttentionShape, AttentionWork, QueryRange, attend};
-pub(crate) use boxes::{CODE_ROWS, Reach, Weighed, dots, reach, weigh, widen};
+pub(crate) use boxes::{
+    CODE_ROWS, Reach, Weighed, add_tokens, dots, reach, reach_packed, weigh, widen,
+};
 pub(crate) use elementwise::{LANES, add_bias, exp, rms_norm, rms_norm_in_place, silu_mul};
 pub(crate) use matmul::{PANEL, PackedMatrix, matmul};
 

@@ -5,14 +5,21 @@
 //! | what | shape | element |
 //! |---|---|---|
 //! | lower ends of a group's box, and steps | `[group][channel]` each | f16 |
-//! | a page's ends, and its mean or deviation | `[page][3][channel]` | u8, in the group's steps |
+//! | ends of a page's box | `[page][channel]` | 2 x 4 bits, in the group's steps |
+//! | in which quarter of its page's box a token's key is | `[page][fine channel][token]` | 2 bits |
+//!
+//! The last is of the half of the channels in which keys of a page differ most: fine ones,
+//! the same for all pages of a group. It tells a page with one key that a query looks for
+//! from one whose box only happens to be large. All in all that is, a page and channel, one
+//! byte, two for its tokens and 6 / [`GROUP_PAGES`] for the group, beside 64 of K and V in
+//! f16: 5.7 %.
 //!
 //! Ends are rounded outward, at every stage, so a box holds all its keys and bounds from it
-//! are safe. That is 3 + 4 / [`GROUP_PAGES`] bytes a channel and page, beside 64 of K and V
-//! in f16: 5.5 %, and the exact boxes of the group that is still filling.
+//! are safe.
 //!
-//! Boxes per channel are Quest's (arXiv 2406.10774), their mean those of ArkVale (NeurIPS
-//! 2024), two levels those of LeoAM (arXiv 2506.20187).
+//! Boxes per channel are Quest's (arXiv 2406.10774), two levels of them LeoAM's (arXiv
+//! 2506.20187). For rules that want these as published, digests can have, in place of what
+//! they tell of tokens, ends of 8 bits and a third row, see [`Detail`]: 5.5 %.
 //!
 //! # Keys that no box holds
 //!
@@ -38,14 +45,34 @@ pub const GROUP_PAGES: usize = 8;
 /// The largest magnitude that f16 holds.
 const LARGEST: f32 = 65504.0;
 
-/// What a page's third row of codes is.
+/// What is known of a page beside its box.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Third {
-    /// The mean of its keys.
+pub enum Detail {
+    /// Roughly where in the box each key is.
     #[default]
+    Tokens,
+    /// The mean of its keys.
     Mean,
     /// Their mean distance from the middle of the box: half the widths of a mean box.
     Deviation,
+}
+
+impl Detail {
+    /// Steps that a group's box is wide.
+    pub(super) const fn steps(self) -> u8 {
+        match self {
+            Self::Tokens => 15,
+            Self::Mean | Self::Deviation => 255,
+        }
+    }
+
+    /// Rows of bytes that a page's codes take.
+    pub(super) const fn rows(self) -> usize {
+        match self {
+            Self::Tokens => 1,
+            Self::Mean | Self::Deviation => CODE_ROWS,
+        }
+    }
 }
 
 /// Digests of the pages of one sequence, or of a chunk, from its first page on.
@@ -54,7 +81,7 @@ pub struct Digests {
     layers: usize,
     kv_heads: usize,
     dim: usize,
-    third: Third,
+    detail: Detail,
     pages: usize,
     groups: Vec<Group>,
     /// Whether the next page may join the last group.
@@ -83,22 +110,24 @@ pub(super) struct Head {
     pub(super) low: Vec<u16>,
     /// `[group][channel]`, f16.
     pub(super) step: Vec<u16>,
-    /// `[page][CODE_ROWS][channel]`.
+    /// `[page][row][channel]`.
     pub(super) codes: Vec<u8>,
+    /// `[group][fine channel]`: which they are.
+    pub(super) fine: Vec<u16>,
+    /// `[page][fine channel]`: 2 bits a token.
+    pub(super) tokens: Vec<u32>,
     /// Pages that no box holds, ascending.
     pub(super) odd: Vec<u32>,
-    /// Of the open group, exactly: `[page][CODE_ROWS][dim]`.
-    open: Vec<f32>,
 }
 
 impl Digests {
     /// Of no pages yet.
-    pub fn new(config: &ModelConfig, third: Third) -> Self {
+    pub fn new(config: &ModelConfig, detail: Detail) -> Self {
         Self {
             layers: config.layers,
             kv_heads: config.kv_heads,
             dim: config.head_dim,
-            third,
+            detail,
             pages: 0,
             groups: Vec::new(),
             is_open: false,
@@ -108,7 +137,8 @@ impl Digests {
     }
 
     /// Adds the pages up to position `tokens` that are full and not there yet, from the
-    /// blocks that hold them now. Costs a pass over their keys.
+    /// blocks that hold them. A last group that was not full is made anew, so up to
+    /// [`GROUP_PAGES`] pages before must still be in their blocks. Costs a pass over keys.
     ///
     /// # Errors
     ///
@@ -125,15 +155,20 @@ impl Digests {
     ) -> Result<(), KvError> {
         let full = tokens / BLOCK_TOKENS;
         pool.check_table(blocks, full * BLOCK_TOKENS)?;
-        let mut keys = vec![0.0; BLOCK_TOKENS * self.dim];
-        for (page, &block) in blocks[..full].iter().enumerate().skip(self.pages) {
-            self.open_group();
+        let page = BLOCK_TOKENS * self.dim;
+        let mut keys = vec![0.0; GROUP_PAGES * page];
+        while self.pages < full {
+            let group = self.open_group(full);
+            let blocks = &blocks[group.first..][..group.pages];
             for layer in 0..self.layers {
                 for kv_head in 0..self.kv_heads {
-                    let block = pool.head_block(layer, block, Plane::K, kv_head);
-                    block.widen(self.dim, &mut keys, self.dim);
+                    for (&block, keys) in blocks.iter().zip(keys.chunks_exact_mut(page)) {
+                        let block = pool.head_block(layer, block, Plane::K, kv_head);
+                        block.widen(self.dim, keys, self.dim);
+                    }
                     let head = &mut self.heads[layer * self.kv_heads + kv_head];
-                    head.push(page, &keys, self.dim, self.third);
+                    let keys = &keys[..blocks.len() * page];
+                    head.code(group.first, keys, self.dim, self.detail);
                 }
             }
         }
@@ -146,11 +181,11 @@ impl Digests {
     ///
     /// # Panics
     ///
-    /// When `chunk` is of another model, or has another third row.
+    /// When `chunk` is of another model, or tells something else of pages.
     pub fn append(&mut self, chunk: &Self) {
         assert_eq!(
-            (self.layers, self.kv_heads, self.dim, self.third),
-            (chunk.layers, chunk.kv_heads, chunk.dim, chunk.third),
+            (self.layers, self.kv_heads, self.dim, self.detail),
+            (chunk.layers, chunk.kv_heads, chunk.dim, chunk.detail),
             "digests of one kind"
         );
         for group in &chunk.groups {
@@ -176,7 +211,8 @@ impl Digests {
             let base = u32::try_from(self.pages).unwrap_or(u32::MAX);
             let odd = other.odd.iter().map(|page| page.saturating_add(base));
             head.odd.extend(odd);
-            head.open = Vec::new();
+            head.fine.extend_from_slice(&other.fine);
+            head.tokens.extend_from_slice(&other.tokens);
         }
         self.pages += chunk.pages;
         self.is_open = false;
@@ -190,19 +226,24 @@ impl Digests {
     /// Bytes that they take in memory.
     pub fn bytes(&self) -> usize {
         let heads = self.heads.iter().map(|head| {
-            2 * (head.low.len() + head.step.len())
+            2 * (head.low.len() + head.step.len() + head.fine.len())
                 + head.codes.len()
-                + 4 * (head.odd.len() + head.open.len())
+                + 4 * (head.odd.len() + head.tokens.len())
         });
         heads.sum::<usize>() + size_of_val(&self.groups[..]) + size_of_val(&self.moves[..])
     }
 
-    /// What a page's third row is.
-    pub fn third(&self) -> Third {
-        self.third
+    /// What they tell of pages.
+    pub fn detail(&self) -> Detail {
+        self.detail
     }
 
-    /// Channels of a head, padded to whole lanes.
+    /// Channels of a head.
+    pub(super) fn dim(&self) -> usize {
+        self.dim
+    }
+
+    /// The same, padded to whole lanes.
     pub(super) fn padded(&self) -> usize {
         self.dim.next_multiple_of(LANES)
     }
@@ -221,76 +262,126 @@ impl Digests {
         &self.heads[layer * self.kv_heads + kv_head]
     }
 
-    /// Makes room for one more page in the last group, or in a new one.
-    fn open_group(&mut self) {
+    /// The group that the next pages are of, with as many of those before `full` as fit.
+    fn open_group(&mut self, full: usize) -> Group {
         let padded = self.padded();
-        match self.groups.last_mut() {
-            Some(group) if self.is_open && group.pages < GROUP_PAGES => group.pages += 1,
-            _ => {
-                self.groups.push(Group {
+        let is_open = self.is_open;
+        let open = self.groups.last().copied();
+        let mut group = match open.filter(|group| is_open && group.pages < GROUP_PAGES) {
+            Some(group) => group,
+            None => {
+                let group = Group {
                     first: self.pages,
-                    pages: 1,
+                    pages: 0,
                     moved: 0,
-                });
+                };
+                self.groups.push(group);
                 for head in &mut self.heads {
-                    head.open = Vec::new();
                     head.low.resize(head.low.len() + padded, 0);
                     head.step.resize(head.step.len() + padded, 0);
                 }
-                self.is_open = true;
+                group
             }
+        };
+        group.pages = GROUP_PAGES.min(full - group.first);
+        self.pages = group.first + group.pages;
+        self.is_open = true;
+        if let Some(last) = self.groups.last_mut() {
+            *last = group;
         }
-        self.pages += 1;
-        for head in &mut self.heads {
-            let codes = head.codes.len() + CODE_ROWS * padded;
-            head.codes.resize(codes, 0);
-        }
+        group
     }
 }
 
+/// Channels of which tokens have codes of their own.
+pub(super) const fn fine_channels(dim: usize) -> usize {
+    dim / 2
+}
+
 impl Head {
-    /// Adds a page to the last group, for which there is room, and codes the group anew.
-    fn push(&mut self, page: usize, keys: &[f32], dim: usize, third: Third) {
-        if keys.iter().all(|key| key.abs() <= LARGEST) {
-            self.open.extend(summarise(keys, dim, third));
-        } else {
-            self.odd.push(u32::try_from(page).unwrap_or(u32::MAX));
-            // Below, what is no number stands for no keys.
-            self.open
-                .resize(self.open.len() + CODE_ROWS * dim, f32::NAN);
-        }
+    /// Codes the last group, whose pages have these keys; codes that are there of its first
+    /// pages are lost.
+    fn code(&mut self, first: usize, keys: &[f32], dim: usize, detail: Detail) {
         let padded = dim.next_multiple_of(LANES);
         let group = self.low.len() - padded;
-        let (low, step) = (&mut self.low[group..], &mut self.step[group..]);
-        let pages = self.open.len() / (CODE_ROWS * dim);
-        let first = self.codes.len() - pages * CODE_ROWS * padded;
-        let codes = &mut self.codes[first..];
+        let fine = fine_channels(dim);
+        let width = detail.rows() * padded;
+        let pages = keys.len() / (BLOCK_TOKENS * dim);
+        self.codes.truncate(first * width);
+        self.codes.resize((first + pages) * width, 0);
+        self.odd.retain(|&page| (page as usize) < first);
+        let mut rows: Vec<Option<Vec<f32>>> = Vec::with_capacity(pages);
+        for (page, keys) in keys.chunks_exact(BLOCK_TOKENS * dim).enumerate() {
+            let is_whole = keys.iter().all(|key| key.abs() <= LARGEST);
+            if !is_whole {
+                self.odd
+                    .push(u32::try_from(first + page).unwrap_or(u32::MAX));
+            }
+            rows.push(is_whole.then(|| summarise(keys, dim, detail)));
+        }
+        // By channel, how much keys of a page differ.
+        let mut widths = vec![0.0; dim];
         for channel in 0..dim {
-            let at = |page: usize, row: usize| self.open[(page * CODE_ROWS + row) * dim + channel];
-            let whole = (0..pages).filter(|&page| !at(page, 0).is_nan());
-            let ends = whole.clone().map(|page| (at(page, 0), at(page, 1)));
+            let ends = rows
+                .iter()
+                .flatten()
+                .map(|it| (it[channel], it[dim + channel]));
             let Some((from, to)) = ends.reduce(|a, b| (a.0.min(b.0), a.1.max(b.1))) else {
                 continue;
             };
-            let scale = Scale::over(from, to);
-            (low[channel], step[channel]) = (scale.low, scale.step);
-            for page in whole {
-                let mut set = |row: usize, code: u8| {
-                    codes[(page * CODE_ROWS + row) * padded + channel] = code;
-                };
-                set(0, scale.below(at(page, 0)));
-                set(1, scale.above(at(page, 1)));
-                set(2, scale.nearest(at(page, 2), third));
+            let scale = Scale::over(from, to, detail.steps());
+            self.low[group + channel] = scale.low;
+            self.step[group + channel] = scale.step;
+            let pages = self.codes[first * width..].chunks_exact_mut(width);
+            for (codes, rows) in pages.zip(&rows) {
+                let Some(rows) = rows else { continue };
+                let low = scale.below(rows[channel]);
+                let high = scale.above(rows[dim + channel]);
+                if detail == Detail::Tokens {
+                    codes[channel] = low | high << 4;
+                    widths[channel] += (scale.value(high) - scale.value(low)).powi(2);
+                } else {
+                    codes[channel] = low;
+                    codes[padded + channel] = high;
+                    let third = rows[2 * dim + channel];
+                    codes[2 * padded + channel] = scale.nearest(third, detail);
+                }
             }
         }
-        if pages == GROUP_PAGES {
-            self.open = Vec::new();
+        if detail != Detail::Tokens {
+            return;
+        }
+        let mut channels: Vec<u16> = (0..dim).filter_map(|it| u16::try_from(it).ok()).collect();
+        let width_of = |channel: &u16| widths[*channel as usize];
+        channels.sort_by(|a, b| width_of(b).total_cmp(&width_of(a)));
+        channels.truncate(fine);
+        channels.sort_unstable();
+        self.fine.truncate(group / padded * fine);
+        self.fine.extend(&channels);
+        self.tokens.truncate(first * fine);
+        for (page, keys) in keys.chunks_exact(BLOCK_TOKENS * dim).enumerate() {
+            let codes = &self.codes[(first + page) * padded..][..padded];
+            for &channel in &channels {
+                let channel = channel as usize;
+                let scale = Scale {
+                    low: self.low[group + channel],
+                    step: self.step[group + channel],
+                    steps: detail.steps(),
+                };
+                let low = scale.value(codes[channel] & 15);
+                let quarter = (scale.value(codes[channel] >> 4) - low) / 4.0;
+                let tokens = keys.iter().skip(channel).step_by(dim).enumerate();
+                let word = tokens.fold(0, |word, (token, key)| {
+                    word | u32::from(whole((key - low) / quarter, 3)) << (2 * token)
+                });
+                self.tokens.push(word);
+            }
         }
     }
 }
 
 /// Ends of a page's box, and its third row: `[CODE_ROWS][dim]`.
-fn summarise(keys: &[f32], dim: usize, third: Third) -> Vec<f32> {
+fn summarise(keys: &[f32], dim: usize, detail: Detail) -> Vec<f32> {
     let mut rows = vec![f32::INFINITY; dim];
     rows.resize(2 * dim, f32::NEG_INFINITY);
     rows.resize(3 * dim, 0.0);
@@ -307,25 +398,27 @@ fn summarise(keys: &[f32], dim: usize, third: Third) -> Vec<f32> {
         for (channel, (mean, &key)) in thirds.iter_mut().zip(key).enumerate() {
             let middle = f32::midpoint(low[channel], high[channel]);
             *mean += share
-                * match third {
-                    Third::Mean => key,
-                    Third::Deviation => (key - middle).abs(),
+                * match detail {
+                    Detail::Mean | Detail::Tokens => key,
+                    Detail::Deviation => (key - middle).abs(),
                 };
         }
     }
     rows
 }
 
-/// 256 evenly spaced values of one channel.
+/// Evenly spaced values of one channel.
 #[derive(Clone, Copy, Debug)]
 struct Scale {
     low: u16,
     step: u16,
+    /// The last value's code.
+    steps: u8,
 }
 
 impl Scale {
     /// The first is `from` or below, the last `to` or above.
-    fn over(from: f32, to: f32) -> Self {
+    fn over(from: f32, to: f32, steps: u8) -> Self {
         let mut low = f16::from_f32(from).to_bits();
         if widen(low) > from {
             low = match low {
@@ -335,11 +428,11 @@ impl Scale {
                 _ => low - 1,
             };
         }
-        let mut step = f16::from_f32((to - widen(low)) / 255.0).to_bits();
-        while (Self { low, step }).value(255) < to {
+        let mut step = f16::from_f32((to - widen(low)) / f32::from(steps)).to_bits();
+        while (Self { low, step, steps }).value(steps) < to {
             step += 1;
         }
-        Self { low, step }
+        Self { low, step, steps }
     }
 
     fn value(self, code: u8) -> f32 {
@@ -348,7 +441,7 @@ impl Scale {
 
     /// The code of the largest value that is not above `value`, about.
     fn below(self, value: f32) -> u8 {
-        let mut code = self.round(value, f32::floor);
+        let mut code = whole(self.position(value), self.steps);
         while code > 0 && self.value(code) > value {
             code -= 1;
         }
@@ -357,30 +450,35 @@ impl Scale {
 
     /// The code of the smallest value that is not below `value`, about.
     fn above(self, value: f32) -> u8 {
-        let mut code = self.round(value, f32::ceil);
-        while code < u8::MAX && self.value(code) < value {
+        let mut code = whole(self.position(value).ceil(), self.steps);
+        while code < self.steps && self.value(code) < value {
             code += 1;
         }
         code
     }
 
     /// The code that is nearest to a mean; or to a deviation, which has no lower end.
-    fn nearest(self, value: f32, third: Third) -> u8 {
-        let value = match third {
-            Third::Mean => value,
-            Third::Deviation => value + widen(self.low),
+    fn nearest(self, value: f32, detail: Detail) -> u8 {
+        let value = match detail {
+            Detail::Deviation => value + widen(self.low),
+            Detail::Mean | Detail::Tokens => value,
         };
-        self.round(value, f32::round)
+        whole(self.position(value).round(), self.steps)
     }
 
-    fn round(self, value: f32, way: fn(f32) -> f32) -> u8 {
-        let steps = (value - widen(self.low)) / widen(self.step);
-        #[expect(
-            clippy::cast_possible_truncation,
-            clippy::cast_sign_loss,
-            reason = "casts of floats saturate, and make 0 of what is no number"
-        )]
-        let code = way(steps) as u8;
-        code
+    /// Steps from the lower end.
+    fn position(self, value: f32) -> f32 {
+        (value - widen(self.low)) / widen(self.step)
     }
+}
+
+/// The whole part, from 0 to `most`; 0 of what is no number.
+fn whole(value: f32, most: u8) -> u8 {
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "casts of floats saturate, and make 0 of what is no number"
+    )]
+    let whole = value as u8;
+    whole.min(most)
 }

@@ -4,18 +4,22 @@
 //! best page could weigh, until none that is left could hold a page that is wanted. So where
 //! attention is skewed, most of a context is rejected by its groups.
 
-use super::digest::{Digests, GROUP_PAGES, Group, Head};
+use super::digest::{Detail, Digests, GROUP_PAGES, Group, Head, fine_channels};
 use super::select::Vote;
 use super::vote::Estimates;
-use crate::kernels::{CODE_ROWS, Isa, Reach, Weighed, exp, reach, weigh};
+use crate::kernels::{Isa, Reach, Weighed, add_tokens, exp, reach, reach_packed, weigh};
+use crate::kv::BLOCK_TOKENS;
 
 /// Share of the groups that could matter which a round opens at most; after it, more is known
 /// about what the others have to beat.
 const ROUND: usize = 2;
 
-/// Half the width of a page's box, over the deviation of its keys from their mean, about:
-/// what sixteen draws of a normal distribution reach is wider.
-const DEVIATION: f32 = 0.6;
+/// Variance of a page's keys, as a share of the squared width of their box, about: of sixteen
+/// draws of a normal distribution it is 0.08.
+const BOX_VARIANCE: f32 = 0.09;
+
+/// The same of keys about the middle of the quarter that they are in: a uniform distribution's.
+const QUARTER_VARIANCE: f32 = 1.0 / (12.0 * 16.0);
 
 /// Queries of one KV head as each move of pages wants them: `[move][query][padded]`, scaled.
 #[derive(Debug)]
@@ -38,19 +42,20 @@ pub(super) struct Bounds {
     pub(super) lower: f32,
     /// With the middle of the box.
     pub(super) middle: f32,
-    /// With the mean of the keys; or what the mean box reaches above its middle.
+    /// With the mean of the keys; what the mean box reaches above its middle; or the
+    /// logarithm of the mean weight of the keys as far as they are known.
     pub(super) third: f32,
-    /// Sum of squared differences between the ends' products.
-    pub(super) spread: f32,
+    /// Of what is not known of keys.
+    pub(super) variance: f32,
 }
 
 impl Bounds {
-    /// The logarithm of the mean weight of the page's keys, were they normally distributed
-    /// about their mean, independently in each channel: `q · mean + variance of q · k / 2`.
+    /// The logarithm of the mean weight of the page's keys, were what is not known of them
+    /// normally distributed, independently in each channel: a variance adds half of itself.
     /// Never outside the bounds.
     pub(super) fn expected(&self) -> f32 {
-        let variance = self.spread * (DEVIATION / 2.0).powi(2);
-        (self.third + variance / 2.0).clamp(self.lower, self.upper.max(self.lower))
+        let expected = self.third + self.variance / 2.0;
+        expected.clamp(self.lower, self.upper.max(self.lower))
     }
 
     /// How high the mean box reaches; of digests with deviations.
@@ -66,8 +71,14 @@ pub(super) struct Judge<'a> {
     head: &'a Head,
     groups: &'a [Group],
     turned: &'a Turned,
-    has_means: bool,
+    detail: Detail,
+    fine: usize,
     weights: Vec<f32>,
+    /// Of the group at hand: by channel, the variance of what is not known of keys as a share
+    /// of their page's squared width.
+    shares: Vec<f32>,
+    /// Weights of a page's fine channels.
+    fine_weights: Vec<f32>,
     reached: [Reach; GROUP_PAGES],
 }
 
@@ -78,8 +89,11 @@ impl<'a> Judge<'a> {
             head,
             groups: digests.groups(),
             turned,
-            has_means: digests.third() == super::Third::Mean,
+            detail: digests.detail(),
+            fine: fine_channels(digests.dim()),
             weights: vec![0.0; turned.padded],
+            shares: Vec::new(),
+            fine_weights: Vec::new(),
             reached: [Reach::default(); GROUP_PAGES],
         }
     }
@@ -91,6 +105,7 @@ impl<'a> Judge<'a> {
             self.isa,
             &self.head.low[group * padded..][..padded],
             &self.head.step[group * padded..][..padded],
+            f32::from(self.detail.steps()),
             self.turned.get(self.groups[group].moved, query),
             &mut self.weights,
             &mut weighed,
@@ -111,26 +126,62 @@ impl<'a> Judge<'a> {
         )
     }
 
-    /// The same of each of its pages, by `each`: page of the sequence, bounds.
-    pub(super) fn pages(&mut self, group: usize, query: usize, mut each: impl FnMut(u32, Bounds)) {
+    /// The same of each of its pages, by `each`: page of the sequence, bounds. Pages whose
+    /// upper bound is not above `bar` are not looked at more closely.
+    pub(super) fn pages(
+        &mut self,
+        group: usize,
+        query: usize,
+        bar: f32,
+        mut each: impl FnMut(u32, Bounds),
+    ) {
         let (weighed, slack) = self.weigh(group, query);
         let Group { first, pages, .. } = self.groups[group];
-        let width = CODE_ROWS * self.turned.padded;
+        let width = self.detail.rows() * self.turned.padded;
         let codes = &self.head.codes[first * width..][..pages * width];
-        reach(self.isa, codes, &self.weights, &mut self.reached[..pages]);
-        for (page, reached) in self.reached[..pages].iter().enumerate() {
+        let reached = &mut self.reached[..pages];
+        if self.detail == Detail::Tokens {
+            self.shares.clear();
+            self.shares.resize(self.turned.padded, BOX_VARIANCE);
+            for &channel in &self.head.fine[group * self.fine..][..self.fine] {
+                self.shares[channel as usize] = QUARTER_VARIANCE;
+            }
+            reach_packed(self.isa, codes, &self.weights, &self.shares, reached);
+        } else {
+            reach(self.isa, codes, &self.weights, reached);
+        }
+        for (index, reached) in self.reached[..pages].iter().enumerate() {
             let base = weighed.base;
-            let bounds = Bounds {
+            let mut bounds = Bounds {
                 upper: base + reached.upper + slack,
                 lower: base + reached.lower - slack,
                 middle: base + f32::midpoint(reached.upper, reached.lower),
-                third: match self.has_means {
-                    true => base + reached.third,
-                    false => reached.third_size,
-                },
-                spread: reached.spread,
+                variance: reached.spread * BOX_VARIANCE,
+                third: base,
             };
-            each(u32::try_from(first + page).unwrap_or(u32::MAX), bounds);
+            bounds.third = match self.detail {
+                Detail::Mean => base + reached.third,
+                Detail::Deviation => reached.third_size,
+                Detail::Tokens if bounds.upper > bar => {
+                    bounds.variance = reached.part;
+                    let codes = &codes[index * width..][..width];
+                    let channels = &self.head.fine[group * self.fine..][..self.fine];
+                    self.fine_weights.clear();
+                    self.fine_weights.extend(channels.iter().map(|&channel| {
+                        let code = codes[channel as usize];
+                        let steps = f32::from(code >> 4) - f32::from(code & 15);
+                        self.weights[channel as usize] * steps / 4.0
+                    }));
+                    // From the middle of the box: codes are from 0 to 3.
+                    let start = -1.5 * self.fine_weights.iter().sum::<f32>();
+                    let mut tokens = [bounds.middle + start; BLOCK_TOKENS];
+                    let words = &self.head.tokens[(first + index) * self.fine..][..self.fine];
+                    add_tokens(self.isa, words, &self.fine_weights, &mut tokens);
+                    mean_weight(&tokens)
+                }
+                Detail::Tokens => bounds.middle,
+            };
+            each(u32::try_from(first + index).unwrap_or(u32::MAX), bounds);
         }
     }
 
@@ -138,12 +189,19 @@ impl<'a> Judge<'a> {
     pub(super) fn all(&mut self, rule: impl Fn(&Bounds) -> f32) -> Estimates {
         let mut found = Estimates::new(self.turned.queries);
         for group in 0..self.groups.len() {
-            self.open(group, &mut found, &rule);
+            self.open(group, &mut found, &[], &rule);
         }
         found
     }
 
-    fn open(&mut self, group: usize, found: &mut Estimates, rule: impl Fn(&Bounds) -> f32) {
+    /// Adds the pages of a group; `bars` are those of [`Self::pages`], by query, if there are.
+    fn open(
+        &mut self,
+        group: usize,
+        found: &mut Estimates,
+        bars: &[f32],
+        rule: impl Fn(&Bounds) -> f32,
+    ) {
         let queries = self.turned.queries;
         let from = found.logits.len();
         let pages = self.groups[group].pages;
@@ -152,7 +210,8 @@ impl<'a> Judge<'a> {
         found.pages.extend((first..).take(pages));
         for query in 0..queries {
             let mut page = from + query;
-            self.pages(group, query, |_, bounds| {
+            let bar = bars.get(query).copied().unwrap_or(f32::NEG_INFINITY);
+            self.pages(group, query, bar, |_, bounds| {
                 found.logits[page] = rule(&bounds);
                 page += queries;
             });
@@ -208,9 +267,21 @@ impl<'a> Judge<'a> {
             if matter == 0 {
                 break;
             }
-            let round = (matter / ROUND).max(want.div_ceil(GROUP_PAGES)).min(matter);
+            let round = match found.pages.is_empty() {
+                true => 2 * want.div_ceil(GROUP_PAGES),
+                false => matter.div_ceil(ROUND),
+            };
+            let round = round.min(matter);
+            // A page that is below its part of the bar for every query is not wanted.
+            #[expect(clippy::cast_precision_loss, reason = "queries are few")]
+            let part = if mass.is_some() {
+                0.0
+            } else {
+                bar / queries as f32
+            };
+            let bars: Vec<f32> = totals.iter().map(|total| total + part.ln()).collect();
             for &(_, group) in &keys[..round] {
-                self.open(group, &mut found, Bounds::expected);
+                self.open(group, &mut found, &bars, Bounds::expected);
             }
             left.clear();
             left.extend(keys[round..].iter().map(|(_, group)| *group));
@@ -225,4 +296,13 @@ impl<'a> Judge<'a> {
         }
         found
     }
+}
+
+/// The logarithm of the mean of exponentials.
+fn mean_weight(logits: &[f32; BLOCK_TOKENS]) -> f32 {
+    let top = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f32 = logits.iter().map(|logit| exp(logit - top)).sum();
+    #[expect(clippy::cast_precision_loss, reason = "a page has few tokens")]
+    let tokens = BLOCK_TOKENS as f32;
+    top + (sum / tokens).ln()
 }

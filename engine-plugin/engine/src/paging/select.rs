@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::digest::{Digests, Third};
+use super::digest::{Detail, Digests};
 use super::estimate::{self, Keys};
 use super::refine::{Bounds, Judge, Turned};
 use super::vote::{Ballot, Estimates, elect};
@@ -24,7 +24,7 @@ pub enum Rule {
     /// The upper bound of each page's box: Quest, arXiv 2406.10774.
     Quest,
     /// The upper bound of each page's mean box: ArkVale, NeurIPS 2024. Needs digests with
-    /// [`Third::Deviation`].
+    /// [`Detail::Deviation`].
     MeanBox,
     /// The mean of each page's keys.
     Centroid,
@@ -54,10 +54,11 @@ pub enum Rule {
 
 impl Rule {
     /// What digests it reads, if it reads any.
-    pub fn third(self) -> Option<Third> {
+    pub fn detail(self) -> Option<Detail> {
         match self {
-            Self::Bounds | Self::Quest | Self::Centroid => Some(Third::Mean),
-            Self::MeanBox => Some(Third::Deviation),
+            Self::Bounds => Some(Detail::Tokens),
+            Self::Quest | Self::Centroid => Some(Detail::Mean),
+            Self::MeanBox => Some(Detail::Deviation),
             _ => None,
         }
     }
@@ -263,7 +264,7 @@ impl Selector {
         let ends: Vec<u32> = ends.take(room).collect();
         let of = |kv_head: usize| {
             let mut pages = ends.clone();
-            if self.options.rule.third().is_some() {
+            if self.options.rule.detail().is_some() {
                 let odd = digests.head(layer, kv_head).odd.iter().copied();
                 let more = odd.filter(|&odd| odd < page(digested) && !ends.contains(&odd));
                 pages.extend(more.take(room - ends.len()));
@@ -303,8 +304,8 @@ impl Selector {
         let Options {
             rule, mass, vote, ..
         } = self.options;
-        if let Some(third) = rule.third() {
-            assert_eq!(digests.third(), third, "digests for this rule");
+        if let Some(detail) = rule.detail() {
+            assert_eq!(digests.detail(), detail, "digests for this rule");
             let turned = self.turn(digests, queries);
             let head = digests.head(keys.layer, keys.kv_head);
             let mut judge = Judge::new(digests, head, &turned);
