@@ -55,7 +55,7 @@ pub(crate) struct Options {
     /// Rules; all of them when left out.
     #[arg(long, value_delimiter = ',')]
     rules: Vec<String>,
-    /// Tokens of each of the 16 chunks of a context. Default: 64,128,250; with --quick, 64,128.
+    /// Tokens of each of the 16 chunks of a context. Default: 64,128,250; with --quick, 64.
     #[arg(long, value_delimiter = ',')]
     sizes: Vec<usize>,
     /// KV heads agree by the largest share instead of by the sum.
@@ -161,7 +161,7 @@ impl Options {
 
     fn sizes(&self, quick: bool) -> Vec<usize> {
         match (&self.sizes[..], quick) {
-            ([], true) => vec![64, 128],
+            ([], true) => vec![64],
             ([], false) => vec![64, 128, 250],
             (sizes, _) => sizes.to_vec(),
         }
@@ -210,7 +210,8 @@ pub(crate) fn run(options: &Options, quick: bool) -> anyhow::Result<Report> {
                     .iter()
                     .map(|(prompt, answer)| [&prompt[..], answer].concat())
                     .collect();
-                let measured = &tails[..tails.len().min(MEASURED)];
+                let measured = if quick { 1 } else { MEASURED };
+                let measured = &tails[..tails.len().min(measured)];
                 masses.measure(&mut reader, &pages, &digests, measured, &ways)?;
                 answers.ask(
                     &mut reader,

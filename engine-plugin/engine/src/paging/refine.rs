@@ -126,15 +126,8 @@ impl<'a> Judge<'a> {
         )
     }
 
-    /// The same of each of its pages, by `each`: page of the sequence, bounds. Pages whose
-    /// upper bound is not above `bar` are not looked at more closely.
-    pub(super) fn pages(
-        &mut self,
-        group: usize,
-        query: usize,
-        bar: f32,
-        mut each: impl FnMut(u32, Bounds),
-    ) {
+    /// The same of each of its pages, by `each`: page of the sequence, bounds.
+    pub(super) fn pages(&mut self, group: usize, query: usize, mut each: impl FnMut(u32, Bounds)) {
         let (weighed, slack) = self.weigh(group, query);
         let Group { first, pages, .. } = self.groups[group];
         let width = self.detail.rows() * self.turned.padded;
@@ -162,7 +155,7 @@ impl<'a> Judge<'a> {
             bounds.third = match self.detail {
                 Detail::Mean => base + reached.third,
                 Detail::Deviation => reached.third_size,
-                Detail::Tokens if bounds.upper > bar => {
+                Detail::Tokens => {
                     bounds.variance = reached.part;
                     let codes = &codes[index * width..][..width];
                     let channels = &self.head.fine[group * self.fine..][..self.fine];
@@ -179,7 +172,6 @@ impl<'a> Judge<'a> {
                     add_tokens(self.isa, words, &self.fine_weights, &mut tokens);
                     mean_weight(&tokens)
                 }
-                Detail::Tokens => bounds.middle,
             };
             each(u32::try_from(first + index).unwrap_or(u32::MAX), bounds);
         }
@@ -189,19 +181,13 @@ impl<'a> Judge<'a> {
     pub(super) fn all(&mut self, rule: impl Fn(&Bounds) -> f32) -> Estimates {
         let mut found = Estimates::new(self.turned.queries);
         for group in 0..self.groups.len() {
-            self.open(group, &mut found, &[], &rule);
+            self.open(group, &mut found, &rule);
         }
         found
     }
 
-    /// Adds the pages of a group; `bars` are those of [`Self::pages`], by query, if there are.
-    fn open(
-        &mut self,
-        group: usize,
-        found: &mut Estimates,
-        bars: &[f32],
-        rule: impl Fn(&Bounds) -> f32,
-    ) {
+    /// Adds the pages of a group.
+    fn open(&mut self, group: usize, found: &mut Estimates, rule: impl Fn(&Bounds) -> f32) {
         let queries = self.turned.queries;
         let from = found.logits.len();
         let pages = self.groups[group].pages;
@@ -210,8 +196,7 @@ impl<'a> Judge<'a> {
         found.pages.extend((first..).take(pages));
         for query in 0..queries {
             let mut page = from + query;
-            let bar = bars.get(query).copied().unwrap_or(f32::NEG_INFINITY);
-            self.pages(group, query, bar, |_, bounds| {
+            self.pages(group, query, |_, bounds| {
                 found.logits[page] = rule(&bounds);
                 page += queries;
             });
@@ -272,16 +257,8 @@ impl<'a> Judge<'a> {
                 false => matter.div_ceil(ROUND),
             };
             let round = round.min(matter);
-            // A page that is below its part of the bar for every query is not wanted.
-            #[expect(clippy::cast_precision_loss, reason = "queries are few")]
-            let part = if mass.is_some() {
-                0.0
-            } else {
-                bar / queries as f32
-            };
-            let bars: Vec<f32> = totals.iter().map(|total| total + part.ln()).collect();
             for &(_, group) in &keys[..round] {
-                self.open(group, &mut found, &bars, Bounds::expected);
+                self.open(group, &mut found, Bounds::expected);
             }
             left.clear();
             left.extend(keys[round..].iter().map(|(_, group)| *group));
