@@ -43,7 +43,7 @@ pub(super) fn run(quick: bool, report: &mut Report) -> anyhow::Result<()> {
         for (name, rule) in [
             ("bounds", Rule::Bounds),
             ("quest", Rule::Quest),
-            ("exact", Rule::Exact { alike: 1.0 }),
+            ("exact", Rule::Exact { alike: 2.0 }),
         ] {
             bed.measure(&model, name, rule, thousands, report);
         }

@@ -2,8 +2,8 @@
 //!
 //! The compute half: [`checkpoint`] reads weights, [`config`] says what the
 //! model is and refuses what the engine cannot run exactly, [`kv`] holds the
-//! pages, [`model`] runs batches of steps over them, [`kernels`] does the
-//! arithmetic.
+//! pages, [`model`] runs batches of steps over them, [`paging`] says which of them are
+//! worth reading, [`kernels`] does the arithmetic.
 //!
 //! The serving half: [`scheduler`] batches sequences over the pages on one engine
 //! thread, [`cache`] shows those pages to the plugin, [`blend`] computes a part of chunks anew

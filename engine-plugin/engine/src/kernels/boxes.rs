@@ -5,15 +5,21 @@
 //! box, and what is left per page are sums over bytes. Channels are padded to whole
 //! [`LANES`] with steps and codes of 0.
 
-use super::elementwise::{LANES, sum_lanes};
-use super::isa::dispatch;
+use super::Isa;
+use super::elementwise::{LANES, exp, max_lanes, sum_lanes};
+use super::isa::{Kind, dispatch};
+#[cfg(target_arch = "x86_64")]
+use super::vector;
 
 /// Rows of codes of a page in whole bytes: lower ends, upper ends, and one more that the
 /// digest chooses.
 pub(crate) const CODE_ROWS: usize = 3;
 
-/// Tokens of a page, whose codes of one channel are one word.
+/// Tokens of a page.
 const TOKENS: usize = 16;
+
+/// Codes of 2 bits in a word.
+pub(crate) const CODES: usize = 16;
 
 /// What is known of `query · key` for all keys in a box, but for a common `base`.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -171,24 +177,78 @@ fn reach_packed_body(codes: &[u8], weights: &[f32], shares: &[f32], out: &mut [R
     }
 }
 
+/// Adds to each token of a page its codes, from their middle, times the channels' weights.
+/// Codes have 2 bits; a word has those of a token in 16 channels, the first lowest:
+/// `[16 channels][token]`.
+pub(crate) fn add_tokens(isa: Isa, words: &[u32], weights: &[f32], out: &mut [f32; TOKENS]) {
+    match isa.kind() {
+        // SAFETY: an `Isa` of this kind exists only after detection.
+        #[cfg(target_arch = "x86_64")]
+        Kind::Avx512 => unsafe { add_tokens_avx512(words, weights, out) },
+        _ => add_tokens_compiled(isa, words, weights, out),
+    }
+}
+
 dispatch! {
-    /// Adds to each token of a page its codes of 2 bits, a word a channel with the first
-    /// token's lowest, times the channels' weights.
-    pub(crate) fn add_tokens(
+    fn add_tokens_compiled(
         words: &[u32], weights: &[f32], out: &mut [f32; TOKENS],
     ) = add_tokens_body
 }
 
-#[inline(always)]
-fn add_tokens_body(words: &[u32], weights: &[f32], out: &mut [f32; TOKENS]) {
-    const SHIFTS: [u32; TOKENS] = [0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30];
-    for (&word, &weight) in words.iter().zip(weights) {
-        for (out, shift) in out.iter_mut().zip(SHIFTS) {
-            #[expect(clippy::cast_precision_loss, reason = "two bits")]
-            let code = ((word >> shift) & 3) as f32;
-            *out = code.mul_add(weight, *out);
+/// What compilers do not find in [`add_tokens_body`]: one token a lane.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+fn add_tokens_avx512(words: &[u32], weights: &[f32], out: &mut [f32; TOKENS]) {
+    use std::arch::x86_64::{
+        _mm512_and_si512, _mm512_castps_si512, _mm512_cvtepi32_ps, _mm512_fmadd_ps,
+        _mm512_set1_epi32, _mm512_set1_ps, _mm512_srli_epi32, _mm512_sub_ps,
+    };
+    let (two_bits, middle) = (_mm512_set1_epi32(3), _mm512_set1_ps(1.5));
+    let mut sums = vector::load(out);
+    let blocks = words.as_chunks::<TOKENS>().0.iter();
+    for (words, weights) in blocks.zip(weights.chunks(CODES)) {
+        let mut left = _mm512_castps_si512(vector::load(&words.map(f32::from_bits)));
+        for &weight in weights {
+            let code = _mm512_cvtepi32_ps(_mm512_and_si512(left, two_bits));
+            sums = _mm512_fmadd_ps(_mm512_sub_ps(code, middle), _mm512_set1_ps(weight), sums);
+            left = _mm512_srli_epi32::<2>(left);
         }
     }
+    vector::store(out, sums);
+}
+
+#[inline(always)]
+fn add_tokens_body(words: &[u32], weights: &[f32], out: &mut [f32; TOKENS]) {
+    let blocks = words.as_chunks::<TOKENS>().0.iter();
+    for (words, weights) in blocks.zip(weights.chunks(CODES)) {
+        let (mut left, mut sums) = (*words, *out);
+        for &weight in weights {
+            for lane in 0..TOKENS {
+                #[expect(clippy::cast_precision_loss, reason = "two bits")]
+                let code = (left[lane] & 3).cast_signed() as f32 - 1.5;
+                sums[lane] = code.mul_add(weight, sums[lane]);
+                left[lane] >>= 2;
+            }
+        }
+        *out = sums;
+    }
+}
+
+dispatch! {
+    /// The logarithm of the mean of exponentials.
+    pub(crate) fn log_mean(logits: &[f32; TOKENS], out: &mut f32) = log_mean_body
+}
+
+#[inline(always)]
+fn log_mean_body(logits: &[f32; TOKENS], out: &mut f32) {
+    let top = max_lanes(*logits);
+    let mut weights = [0.0; TOKENS];
+    for (weight, &logit) in weights.iter_mut().zip(logits) {
+        *weight = exp(logit - top);
+    }
+    #[expect(clippy::cast_precision_loss, reason = "a page has few tokens")]
+    let tokens = TOKENS as f32;
+    *out = top + (sum_lanes(weights) / tokens).ln();
 }
 
 dispatch! {
@@ -230,7 +290,6 @@ mod tests {
 
     use super::super::elementwise::tests::noise;
     use super::*;
-    use crate::kernels::Isa;
 
     #[test]
     fn every_finite_f16_is_widened() {
@@ -276,7 +335,18 @@ mod tests {
                         add_tokens_body(&words, &weights, &mut tokens);
                     }
                 }
-                (weights, weighed, reached, packed, tokens)
+                let (mut mean, mut dot) = (0.0, [0.0; 1]);
+                match isa {
+                    Some(isa) => {
+                        log_mean(isa, &tokens, &mut mean);
+                        dots(isa, &weights, &query, &mut dot);
+                    }
+                    None => {
+                        log_mean_body(&tokens, &mut mean);
+                        dots_body(&weights, &query, &mut dot);
+                    }
+                }
+                (weights, weighed, reached, packed, (tokens, mean, dot))
             };
             for isa in Isa::available() {
                 prop_assert_eq!(run(Some(isa)), run(None));

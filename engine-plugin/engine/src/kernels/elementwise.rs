@@ -121,7 +121,7 @@ pub(super) fn max_lanes(mut lanes: [f32; LANES]) -> f32 {
 ///
 /// Cody–Waite reduction and the polynomial of Cephes' `expf`.
 #[inline(always)]
-pub(crate) fn exp(x: f32) -> f32 {
+pub(super) fn exp(x: f32) -> f32 {
     /// 1.5 · 2^23: adding it rounds to a whole number, left in the low bits.
     const ROUND: f32 = 12_582_912.0;
     const LN2_HIGH: f32 = 0.693_359_4;

@@ -28,9 +28,9 @@ pub use matmul::K_CHUNK;
 
 pub(crate) use attention::{AttentionShape, AttentionWork, QueryRange, attend};
 pub(crate) use boxes::{
-    CODE_ROWS, Reach, Weighed, add_tokens, dots, reach, reach_packed, weigh, widen,
+    CODE_ROWS, CODES, Reach, Weighed, add_tokens, dots, log_mean, reach, reach_packed, weigh, widen,
 };
-pub(crate) use elementwise::{LANES, add_bias, exp, rms_norm, rms_norm_in_place, silu_mul};
+pub(crate) use elementwise::{LANES, add_bias, rms_norm, rms_norm_in_place, silu_mul};
 pub(crate) use matmul::{PANEL, PackedMatrix, matmul};
 
 /// A growable buffer that starts on a cache line, so that vector loads of it

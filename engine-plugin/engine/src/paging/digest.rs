@@ -6,7 +6,7 @@
 //! |---|---|---|
 //! | lower ends of a group's box, and steps | `[group][channel]` each | f16 |
 //! | ends of a page's box | `[page][channel]` | 2 x 4 bits, in the group's steps |
-//! | in which quarter of its page's box a token's key is | `[page][fine channel][token]` | 2 bits |
+//! | in which quarter of its page's box a token's key is | `[page][fine channel / 16][token]` | 16 x 2 bits |
 //!
 //! The last is of the half of the channels in which keys of a page differ most: fine ones,
 //! the same for all pages of a group. It tells a page with one key that a query looks for
@@ -36,7 +36,7 @@
 use half::f16;
 
 use crate::config::ModelConfig;
-use crate::kernels::{CODE_ROWS, LANES, widen};
+use crate::kernels::{CODE_ROWS, CODES, LANES, widen};
 use crate::kv::{BLOCK_TOKENS, BlockId, KvError, KvPool, Plane};
 
 /// Pages of a full group: boxes of 128 tokens.
@@ -114,7 +114,7 @@ pub(super) struct Head {
     pub(super) codes: Vec<u8>,
     /// `[group][fine channel]`: which they are.
     pub(super) fine: Vec<u16>,
-    /// `[page][fine channel]`: 2 bits a token.
+    /// `[page][16 fine channels][token]`: 2 bits a channel.
     pub(super) tokens: Vec<u32>,
     /// Pages that no box holds, ascending.
     pub(super) odd: Vec<u32>,
@@ -298,6 +298,11 @@ pub(super) const fn fine_channels(dim: usize) -> usize {
     dim / 2
 }
 
+/// Words that the tokens of a page take.
+pub(super) const fn token_words(dim: usize) -> usize {
+    fine_channels(dim).div_ceil(CODES) * BLOCK_TOKENS
+}
+
 impl Head {
     /// Codes the last group, whose pages have these keys; codes that are there of its first
     /// pages are lost.
@@ -358,10 +363,16 @@ impl Head {
         channels.sort_unstable();
         self.fine.truncate(group / padded * fine);
         self.fine.extend(&channels);
-        self.tokens.truncate(first * fine);
-        for (page, keys) in keys.chunks_exact(BLOCK_TOKENS * dim).enumerate() {
-            let codes = &self.codes[(first + page) * padded..][..padded];
-            for &channel in &channels {
+        let width = token_words(dim);
+        self.tokens.truncate(first * width);
+        self.tokens.resize((first + pages) * width, 0);
+        let words = self.tokens[first * width..].chunks_exact_mut(width);
+        let keys = keys.chunks_exact(BLOCK_TOKENS * dim);
+        for ((keys, words), codes) in keys
+            .zip(words)
+            .zip(self.codes[first * padded..].chunks_exact(padded))
+        {
+            for (index, &channel) in channels.iter().enumerate() {
                 let channel = channel as usize;
                 let scale = Scale {
                     low: self.low[group + channel],
@@ -370,11 +381,11 @@ impl Head {
                 };
                 let low = scale.value(codes[channel] & 15);
                 let quarter = (scale.value(codes[channel] >> 4) - low) / 4.0;
-                let tokens = keys.iter().skip(channel).step_by(dim).enumerate();
-                let word = tokens.fold(0, |word, (token, key)| {
-                    word | u32::from(whole((key - low) / quarter, 3)) << (2 * token)
-                });
-                self.tokens.push(word);
+                let block = &mut words[index / CODES * BLOCK_TOKENS..][..BLOCK_TOKENS];
+                for (word, key) in block.iter_mut().zip(keys.iter().skip(channel).step_by(dim)) {
+                    let code = u32::from(whole((key - low) / quarter, 3));
+                    *word |= code << (2 * (index % CODES));
+                }
             }
         }
     }
@@ -436,7 +447,7 @@ impl Scale {
     }
 
     fn value(self, code: u8) -> f32 {
-        widen(self.step).mul_add(f32::from(code), widen(self.low))
+        widen(self.low) + widen(self.step) * f32::from(code)
     }
 
     /// The code of the largest value that is not above `value`, about.

@@ -4,15 +4,15 @@
 //! best page could weigh, until none that is left could hold a page that is wanted. So where
 //! attention is skewed, most of a context is rejected by its groups.
 
-use super::digest::{Detail, Digests, GROUP_PAGES, Group, Head, fine_channels};
+use super::digest::{Detail, Digests, GROUP_PAGES, Group, Head, fine_channels, token_words};
 use super::select::Vote;
 use super::vote::Estimates;
-use crate::kernels::{Isa, Reach, Weighed, add_tokens, exp, reach, reach_packed, weigh};
+use crate::kernels::{Isa, Reach, Weighed, add_tokens, log_mean, reach, reach_packed, weigh};
 use crate::kv::BLOCK_TOKENS;
 
-/// Share of the groups that could matter which a round opens at most; after it, more is known
-/// about what the others have to beat.
-const ROUND: usize = 2;
+/// Rounds after which all groups that could matter are opened; half of them are in those
+/// before, after which more is known about what the others have to beat.
+const ROUNDS: usize = 3;
 
 /// Variance of a page's keys, as a share of the squared width of their box, about: of sixteen
 /// draws of a normal distribution it is 0.08.
@@ -73,12 +73,18 @@ pub(super) struct Judge<'a> {
     turned: &'a Turned,
     detail: Detail,
     fine: usize,
+    words: usize,
     weights: Vec<f32>,
-    /// Of the group at hand: by channel, the variance of what is not known of keys as a share
-    /// of their page's squared width.
+    /// The group that the next two are of.
+    at: Option<usize>,
+    /// By channel, the variance of what is not known of keys as a share of their page's squared
+    /// width.
     shares: Vec<f32>,
-    /// Weights of a page's fine channels.
+    /// Steps that a quarter of a page's box is wide: `[page][fine channel]`.
+    quarters: Vec<f32>,
+    /// Weights of the group's fine channels, and what they come to in a page.
     fine_weights: Vec<f32>,
+    page_weights: Vec<f32>,
     reached: [Reach; GROUP_PAGES],
 }
 
@@ -91,9 +97,13 @@ impl<'a> Judge<'a> {
             turned,
             detail: digests.detail(),
             fine: fine_channels(digests.dim()),
+            words: token_words(digests.dim()),
             weights: vec![0.0; turned.padded],
+            at: None,
             shares: Vec::new(),
+            quarters: Vec::new(),
             fine_weights: Vec::new(),
+            page_weights: Vec::new(),
             reached: [Reach::default(); GROUP_PAGES],
         }
     }
@@ -134,11 +144,27 @@ impl<'a> Judge<'a> {
         let codes = &self.head.codes[first * width..][..pages * width];
         let reached = &mut self.reached[..pages];
         if self.detail == Detail::Tokens {
-            self.shares.clear();
-            self.shares.resize(self.turned.padded, BOX_VARIANCE);
-            for &channel in &self.head.fine[group * self.fine..][..self.fine] {
-                self.shares[channel as usize] = QUARTER_VARIANCE;
+            let channels = &self.head.fine[group * self.fine..][..self.fine];
+            if self.at != Some(group) {
+                self.at = Some(group);
+                self.shares.clear();
+                self.shares.resize(self.turned.padded, BOX_VARIANCE);
+                self.quarters.clear();
+                for &channel in channels {
+                    self.shares[channel as usize] = QUARTER_VARIANCE;
+                }
+                for codes in codes.chunks_exact(width) {
+                    self.quarters.extend(channels.iter().map(|&channel| {
+                        let code = codes[channel as usize];
+                        f32::from((code >> 4) - (code & 15)) / 4.0
+                    }));
+                }
             }
+            self.fine_weights.clear();
+            let weights = channels
+                .iter()
+                .map(|&channel| self.weights[channel as usize]);
+            self.fine_weights.extend(weights);
             reach_packed(self.isa, codes, &self.weights, &self.shares, reached);
         } else {
             reach(self.isa, codes, &self.weights, reached);
@@ -157,20 +183,17 @@ impl<'a> Judge<'a> {
                 Detail::Deviation => reached.third_size,
                 Detail::Tokens => {
                     bounds.variance = reached.part;
-                    let codes = &codes[index * width..][..width];
-                    let channels = &self.head.fine[group * self.fine..][..self.fine];
-                    self.fine_weights.clear();
-                    self.fine_weights.extend(channels.iter().map(|&channel| {
-                        let code = codes[channel as usize];
-                        let steps = f32::from(code >> 4) - f32::from(code & 15);
-                        self.weights[channel as usize] * steps / 4.0
-                    }));
-                    // From the middle of the box: codes are from 0 to 3.
-                    let start = -1.5 * self.fine_weights.iter().sum::<f32>();
-                    let mut tokens = [bounds.middle + start; BLOCK_TOKENS];
-                    let words = &self.head.tokens[(first + index) * self.fine..][..self.fine];
-                    add_tokens(self.isa, words, &self.fine_weights, &mut tokens);
-                    mean_weight(&tokens)
+                    let quarters = self.quarters[index * self.fine..][..self.fine].iter();
+                    let weights = quarters.zip(&self.fine_weights);
+                    self.page_weights.clear();
+                    self.page_weights
+                        .extend(weights.map(|(quarter, weight)| quarter * weight));
+                    let mut tokens = [bounds.middle; BLOCK_TOKENS];
+                    let words = &self.head.tokens[(first + index) * self.words..][..self.words];
+                    add_tokens(self.isa, words, &self.page_weights, &mut tokens);
+                    let mut mean = 0.0;
+                    log_mean(self.isa, &tokens, &mut mean);
+                    mean
                 }
             };
             each(u32::try_from(first + index).unwrap_or(u32::MAX), bounds);
@@ -224,6 +247,7 @@ impl<'a> Judge<'a> {
             }
         }
         let mut keys: Vec<(f32, usize)> = Vec::new();
+        let mut rounds = 0;
         while !left.is_empty() && want > 0 {
             let (mut bar, mut most) = (f32::NEG_INFINITY, 0.0);
             if !found.pages.is_empty() {
@@ -252,9 +276,11 @@ impl<'a> Judge<'a> {
             if matter == 0 {
                 break;
             }
-            let round = match found.pages.is_empty() {
-                true => 2 * want.div_ceil(GROUP_PAGES),
-                false => matter.div_ceil(ROUND),
+            rounds += 1;
+            let round = match rounds {
+                1 => 2 * want.div_ceil(GROUP_PAGES),
+                2..=ROUNDS => matter.div_ceil(2),
+                _ => matter,
             };
             let round = round.min(matter);
             for &(_, group) in &keys[..round] {
@@ -267,19 +293,10 @@ impl<'a> Judge<'a> {
             let weights = left.iter().map(|&group| {
                 #[expect(clippy::cast_precision_loss, reason = "a group has few pages")]
                 let pages = self.groups[group].pages as f32;
-                pages * exp(uppers[group * queries + query] - totals[query])
+                pages * (uppers[group * queries + query] - totals[query]).exp()
             });
             *rest = weights.sum();
         }
         found
     }
-}
-
-/// The logarithm of the mean of exponentials.
-fn mean_weight(logits: &[f32; BLOCK_TOKENS]) -> f32 {
-    let top = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let sum: f32 = logits.iter().map(|logit| exp(logit - top)).sum();
-    #[expect(clippy::cast_precision_loss, reason = "a page has few tokens")]
-    let tokens = BLOCK_TOKENS as f32;
-    top + (sum / tokens).ln()
 }

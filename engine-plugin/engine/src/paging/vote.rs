@@ -1,7 +1,6 @@
 //! From what each query makes of each page to which pages a KV head reads.
 
 use super::select::Vote;
-use crate::kernels::exp;
 
 /// What pages may weigh, for a few queries of one KV head.
 #[derive(Clone, Debug, Default)]
@@ -34,7 +33,7 @@ impl Estimates {
         let mut sums = vec![0.0; self.queries];
         for row in self.logits.chunks_exact(self.queries) {
             for ((sum, logit), top) in sums.iter_mut().zip(row).zip(&tops) {
-                *sum += exp(logit - top);
+                *sum += (logit - top).exp();
             }
         }
         let totals = tops.iter().zip(&sums).map(|(top, sum)| top + sum.ln());
@@ -62,7 +61,7 @@ impl Vote {
     /// What the queries together make of a page: of its shares of their weights.
     pub(super) fn weigh(self, logits: &[f32], totals: &[f32]) -> f32 {
         let shares = logits.iter().zip(totals);
-        let shares = shares.map(|(logit, total)| exp(logit - total));
+        let shares = shares.map(|(logit, total)| (logit - total).exp());
         match self {
             Self::Soft => shares.sum(),
             Self::Max => shares.fold(0.0, f32::max),
@@ -88,7 +87,7 @@ impl Ballot {
         let queries = estimates.queries as f32;
         let share = |row: &[f32]| -> f32 {
             let each = row.iter().zip(&totals).zip(&estimates.rest);
-            each.map(|((logit, total), rest)| exp(logit - total) / (1.0 + rest))
+            each.map(|((logit, total), rest)| (logit - total).exp() / (1.0 + rest))
                 .sum::<f32>()
                 / queries
         };
