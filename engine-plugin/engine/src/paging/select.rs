@@ -35,8 +35,8 @@ pub enum Rule {
         /// Cosine from which queries count as alike; 1 or more for never.
         alike: f32,
     },
-    /// `q · k` in the pairs of channels that RoPE turns together which matter most: as FASA,
-    /// arXiv 2602.03152. Needs all keys in memory, if only in these channels.
+    /// `q · k` in the pairs of channels that RoPE turns together which matter most: as
+    /// FASA does. Needs all keys in memory, if only in these channels.
     Frequency {
         /// Share of the pairs.
         share: f32,
