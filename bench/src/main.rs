@@ -29,6 +29,7 @@ mod replay;
 mod report;
 mod restart;
 mod retrieval;
+mod select;
 mod soak;
 mod store;
 mod transport;
@@ -104,6 +105,8 @@ enum Suite {
     Cuda(cuda::Options),
     /// Statistics of the KV of a model: what a codec can gain, and where reuse deviates.
     Kvstats(kvstats::Options),
+    /// Which pages of a long context are worth reading: mass and answers against bytes.
+    Select(select::Options),
     /// A page of results, made from what `quality` and `kvstats` printed.
     Page(page::Options),
     /// Gets over every path, beside what carries them: raw streams, sockets, and memory.
@@ -176,6 +179,7 @@ async fn run(suite: Suite, json: bool, quick: bool) -> anyhow::Result<()> {
         Suite::Codec(options) => codec::run(&options, quick)?.print(json),
         Suite::Cuda(options) => cuda::run(&options, quick)?.print(json),
         Suite::Kvstats(options) => kvstats::run(&options, quick)?.print(json),
+        Suite::Select(options) => select::run(&options, quick)?.print(json),
         Suite::Lookup => lookup::run(quick).await?.print(json),
         Suite::Store(options) => store::run(&options, quick).await?.print(json),
         Suite::Corpus(arguments) => corpus::run(&arguments),

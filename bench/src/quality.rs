@@ -56,6 +56,8 @@ use outcome::{Held, Outcome, push};
 use reader::Reader;
 use score::Asked;
 
+pub(crate) use score::mean;
+
 /// The profile in a model's directory.
 pub(crate) const PROFILE: &str = "kvasir-profile.bin";
 /// Chunks of a cell that has no count in its name.

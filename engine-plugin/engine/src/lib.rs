@@ -2,8 +2,8 @@
 //!
 //! The compute half: [`checkpoint`] reads weights, [`config`] says what the
 //! model is and refuses what the engine cannot run exactly, [`kv`] holds the
-//! pages, [`model`] runs batches of steps over them, [`kernels`] does the
-//! arithmetic.
+//! pages, [`model`] runs batches of steps over them, [`paging`] says which of them are
+//! worth reading, [`kernels`] does the arithmetic.
 //!
 //! The serving half: [`scheduler`] batches sequences over the pages on one engine
 //! thread, [`cache`] shows those pages to the plugin, [`blend`] computes a part of chunks anew
@@ -37,6 +37,7 @@ pub mod kv;
 pub mod logits;
 pub mod metrics;
 pub mod model;
+pub mod paging;
 pub mod request;
 pub mod rope;
 pub mod sampling;
@@ -48,6 +49,6 @@ pub use config::{Architecture, ConfigError, ModelConfig};
 pub use kernels::Threads;
 pub use kv::{BLOCK_TOKENS, BlockId, KvDtype, KvError, KvPool};
 pub use model::{
-    BeforeLayer, Fate, ForwardError, LoadError, Logits, LogitsWanted, Model, Positions, Scratch,
-    Step,
+    BeforeLayer, Fate, ForwardError, LoadError, Logits, LogitsWanted, Model, Pages, Positions,
+    Scratch, Step,
 };

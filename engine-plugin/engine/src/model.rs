@@ -16,13 +16,13 @@ use crate::kv::KvPool;
 use crate::rope::Frequencies;
 
 mod forward;
+mod step;
 #[cfg(test)]
 mod tests;
 mod weights;
 
-pub use forward::{
-    BeforeLayer, Fate, ForwardError, Logits, LogitsWanted, Positions, Scratch, Step,
-};
+pub use forward::{ForwardError, Logits, Scratch};
+pub use step::{BeforeLayer, Fate, LogitsWanted, Pages, Positions, Step};
 
 /// Weights and config of one model.
 pub struct Model {
@@ -100,7 +100,7 @@ impl Model {
     /// written, then attention reads the pages: so a caller may land fetched K and V of
     /// that layer from there, those of positions included that it lets the steps compute
     /// anew, and may [end](BeforeLayer::fates) rows that need not be computed any
-    /// further. It runs on a thread of the scratch's pool, and other threads wait for it.
+    /// further, and [choose](BeforeLayer::pages) which pages are attended to. It runs on a thread of the scratch's pool, and other threads wait for it.
     /// If it breaks, the batch ends there without a result.
     ///
     /// Steps must not write to one page twice.

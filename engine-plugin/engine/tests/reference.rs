@@ -14,7 +14,8 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use kvasir_engine::{
-    BLOCK_TOKENS, BlockId, KvDtype, KvPool, LogitsWanted, Model, Positions, Scratch, Step, Threads,
+    BLOCK_TOKENS, BlockId, KvDtype, KvPool, LogitsWanted, Model, Pages, Positions, Scratch, Step,
+    Threads,
 };
 use safetensors::{Dtype, SafeTensors};
 
@@ -147,6 +148,16 @@ impl<'a> Engine<'a> {
         batch: &[(usize, usize, &[u32])],
         logits: LogitsWanted,
     ) -> Vec<Vec<Vec<f32>>> {
+        self.run_over(batch, logits, &Pages::All)
+    }
+
+    /// As [`Self::run_rows`], every step and layer over the same pages.
+    fn run_over(
+        &mut self,
+        batch: &[(usize, usize, &[u32])],
+        logits: LogitsWanted,
+        pages: &Pages,
+    ) -> Vec<Vec<Vec<f32>>> {
         let steps: Vec<Step<'_>> = batch
             .iter()
             .map(|&(sequence, position, tokens)| Step {
@@ -158,7 +169,8 @@ impl<'a> Engine<'a> {
             .collect();
         let found = self
             .model
-            .forward(&mut self.pool, &mut self.scratch, &steps, &mut |_| {
+            .forward(&mut self.pool, &mut self.scratch, &steps, &mut |before| {
+                before.pages.fill(pages.clone());
                 ControlFlow::Continue(())
             })
             .unwrap();
@@ -370,5 +382,77 @@ fn sixteen_bit_pages_are_close() {
                 fixture.name
             );
         }
+    }
+}
+
+/// Every page named instead of none, in one step and in several, beside others: the same
+/// bits. So are steps of all tokens with no page named, which see their own rows.
+#[test]
+fn all_pages_chosen_change_no_bit() {
+    for fixture in Fixture::all() {
+        let heads = fixture.model.config().kv_heads;
+        let every = Pages::Chosen(vec![(0..12).rev().chain(3..40).collect(); heads]);
+        let none = Pages::Chosen(Vec::new());
+        let tokens = fixture.prompt(5);
+        let cut = tokens.len() - 40;
+        for dtype in [KvDtype::F32, KvDtype::Bf16, KvDtype::F16] {
+            let run = |parts: &[(usize, &[u32])], logits, pages: &Pages| {
+                let mut engine = Engine::new(&fixture.model, 2);
+                engine.pool = KvPool::new(fixture.model.config(), 2 * 192 / BLOCK_TOKENS, dtype);
+                let beside = (1, 0, fixture.prompt(2));
+                let steps = parts.iter().map(|&(at, tokens)| (0, at, tokens));
+                steps
+                    .flat_map(|step| engine.run_over(&[step, beside], logits, pages).remove(0))
+                    .collect::<Vec<_>>()
+            };
+            let parts = [(0, &tokens[..cut]), (cut, &tokens[cut..])];
+            let full = run(&parts, LogitsWanted::All, &Pages::All);
+            let name = &fixture.name;
+            assert_eq!(
+                run(&parts, LogitsWanted::All, &every),
+                full,
+                "{name}: {dtype:?}"
+            );
+            let whole = run(&[(0, tokens)], LogitsWanted::Last, &none);
+            assert_eq!(whole.last(), full.last(), "{name}: {dtype:?}, own rows");
+        }
+    }
+}
+
+/// Pages that are not chosen are not read, by any layer, whatever they hold.
+#[test]
+fn pages_that_are_not_chosen_do_not_matter() {
+    for fixture in Fixture::all() {
+        let config = fixture.model.config();
+        let tokens = fixture.prompt(5);
+        let (last, context) = tokens.split_last().unwrap();
+        let chosen = |pages: &[u32]| Pages::Chosen(vec![pages.to_vec(); config.kv_heads]);
+        let decode = |poisoned: &[usize], pages: &Pages| {
+            let mut engine = Engine::new(&fixture.model, 1);
+            engine.run(&[(0, 0, context)]);
+            let table = engine.tables[0].clone();
+            for (page, layer) in poisoned
+                .iter()
+                .flat_map(|page| (0..config.layers).map(move |layer| (page, layer)))
+            {
+                let nan = f32::NAN
+                    .to_le_bytes()
+                    .repeat(engine.pool.layer_bytes(16) / 4);
+                let written = engine.pool.write_layer(&table, page * 16, 16, layer, &nan);
+                written.unwrap();
+            }
+            let step = [(0, context.len(), std::slice::from_ref(last))];
+            let rows = engine.run_over(&step, LogitsWanted::All, pages);
+            rows.concat().concat()
+        };
+        let some = decode(&[], &chosen(&[0, 2, 5]));
+        assert!(
+            some.iter().all(|logit| logit.is_finite()),
+            "{}",
+            fixture.name
+        );
+        assert_ne!(some, decode(&[], &Pages::All), "{}", fixture.name);
+        let poisoned = decode(&[1, 3, 4, 6], &chosen(&[5, 0, 2, 2, 99]));
+        assert_eq!(some, poisoned, "{}", fixture.name);
     }
 }

@@ -7,7 +7,8 @@
 //!
 //! # Order of summation
 //!
-//! Tiles start at multiples of [`KEY_TILE`] from position 0. Scores are chains
+//! Tiles are every [`KEY_TILE`] keys of the pages that are read, which are all, from
+//! position 0, or those that were chosen for the KV head, in ascending order. Scores are chains
 //! over dimensions; a tile's values are a chain over its tokens, started from
 //! the rescaled sum so far. Keys that a row does not see get weight 0, which
 //! changes no value of a sum as long as V is finite, so a row's result does not
@@ -20,6 +21,10 @@ use super::elementwise::{LANES, exp, max_lanes, sum_lanes};
 use super::isa::{Kind, dispatch};
 use super::{AlignedBuf, Isa};
 use crate::kv::{BLOCK_TOKENS, BlockId, HeadBlock, KvPool, Plane};
+
+mod pages;
+
+use pages::{PageList, Tile};
 
 /// Keys per step of the online softmax.
 pub const KEY_TILE: usize = 4 * BLOCK_TOKENS;
@@ -53,6 +58,9 @@ pub(crate) struct QueryRange<'a> {
     pub(crate) positions: &'a [usize],
     /// The sequence's pages, from position 0.
     pub(crate) blocks: &'a [BlockId],
+    /// By KV head, ascending indices of the pages that are read; those of the queries are
+    /// among them. `None` for all.
+    pub(crate) pages: Option<&'a [Vec<u32>]>,
 }
 
 /// Everything [`attend`] reads.
@@ -99,7 +107,9 @@ pub(crate) fn attend(isa: Isa, work: &AttentionWork<'_>, out: &mut [f32]) {
                         first_row: range.first_row + index * tokens_per_unit,
                         positions,
                         blocks: range.blocks,
+                        pages: range.pages,
                     },
+                    pages: PageList::new(range.pages, kv_head),
                     kv_head,
                 });
             }
@@ -156,6 +166,7 @@ impl HeadRows {
 /// One KV head of a few queries.
 struct Unit<'a> {
     range: QueryRange<'a>,
+    pages: PageList<'a>,
     kv_head: usize,
 }
 
@@ -200,21 +211,14 @@ impl Workspace {
         }
     }
 
-    /// Widens and lays out the tile of `tokens` keys from `first`.
-    fn load_tile(
-        &mut self,
-        isa: Isa,
-        work: &AttentionWork<'_>,
-        unit: &Unit<'_>,
-        first: usize,
-        tokens: usize,
-    ) {
-        for page in 0..tokens.div_ceil(BLOCK_TOKENS) {
-            let block = unit.range.blocks[first / BLOCK_TOKENS + page];
+    /// Widens and lays out the pages of a tile.
+    fn load_tile(&mut self, isa: Isa, work: &AttentionWork<'_>, unit: &Unit<'_>, tile: &Tile) {
+        for (index, page) in tile.pages().enumerate() {
+            let block = unit.range.blocks[page];
             let keys = work
                 .pool
                 .head_block(work.layer, block, Plane::K, unit.kv_head);
-            let lane = page * BLOCK_TOKENS;
+            let lane = index * BLOCK_TOKENS;
             match keys {
                 HeadBlock::F32(rows) if self.dim == self.padded => {
                     transpose(isa, rows, self.padded, &mut self.keys[lane..]);
@@ -274,19 +278,16 @@ impl Unit<'_> {
         };
         let (from, _) = visible(first);
         let (_, end) = visible(last);
-        for first in (from / KEY_TILE * KEY_TILE..end).step_by(KEY_TILE) {
-            let tokens = KEY_TILE.min(end - first);
-            space.load_tile(isa, work, self, first, tokens);
+        for tile in self.pages.tiles(from, end) {
+            let tokens = tile.lanes_before(end);
+            space.load_tile(isa, work, self, &tile);
             for start in (0..rows).step_by(ROW_BLOCK) {
                 let count = ROW_BLOCK.min(rows - start);
                 // Lanes of the tile that each row sees; empty for none.
                 let mut lanes = [(0, 0); ROW_BLOCK];
                 for (row, lanes) in lanes[..count].iter_mut().enumerate() {
                     let (from, to) = visible(positions[(start + row) / group]);
-                    *lanes = (
-                        from.saturating_sub(first).min(KEY_TILE),
-                        to.saturating_sub(first).min(KEY_TILE),
-                    );
+                    *lanes = (tile.lanes_before(from), tile.lanes_before(to));
                 }
                 if lanes.iter().all(|(from, to)| from >= to) {
                     continue;

@@ -5,104 +5,14 @@ use std::ops::{ControlFlow, Range};
 use rayon::prelude::*;
 
 use super::Model;
+use super::step::{BeforeLayer, Fate, Pages, Positions, Step};
 use super::weights::{Layer, Linear};
 use crate::config::ModelConfig;
 use crate::kernels::{
     AlignedBuf, AttentionShape, AttentionWork, Isa, QueryRange, Threads, add_bias, attend, matmul,
     rms_norm, rms_norm_in_place, rotate, silu_mul,
 };
-use crate::kv::{BlockId, KvError, KvPool};
-
-/// Tokens of one sequence.
-#[derive(Clone, Copy, Debug)]
-pub struct Step<'a> {
-    /// Token ids; at least one.
-    pub tokens: &'a [u32],
-    /// Where they stand. K and V of all positions up to the last that are not among them
-    /// are in the pages, or will be once `before_layer` has run for a layer.
-    pub positions: Positions<'a>,
-    /// The sequence's page table from position 0; covers the tokens.
-    pub blocks: &'a [BlockId],
-    /// Rows of logits to return.
-    pub logits: LogitsWanted,
-}
-
-/// Where the tokens of a step stand in their sequence.
-#[derive(Clone, Copy, Debug)]
-pub enum Positions<'a> {
-    /// One after another, from this position on.
-    From(usize),
-    /// As listed, ascending; as many as there are tokens.
-    At(&'a [usize]),
-}
-
-impl Positions<'_> {
-    /// Position of the `index`-th token, if it has one.
-    fn get(&self, index: usize) -> Option<usize> {
-        match self {
-            Self::From(first) => first.checked_add(index),
-            Self::At(positions) => positions.get(index).copied(),
-        }
-    }
-}
-
-/// What a layer is about to attend with.
-///
-/// Rows are the tokens of the steps, in order, that have gone on so far.
-#[derive(Debug)]
-pub struct BeforeLayer<'a> {
-    /// Its index.
-    pub layer: usize,
-    /// Pages, which do not hold K and V of the rows yet.
-    pub pool: &'a mut KvPool,
-    /// Projections after RoPE: `[row][stride]`, of which the first `heads · head_dim`
-    /// elements are the query heads, the next `kv_heads · head_dim` K and as many V.
-    pub rows: &'a [f32],
-    /// Elements from one row to the next.
-    pub stride: usize,
-    /// Position of each row in its sequence.
-    pub positions: &'a [usize],
-    /// Rows of each step.
-    pub steps: &'a [Range<usize>],
-    /// What becomes of each row; all go on until told otherwise. Rows whose logits are
-    /// wanted go on in any case.
-    pub fates: &'a mut [Fate],
-}
-
-/// What becomes of a row in a layer.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Fate {
-    /// Its K and V are written, and it goes on to the next layer.
-    #[default]
-    GoesOn,
-    /// Its K and V are written, which is all that is wanted of it. In later layers, those of
-    /// its position are what the pages hold.
-    Ends,
-    /// It has ended before: K and V of its position are what the pages hold.
-    Dropped,
-}
-
-/// Which rows of logits a step returns.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum LogitsWanted {
-    /// None: the step only fills pages.
-    None,
-    /// Of its last token.
-    Last,
-    /// Of every token.
-    All,
-}
-
-impl LogitsWanted {
-    /// First of `tokens` rows that is wanted; `tokens` for none.
-    fn first(self, tokens: usize) -> usize {
-        match self {
-            Self::None => tokens,
-            Self::Last => tokens - 1,
-            Self::All => 0,
-        }
-    }
-}
+use crate::kv::{KvError, KvPool};
 
 /// Logits of one batch.
 #[derive(Clone, Debug, PartialEq)]
@@ -291,12 +201,14 @@ impl<'a> Batch<'a> {
         let config = &model.config;
         self.embed(scratch);
         let mut fates = Vec::new();
+        let mut pages = vec![Pages::All; self.steps.len()];
         let mut rows = self.positions.len();
         for (index, layer) in model.weights.layers.iter().enumerate() {
             self.project_qkv(layer, scratch);
             let width = config.qkv_width();
             fates.clear();
             fates.resize(rows, Fate::GoesOn);
+            pages.fill(Pages::All);
             let before = BeforeLayer {
                 layer: index,
                 pool,
@@ -305,6 +217,7 @@ impl<'a> Batch<'a> {
                 positions: &self.positions,
                 steps: &self.ranges,
                 fates: &mut fates,
+                pages: &mut pages,
             };
             if before_layer(before).is_break() {
                 return None;
@@ -316,7 +229,7 @@ impl<'a> Batch<'a> {
             self.drop_rows(&fates, scratch);
             rows = self.positions.len();
             let last = index + 1 == config.layers;
-            self.attend(pool, scratch, index, last);
+            self.attend(pool, scratch, index, &pages, last);
             if last {
                 // What follows is wanted only for rows with logits.
                 rows = self.keep_wanted(scratch);
@@ -425,8 +338,22 @@ impl<'a> Batch<'a> {
         }
     }
 
-    fn attend(&self, pool: &KvPool, scratch: &mut Scratch, layer: usize, only_wanted: bool) {
+    fn attend(
+        &self,
+        pool: &KvPool,
+        scratch: &mut Scratch,
+        layer: usize,
+        pages: &[Pages],
+        only_wanted: bool,
+    ) {
         let config = &self.model.config;
+        // From all rows of the steps, those included that attend no more.
+        let listed: Vec<Option<Vec<Vec<u32>>>> = self
+            .ranges
+            .iter()
+            .zip(pages)
+            .map(|(range, pages)| pages.listed(config.kv_heads, &self.positions[range.clone()]))
+            .collect();
         let ranges: Vec<QueryRange<'_>> = self
             .ranges
             .iter()
@@ -441,6 +368,7 @@ impl<'a> Batch<'a> {
                     first_row,
                     positions: &self.positions[first_row..range.end],
                     blocks: self.steps[step].blocks,
+                    pages: listed[step].as_deref(),
                 }
             })
             .collect();

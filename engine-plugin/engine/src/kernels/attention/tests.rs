@@ -67,6 +67,7 @@ fn attend_rows(ranges: &[(usize, usize)], out_rows: usize) {
         first_row,
         positions: &POSITIONS[..queries],
         blocks: &blocks,
+        pages: None,
     };
     let work = AttentionWork {
         shape: AttentionShape {
@@ -103,11 +104,16 @@ fn ranges_outside_the_output_are_refused() {
 
 proptest! {
     /// Queries at any positions, beside dense attention in f64 under the mask
-    /// `key <= query`, and inside the window if there is one.
+    /// `key <= query`, inside the window if there is one, and on a chosen page if some are:
+    /// all others hold NaN.
     #[test]
     fn scattered_queries_see_what_a_dense_mask_shows(
         positions in proptest::collection::btree_set(0usize..150, 1..60),
         window in proptest::option::of(1usize..100),
+        chosen in proptest::option::of(proptest::array::uniform2(
+            proptest::collection::btree_set(0u32..10, 0..10),
+        )),
+        dtype in proptest::sample::select(vec![KvDtype::F32, KvDtype::Bf16, KvDtype::F16]),
         seed: u64,
     ) {
         let config = r#"{"architectures": ["LlamaForCausalLM"], "vocab_size": 8, "hidden_size": 64,
@@ -116,17 +122,34 @@ proptest! {
         let config = ModelConfig::from_json(config.as_bytes()).expect("the config is complete");
         let (dim, heads, group) = (16, 4, 2);
         let positions: Vec<usize> = positions.into_iter().collect();
-        let mut pool = KvPool::new(&config, 10, KvDtype::F32);
+        let mut pool = KvPool::new(&config, 10, dtype);
         let blocks: Vec<BlockId> = (0..10).filter_map(|_| pool.alloc()).rev().collect();
         let mut state = seed;
-        let kv: Vec<(Vec<f32>, Vec<f32>)> = (0..150)
-            .map(|_| (numbers(2 * dim, &mut state), numbers(2 * dim, &mut state)))
-            .collect();
-        for (position, (k, v)) in kv.iter().enumerate() {
-            pool.write_token(&blocks, position, 0, k, v);
+        let own = positions.iter().map(|&position| u32::try_from(position / BLOCK_TOKENS));
+        let own: Vec<u32> = own.collect::<Result<_, _>>().expect("ten pages");
+        let chosen = chosen.map(|heads| heads.map(|mut pages| {
+            pages.extend(&own);
+            pages.into_iter().collect::<Vec<u32>>()
+        }));
+        let reads = |kv_head: usize, position: usize| chosen.as_ref().is_none_or(
+            |heads| heads[kv_head].iter().any(|&page| page as usize == position / BLOCK_TOKENS),
+        );
+        let mut kv: Vec<(Vec<f32>, Vec<f32>)> = Vec::new();
+        for position in 0..150 {
+            let (mut k, mut v) = (numbers(2 * dim, &mut state), numbers(2 * dim, &mut state));
+            for kv_head in (0..2).filter(|&kv_head| !reads(kv_head, position)) {
+                k[kv_head * dim..][..dim].fill(f32::NAN);
+                v[kv_head * dim..][..dim].fill(f32::NAN);
+            }
+            pool.write_token(&blocks, position, 0, &k, &v);
+            // As the pages hold them.
+            pool.read_token(&blocks, position, 0, Plane::K, &mut k);
+            pool.read_token(&blocks, position, 0, Plane::V, &mut v);
+            kv.push((k, v));
         }
         let queries = numbers(positions.len() * heads * dim, &mut state);
-        let range = QueryRange { first_row: 0, positions: &positions, blocks: &blocks };
+        let range = QueryRange { first_row: 0, positions: &positions, blocks: &blocks,
+            pages: chosen.as_ref().map(<[_; 2]>::as_slice) };
         let work = AttentionWork {
             shape: AttentionShape { heads, kv_heads: 2, head_dim: dim, window },
             ranges: &[range],
@@ -142,7 +165,7 @@ proptest! {
                 let at = (row * heads + head) * dim;
                 let weight = |key: usize| {
                     let behind = window.is_some_and(|window| key + window <= position);
-                    if key > position || behind {
+                    if key > position || behind || !reads(head / group, key) {
                         return 0.0;
                     }
                     let k = &kv[key].0[head / group * dim..][..dim];
@@ -154,6 +177,7 @@ proptest! {
                 let total: f64 = weights.iter().sum();
                 for d in 0..dim {
                     let expected: f64 = kv.iter().zip(&weights)
+                        .filter(|(_, weight)| **weight > 0.0)
                         .map(|((_, v), weight)| f64::from(v[head / group * dim + d]) * weight / total)
                         .sum();
                     prop_assert!((f64::from(out[at + d]) - expected).abs() < 1e-5);
