@@ -289,10 +289,14 @@ pub(super) const RULES: &[(&str, &str)] = &[
     ("first", "the first tokens of each chunk, as EPIC chooses"),
     (
         "graded",
-        "those that changed most behind a few strange texts when the chunk was compiled, each as \
-         deep as it did: what the engine does by default",
+        "those that changed most behind a strange text when the chunk was compiled, each as deep \
+         as it did: what the engine does by default",
     ),
-    ("graded-N", "`graded` with so many of the texts"),
+    ("graded-N", "`graded` with so many texts"),
+    (
+        "graded-N-N",
+        "the same, and recorded in so many of the layers",
+    ),
     (
         "probed",
         "those that changed most in layer 1 behind these texts, in all layers",

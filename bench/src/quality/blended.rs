@@ -11,8 +11,8 @@
 //! summed over layers, as ProphetKV does), `question-N` (of layer N alone), `first-question`
 //! (16 tokens of each chunk, then those), `probed` (what [`Probes`] recorded at layer 1),
 //! `probed-N` (at layer N), `graded` (what they recorded in a third of the layers, see
-//! [`Rule::Graded`]; the default of the engine), `graded-N` (the same with the first N of
-//! four probes, for what each adds), and `oracle-N` (deviation at layer N from full prefill).
+//! [`Rule::Graded`]; the default of the engine), `graded-N` and `graded-N-L` (the same with the
+//! first N of four probes, and in L layers, for what these add), and `oracle-N` (deviation at layer N from full prefill).
 //! What a pass of the question costs is charged, all its rows in all layers.
 
 use std::str::FromStr;
@@ -48,11 +48,24 @@ pub(crate) struct Blended {
 enum By {
     Random,
     First,
-    Deviation { of: Compared, gradual: bool },
-    Question { layer: Option<usize>, first: bool },
-    Probed { layer: usize },
-    Graded { probes: usize },
-    Oracle { layer: usize },
+    Deviation {
+        of: Compared,
+        gradual: bool,
+    },
+    Question {
+        layer: Option<usize>,
+        first: bool,
+    },
+    Probed {
+        layer: usize,
+    },
+    Graded {
+        probes: usize,
+        layers: Option<usize>,
+    },
+    Oracle {
+        layer: usize,
+    },
 }
 
 impl FromStr for Blended {
@@ -90,14 +103,21 @@ impl FromStr for Blended {
                 layer: (!layer.is_empty()).then(|| layer.parse()).transpose()?,
                 first: false,
             },
-            ("graded", "") => By::Graded { probes: PROBES },
-            ("graded", probes) => {
+            ("graded", "") => By::Graded {
+                probes: PROBES,
+                layers: None,
+            },
+            ("graded", of) => {
+                let (probes, layers) = match of.split_once('-') {
+                    Some((probes, layers)) => (probes, Some(layers.parse()?)),
+                    None => (of, None),
+                };
                 let probes = probes.parse()?;
                 ensure!(
-                    (1..=MOST_PROBES).contains(&probes),
-                    "a chunk is graded with 1 to {MOST_PROBES} probes"
+                    (1..=MOST_PROBES).contains(&probes) && layers != Some(0),
+                    "a chunk is graded with 1 to {MOST_PROBES} probes, in 1 layer or more"
                 );
-                By::Graded { probes }
+                By::Graded { probes, layers }
             }
             ("probed", "") => By::Probed { layer: 1 },
             ("probed", layer) => By::Probed {
@@ -256,8 +276,9 @@ impl Blended {
                 let mut scores = self.probed(reader, caches, PROBES, layer)?;
                 (scores.split_off(layer - 1), Rule::Scored)
             }
-            By::Graded { probes } => {
-                let layers = probed_layers(reader.config().layers);
+            By::Graded { probes, layers } => {
+                let all = reader.config().layers;
+                let layers = layers.unwrap_or(probed_layers(all)).min(all - 1);
                 (self.probed(reader, caches, probes, layers)?, Rule::Graded)
             }
             By::Oracle { layer } => {
@@ -304,14 +325,17 @@ mod tests {
     #[test]
     fn graded_is_as_the_engine_does_unless_it_names_its_probes() {
         let by = |name: &str| name.parse::<Blended>().map(|blended| blended.by);
-        let all = By::Graded { probes: PROBES };
+        let graded = |probes, layers| By::Graded { probes, layers };
+        let all = graded(PROBES, None);
         assert_eq!(by("blend:graded:0.15").unwrap(), all);
         assert_eq!(by("blend:graded-1:0.15").unwrap(), all);
-        assert_eq!(by("blend:graded-4:0.15").unwrap(), By::Graded { probes: 4 });
+        assert_eq!(by("blend:graded-4:0.15").unwrap(), graded(4, None));
+        assert_eq!(by("blend:graded-2-6:0.15").unwrap(), graded(2, Some(6)));
         for none in [
             "blend:graded-0:0.15",
             "blend:graded-5:0.15",
             "blend:graded-x:0.15",
+            "blend:graded-1-0:0.15",
         ] {
             assert!(by(none).is_err(), "{none}");
         }
