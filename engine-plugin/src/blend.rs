@@ -34,7 +34,7 @@
 //! # What is not kept
 //! Repaired rows live as long as their request. Cache-Craft (Agarwal et al., SIGMOD 2025) keeps them
 //! as variants of a chunk, for requests that have the same chunks before it; over retrieval
-//! traces that saves about one percent of what is computed here (`kvasir-bench retrieval`, rows of
+//! traces that saves one percent at best of what is computed here (`kvasir-bench retrieval`, rows of
 //! `variants`), since a repair is of few rows, and the same order again comes as a prefix.
 //!
 //! Not here: the layer loop that computes tokens anew, which is the engine's.
