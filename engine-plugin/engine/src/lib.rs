@@ -36,6 +36,7 @@ pub mod kernels;
 pub mod kv;
 pub mod metrics;
 pub mod model;
+pub mod paging;
 pub mod request;
 pub mod rope;
 pub mod sampling;
@@ -50,3 +51,4 @@ pub use model::{
     BeforeLayer, Fate, ForwardError, LoadError, Logits, LogitsWanted, Model, Pages, Positions,
     Scratch, Step,
 };
+pub use paging::{Backing, Pager, PagerStats, PagingError, Replacement, ScratchFile, Stalls};
