@@ -22,7 +22,7 @@ use half::{bf16, f16};
 use crate::config::ModelConfig;
 use crate::kernels::AlignedBuf;
 use crate::paging::frames::{Heat, PieceId};
-use crate::paging::pager::Shape;
+use crate::paging::pager::{Shape, frame_bytes};
 use crate::paging::{Backing, Pager, PagingError, Replacement};
 
 #[cfg(test)]
@@ -234,8 +234,8 @@ impl KvPool {
         }
     }
 
-    /// Brings one layer of tokens to memory, where it stays until the next call that may move
-    /// pages; nothing to do where all is in memory.
+    /// Brings some layers of tokens to memory, where they stay until the next call that may
+    /// move pages; nothing to do where all is in memory.
     ///
     /// # Errors
     ///
@@ -245,17 +245,27 @@ impl KvPool {
         blocks: &[BlockId],
         first_token: usize,
         tokens: usize,
-        layer: usize,
+        layers: Range<usize>,
     ) -> Result<(), KvError> {
         let end = first_token.saturating_add(tokens);
         self.check_table(blocks, end)?;
-        self.check_layer(layer)?;
+        if let Some(last) = layers.clone().next_back() {
+            self.check_layer(last)?;
+        }
+        let Memory::Paged(pager) = &mut self.memory else {
+            return Ok(());
+        };
         let pages = Demanded::Range {
             first: first_token / BLOCK_TOKENS,
             end: end.div_ceil(BLOCK_TOKENS),
         };
-        self.ensure(layer, &[Demand { blocks, pages }])
-            .map_err(|(_, error)| KvError::Paging(error))
+        let mut pieces = Vec::new();
+        for layer in layers {
+            pieces.extend(demanded(pager.shape(), layer, &[Demand { blocks, pages }]).0);
+        }
+        pager
+            .ensure(&pieces, Heat::Scanned)
+            .map_err(KvError::Paging)
     }
 
     /// Writes what of some pages only memory holds to the scratch file, adjoining pages
@@ -300,6 +310,22 @@ impl KvPool {
             }
             _ => Err(KvError::NotAllocated(block)),
         }
+    }
+
+    /// Pages of which a whole layer is in memory at once, at most.
+    pub fn layer_blocks(&self) -> usize {
+        match &self.memory {
+            Memory::Whole(_) => self.geometry.blocks,
+            Memory::Paged(pager) => {
+                (pager.frames() / self.geometry.kv_heads).min(self.geometry.blocks)
+            }
+        }
+    }
+
+    /// Pieces of a model's KV that fit into some bytes of memory.
+    pub fn frames_in(config: &ModelConfig, dtype: KvDtype, bytes: u64) -> usize {
+        let piece = Geometry::new(config, 1, dtype).piece_bytes();
+        usize::try_from(bytes).unwrap_or(usize::MAX) / frame_bytes(piece)
     }
 
     /// Pages not taken.

@@ -40,7 +40,7 @@ impl Shape {
     }
 
     fn frame_bytes(&self) -> usize {
-        self.piece_bytes.next_multiple_of(SECTOR_BYTES)
+        frame_bytes(self.piece_bytes)
     }
 
     pub(crate) fn piece(&self, layer: usize, kv_head: usize, block: BlockId) -> PieceId {
@@ -53,6 +53,11 @@ impl Shape {
         let block = u32::try_from(block).expect("block ids are u32");
         (piece.index() / self.blocks / self.kv_heads, BlockId(block))
     }
+}
+
+/// Bytes of memory for a piece of some bytes.
+pub(crate) const fn frame_bytes(piece_bytes: usize) -> usize {
+    piece_bytes.next_multiple_of(SECTOR_BYTES)
 }
 
 /// Where a piece is. It is in memory, in the file, in both, or nowhere: then it holds nothing.
@@ -322,12 +327,11 @@ impl Pager {
     }
 
     /// Writes what of the blocks only memory holds, and gives their frames back. Returns the
-    /// bytes written. What was written before and has not changed is not written again.
+    /// bytes written for it. What was written before and has not changed is not written again.
     ///
     /// # Errors
     /// [`PagingError::Full`] or [`PagingError::Write`]: then all of it is where it was.
     pub(crate) fn park(&mut self, blocks: &[BlockId]) -> Result<u64, PagingError> {
-        let before = self.stats.written_bytes;
         let mut pieces = Vec::with_capacity(blocks.len());
         for layer in 0..self.shape.layers {
             for kv_head in 0..self.shape.kv_heads {
@@ -359,7 +363,7 @@ impl Pager {
                 self.frames.release(frame);
             }
         }
-        Ok(self.stats.written_bytes - before)
+        Ok((dirty.len() * self.frame_bytes()) as u64)
     }
 
     /// Lets go of all pieces of a block: they hold nothing from now on.

@@ -302,7 +302,9 @@ fn a_second_park_moves_what_changed() {
             }
         }
     }
-    assert_eq!(pager.park(&blocks), Ok(16 * 4096));
+    // Some of it had been written behind.
+    assert!(pager.park(&blocks).unwrap() <= 16 * 4096);
+    assert_eq!(pager.stats().written_bytes, 16 * 4096);
     assert!((0..32).all(|piece| pager.bytes(PieceId(piece)).is_none()));
     fill(&mut pager, SHAPE.piece(1, 0, BlockId(3)), 8).unwrap();
     pager
