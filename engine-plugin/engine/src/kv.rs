@@ -21,12 +21,20 @@ use half::{bf16, f16};
 
 use crate::config::ModelConfig;
 use crate::kernels::AlignedBuf;
-use crate::paging::frames::{Heat, PieceId};
+use crate::paging::frames::Heat;
 use crate::paging::pager::{Shape, frame_bytes};
 use crate::paging::{Backing, Pager, PagingError, Replacement};
 
+mod demand;
+mod geometry;
 #[cfg(test)]
 mod tests;
+
+use demand::demanded;
+use geometry::Geometry;
+
+pub(crate) use demand::{Demand, Demanded};
+pub(crate) use geometry::{HeadBlock, Plane};
 
 #[cfg(target_endian = "big")]
 compile_error!("pages are exchanged as the memory of a little-endian machine");
@@ -81,64 +89,6 @@ enum Memory {
     Whole(AlignedBuf<u8>),
     /// Some of them.
     Paged(Box<Pager>),
-}
-
-/// What a sequence reads, or is about to write, in one layer. Pages are indices into `blocks`.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Demand<'a> {
-    pub(crate) blocks: &'a [BlockId],
-    pub(crate) pages: Demanded<'a>,
-}
-
-/// Which pages.
-#[derive(Clone, Copy, Debug)]
-pub(crate) enum Demanded<'a> {
-    /// All heads of some pages in a row.
-    Range { first: usize, end: usize },
-    /// By KV head, pages in any order.
-    Listed(&'a [Vec<u32>]),
-}
-
-/// Which of a token's two vectors.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Plane {
-    K = 0,
-    V = 1,
-}
-
-/// One head of one plane of one page: `[token][head_dim]`.
-pub(crate) enum HeadBlock<'a> {
-    F32(&'a [f32]),
-    Bf16(&'a [u16]),
-    F16(&'a [u16]),
-}
-
-impl HeadBlock<'_> {
-    /// Widens row by row into `out`, whose rows are `stride` elements long.
-    pub(crate) fn widen(&self, head_dim: usize, out: &mut [f32], stride: usize) {
-        let rows = out.chunks_exact_mut(stride);
-        match self {
-            Self::F32(data) => {
-                for (out, row) in rows.zip(data.chunks_exact(head_dim)) {
-                    out[..head_dim].copy_from_slice(row);
-                }
-            }
-            Self::Bf16(data) => {
-                for (out, row) in rows.zip(data.chunks_exact(head_dim)) {
-                    for (out, &bits) in out.iter_mut().zip(row) {
-                        *out = f32::from_bits(u32::from(bits) << 16);
-                    }
-                }
-            }
-            Self::F16(data) => {
-                for (out, row) in rows.zip(data.chunks_exact(head_dim)) {
-                    for (out, &bits) in out.iter_mut().zip(row) {
-                        *out = f16::from_bits(bits).to_f32();
-                    }
-                }
-            }
-        }
-    }
 }
 
 impl KvPool {
@@ -590,136 +540,6 @@ impl KvPool {
                 found: payload_bytes,
                 expected,
             });
-        }
-        Ok(())
-    }
-}
-
-/// The pieces of some demands, and how hot they are. Pages behind a table are nobody's.
-fn demanded(shape: &Shape, layer: usize, demands: &[Demand<'_>]) -> (Vec<PieceId>, Heat) {
-    let mut pieces = Vec::new();
-    let mut heat = Heat::Scanned;
-    for Demand { blocks, pages } in demands {
-        for kv_head in 0..shape.kv_heads {
-            let piece = |&block: &BlockId| shape.piece(layer, kv_head, block);
-            match *pages {
-                Demanded::Range { first, end } => {
-                    let range = first.min(blocks.len())..end.min(blocks.len());
-                    pieces.extend(blocks[range].iter().map(piece));
-                }
-                Demanded::Listed(lists) => {
-                    heat = Heat::Chosen;
-                    let list = lists.get(kv_head).into_iter().flatten();
-                    pieces.extend(
-                        list.filter_map(|&page| blocks.get(page as usize))
-                            .map(piece),
-                    );
-                }
-            }
-        }
-    }
-    (pieces, heat)
-}
-
-/// What the pages are made of.
-#[derive(Clone, Copy, Debug)]
-struct Geometry {
-    layers: usize,
-    blocks: usize,
-    kv_heads: usize,
-    head_dim: usize,
-    dtype: KvDtype,
-}
-
-/// A stretch that is contiguous in the pool and in canonical order.
-struct Run {
-    block: BlockId,
-    plane: Plane,
-    kv_head: usize,
-    /// First token in the page, and in the payload's head.
-    slot: usize,
-    payload: usize,
-    tokens: usize,
-}
-
-impl Geometry {
-    fn new(config: &ModelConfig, blocks: usize, dtype: KvDtype) -> Self {
-        Self {
-            layers: config.layers,
-            blocks,
-            kv_heads: config.kv_heads,
-            head_dim: config.head_dim,
-            dtype,
-        }
-    }
-
-    const fn row_bytes(&self) -> usize {
-        self.head_dim * self.dtype.bytes()
-    }
-
-    const fn plane_bytes(&self) -> usize {
-        BLOCK_TOKENS * self.row_bytes()
-    }
-
-    const fn piece_bytes(&self) -> usize {
-        2 * self.plane_bytes()
-    }
-
-    const fn bytes(&self) -> usize {
-        self.layers * self.blocks * self.kv_heads * self.piece_bytes()
-    }
-
-    /// Where a plane of a head is, all pages being in memory.
-    fn offset(&self, layer: usize, block: BlockId, plane: Plane, kv_head: usize) -> usize {
-        let page = (layer * self.blocks + block.index()) * 2 + plane as usize;
-        (page * self.kv_heads + kv_head) * self.plane_bytes()
-    }
-
-    fn typed<'a>(&self, bytes: &'a [u8]) -> HeadBlock<'a> {
-        match self.dtype {
-            KvDtype::F32 => HeadBlock::F32(bytemuck::cast_slice(bytes)),
-            KvDtype::Bf16 => HeadBlock::Bf16(bytemuck::cast_slice(bytes)),
-            KvDtype::F16 => HeadBlock::F16(bytemuck::cast_slice(bytes)),
-        }
-    }
-
-    /// Bytes of a run in its plane of its page.
-    const fn run_bytes(&self, run: &Run) -> Range<usize> {
-        let at = run.slot * self.row_bytes();
-        at..at + run.tokens * self.row_bytes()
-    }
-
-    /// Bytes of a run in the payload.
-    const fn payload_bytes(&self, run: &Run) -> Range<usize> {
-        let at = run.payload * self.row_bytes();
-        at..at + run.tokens * self.row_bytes()
-    }
-
-    fn each_run(
-        &self,
-        blocks: &[BlockId],
-        first_token: usize,
-        tokens: usize,
-        mut each: impl FnMut(Run) -> Result<(), KvError>,
-    ) -> Result<(), KvError> {
-        for plane in [Plane::K, Plane::V] {
-            for kv_head in 0..self.kv_heads {
-                let mut done = 0;
-                while done < tokens {
-                    let position = first_token + done;
-                    let slot = position % BLOCK_TOKENS;
-                    let count = (BLOCK_TOKENS - slot).min(tokens - done);
-                    each(Run {
-                        block: blocks[position / BLOCK_TOKENS],
-                        plane,
-                        kv_head,
-                        slot,
-                        payload: (plane as usize * self.kv_heads + kv_head) * tokens + done,
-                        tokens: count,
-                    })?;
-                    done += count;
-                }
-            }
         }
         Ok(())
     }
