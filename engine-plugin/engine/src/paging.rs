@@ -2,8 +2,16 @@
 //!
 //! [`crate::KvPool::paged`] makes a pool of as many blocks as the longest contexts need, of
 //! which a fixed number of frames is in memory and the rest in a scratch file. The parts:
-//! [`file`] is the scratch file, [`io`] the threads that read and write it, [`frames`] the
-//! memory and what gives way in it, [`pager`] the table that ties them together.
+//! [`file`] is the scratch file, `io` the threads that read and write it, `frames` the memory
+//! and what gives way in it, `pager` the table that ties them together.
+//!
+//! ```text
+//! model.forward(…, |before| {
+//!     before.pages[step] = chosen;               brought before the layer attends
+//!     before.expected[step] = Some(predicted);   read ahead while it computes
+//! })
+//! pool.park(blocks)                              later steps bring back what they need
+//! ```
 //!
 //! # Units
 //!
@@ -31,10 +39,17 @@
 //!
 //! # Costs
 //!
-//! 16 bytes of table a piece and 40 a frame: 0.4 % of the KV, and 1 % of what is in memory,
-//! at 4 KiB a piece. Threads instead of `io_uring`: see [`io`].
+//! 16 bytes of table a piece and 56 a frame: 0.4 % of the KV, and 1.4 % of what is in memory,
+//! at 4 KiB a piece. A request costs a look into the table for each piece that is wanted.
+//! Threads instead of `io_uring`: see `io.rs`.
+//!
+//! # Not here
+//!
+//! Which pages are worth reading, and which sequence is parked, is for callers to say. Pieces
+//! are not compressed on disk.
 
 pub mod file;
+mod foresight;
 pub(crate) mod frames;
 mod io;
 pub(crate) mod pager;

@@ -1,9 +1,9 @@
 //! Threads that read and write the scratch file.
 //!
 //! Direct I/O blocks the thread that asks, so [`THREADS`] threads are that many operations in
-//! the device's queue. Compared with `io_uring` that costs a switch of threads per operation,
-//! about 5 µs of the processor for 4 KiB; it needs no `unsafe`, and a buffer in flight is owned
-//! by the thread that fills it, so nothing else can touch it, come what may.
+//! the device's queue. Compared with `io_uring` that costs a switch of threads per operation;
+//! it needs no `unsafe`, and a buffer in flight is owned by the thread that fills it, so nothing
+//! else can touch it, come what may.
 //!
 //! Jobs hold several runs, so that many small reads wake few threads. Two queues: what
 //! computing waits for goes first, then what is read ahead or written behind, in order.

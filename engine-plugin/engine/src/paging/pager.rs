@@ -10,6 +10,7 @@ use rustix::io::Errno;
 
 use super::PagingError;
 use super::file::{Backing, SECTOR_BYTES, errno};
+use super::foresight::Foresight;
 use super::frames::{FrameId, Frames, Heat, PieceId, Replacement, Tag, aligned};
 use super::io::{Device, Fault, Job, ReadPiece, ReadRun, THREADS};
 use super::stats::{PagerStats, Stalls};
@@ -132,6 +133,7 @@ pub struct Pager {
     unread: Option<Unread>,
     /// Why the last write failed, if it did.
     unwritten: Option<Errno>,
+    foresight: Foresight,
     stats: PagerStats,
 }
 
@@ -163,6 +165,7 @@ impl Pager {
             awaited: [0; 2],
             unread: None,
             unwritten: None,
+            foresight: Foresight::default(),
             stats: PagerStats::default(),
         })
     }
@@ -296,6 +299,9 @@ impl Pager {
         }
         tag.epoch = epoch;
         let ahead = std::mem::take(&mut tag.ahead);
+        if ahead {
+            self.foresight.note(true);
+        }
         if tag.loading {
             self.awaited[LATE] += 1;
             self.stats.late += 1;
@@ -319,6 +325,9 @@ impl Pager {
                 None if entry.stored => missing.push(piece),
                 None => (),
             }
+        }
+        if !self.foresight.is_worth_it() {
+            return;
         }
         missing.sort_unstable();
         missing.dedup();
@@ -367,7 +376,12 @@ impl Pager {
             return Some(frame);
         }
         let frame = self.frames.victim(self.epoch)?;
-        if let Some(piece) = self.frames.tag_mut(frame).piece.take() {
+        let tag = self.frames.tag_mut(frame);
+        if std::mem::take(&mut tag.ahead) {
+            self.foresight.note(false);
+            self.stats.ahead_unused += 1;
+        }
+        if let Some(piece) = tag.piece.take() {
             self.pieces[piece.index()].frame = NOWHERE;
         }
         self.stats.evictions += 1;
@@ -431,6 +445,8 @@ impl Pager {
         for (&piece, frame) in pieces.iter().zip(frames) {
             let entry = &mut self.pieces[piece.index()];
             entry.frame = frame.0;
+            // What was guessed has to be wanted to last.
+            let heat = if ahead { Heat::Scanned } else { heat };
             *self.frames.tag_mut(frame) = Tag {
                 piece: Some(piece),
                 epoch,

@@ -17,6 +17,8 @@ pub struct PagerStats {
     pub fresh: u64,
     /// Pieces read ahead, wanted afterwards or not.
     pub ahead: u64,
+    /// Pieces read ahead that gave way before anybody wanted them.
+    pub ahead_unused: u64,
     /// Bytes that came from the file, those read ahead included.
     pub read_bytes: u64,
     /// Operations that read them.
@@ -42,6 +44,33 @@ pub struct Stalls {
     pub frame: Duration,
     /// For writes: everything in memory that could give way was not on disk yet.
     pub write: Duration,
+}
+
+impl PagerStats {
+    /// What was counted since `before`.
+    #[must_use]
+    pub fn since(&self, before: &Self) -> Self {
+        Self {
+            hits: self.hits - before.hits,
+            hits_ahead: self.hits_ahead - before.hits_ahead,
+            late: self.late - before.late,
+            misses: self.misses - before.misses,
+            fresh: self.fresh - before.fresh,
+            ahead: self.ahead - before.ahead,
+            ahead_unused: self.ahead_unused - before.ahead_unused,
+            read_bytes: self.read_bytes - before.read_bytes,
+            reads: self.reads - before.reads,
+            written_bytes: self.written_bytes - before.written_bytes,
+            writes: self.writes - before.writes,
+            evictions: self.evictions - before.evictions,
+            stalls: Stalls {
+                read: self.stalls.read - before.stalls.read,
+                late: self.stalls.late - before.stalls.late,
+                frame: self.stalls.frame - before.stalls.frame,
+                write: self.stalls.write - before.stalls.write,
+            },
+        }
+    }
 }
 
 impl Stalls {

@@ -18,6 +18,8 @@ struct FaultyFile {
     lies: AtomicBool,
     /// Reads and writes move this many bytes at most; 0 for any number.
     short: AtomicU64,
+    /// Writes wait while this is held.
+    gate: Mutex<()>,
 }
 
 impl FaultyFile {
@@ -60,6 +62,7 @@ impl Backing for FaultyFile {
     }
 
     fn write_at(&self, from: &[u8], offset: u64) -> io::Result<usize> {
+        let _open = self.gate.lock().unwrap();
         let len = self.cut(from.len());
         let start = usize::try_from(offset).unwrap();
         if self.full.load(Ordering::Relaxed) {
@@ -356,6 +359,31 @@ fn a_full_disk_loses_nothing() {
     assert_eq!(value(&pager, PieceId(3)), 1);
 }
 
+/// A block that is given back while it is written holds nothing afterwards, and what its next
+/// owner writes is not mixed up with what is still on its way.
+#[test]
+fn what_is_forgotten_while_it_is_written_stays_forgotten() {
+    let file: Arc<FaultyFile> = Arc::default();
+    let mut pager = pager(SHAPE, 8, &file);
+    let closed = file.gate.lock().unwrap();
+    for piece in 0..5 {
+        fill(&mut pager, PieceId(piece), 6).unwrap();
+    }
+    assert!(pager.writes_in_flight > 0);
+    assert!(pager.pieces[0].writing && pager.pieces[1].writing);
+    pager.forget(BlockId(0));
+    pager.forget(BlockId(1));
+    // Room for it in memory, while the write of what it held before goes on.
+    fill(&mut pager, PieceId(1), 5).unwrap();
+    drop(closed);
+    let blocks: Vec<BlockId> = (1..8).map(BlockId).collect();
+    pager.park(&blocks).unwrap();
+    for (piece, held) in [(0, 0), (1, 5), (2, 6)] {
+        pager.ensure(&[PieceId(piece)], Heat::Chosen).unwrap();
+        assert_eq!(value(&pager, PieceId(piece)), held);
+    }
+}
+
 /// Wrong bytes and bytes that do not come are errors that name the page; good ones come after.
 #[test]
 fn what_cannot_be_read_is_an_error() {
@@ -407,6 +435,38 @@ fn what_is_expected_is_there() {
     // Nothing is read ahead that is nowhere.
     pager.prefetch(&[PieceId(20)], Heat::Chosen);
     assert_eq!(pager.stats().ahead, 3);
+}
+
+/// Guesses that are wrong are given up, and right ones are not.
+#[test]
+fn wrong_guesses_are_given_up() {
+    let shape = Shape {
+        blocks: 4096,
+        ..SHAPE
+    };
+    for right in [false, true] {
+        let file = Arc::default();
+        let mut pager = pager(shape, 64, &file);
+        for piece in 0..4096 {
+            fill(&mut pager, PieceId(piece), 1).unwrap();
+        }
+        let blocks: Vec<BlockId> = (0..4096).map(BlockId).collect();
+        pager.park(&blocks).unwrap();
+        for turn in 0..400 {
+            let guess: Vec<PieceId> = (0..8).map(|at| PieceId((turn * 8 + at) % 4096)).collect();
+            pager.prefetch(&guess, Heat::Chosen);
+            let other = guess.iter().map(|piece| PieceId((piece.0 + 2048) % 4096));
+            let wanted: Vec<PieceId> = if right { guess } else { other.collect() };
+            pager.ensure(&wanted, Heat::Chosen).unwrap();
+        }
+        let stats = pager.stats();
+        if right {
+            assert_eq!(stats.ahead, 400 * 8, "{stats:?}");
+        } else {
+            assert!((1000..2000).contains(&stats.ahead), "{stats:?}");
+            assert!(stats.ahead_unused > 1000, "{stats:?}");
+        }
+    }
 }
 
 /// Pieces that are chosen outlast a scan of more than fits.
