@@ -101,6 +101,12 @@ impl Shape {
 
 /// Writes `config.json` and `model.safetensors` (f32) into `dir`.
 pub(crate) fn write(dir: &Path, shape: &Shape) -> anyhow::Result<()> {
+    write_scaled(dir, shape, 1.0)
+}
+
+/// As [`write`], with projections to queries and keys `scale` times as large: attention of
+/// such a model is skewed, where a random model's is nearly even.
+pub(crate) fn write_scaled(dir: &Path, shape: &Shape, scale: f32) -> anyhow::Result<()> {
     let config = json!({
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -122,10 +128,10 @@ pub(crate) fn write(dir: &Path, shape: &Shape) -> anyhow::Result<()> {
     });
     std::fs::write(dir.join("config.json"), config.to_string())?;
     let path = dir.join("model.safetensors");
-    write_tensors(&path, shape).with_context(|| format!("writing {}", path.display()))
+    write_tensors(&path, shape, scale).with_context(|| format!("writing {}", path.display()))
 }
 
-fn write_tensors(path: &Path, shape: &Shape) -> anyhow::Result<()> {
+fn write_tensors(path: &Path, shape: &Shape, scale: f32) -> anyhow::Result<()> {
     let tensors = shape.tensors();
     let mut header = serde_json::Map::new();
     let mut offset = 0usize;
@@ -143,7 +149,11 @@ fn write_tensors(path: &Path, shape: &Shape) -> anyhow::Result<()> {
     out.write_all(&(header.len() as u64).to_le_bytes())?;
     out.write_all(&header)?;
     let mut rng = ChaCha8Rng::seed_from_u64(7);
-    for (_, dimensions) in &tensors {
+    for (name, dimensions) in &tensors {
+        let scale = match name.contains("q_proj") || name.contains("k_proj") {
+            true => scale,
+            false => 1.0,
+        };
         let count: usize = dimensions.iter().product();
         // Norms are one; matrices uniform with the variance of a trained model's start.
         let spread = if dimensions.len() == 1 { 0.0 } else { 0.035 };
@@ -153,7 +163,7 @@ fn write_tensors(path: &Path, shape: &Shape) -> anyhow::Result<()> {
             let value = if spread == 0.0 {
                 1.0
             } else {
-                (unit * 2.0 - 1.0) * spread
+                (unit * 2.0 - 1.0) * spread * scale
             };
             out.write_all(&value.to_le_bytes())?;
         }
