@@ -104,7 +104,7 @@ pub(crate) fn write(dir: &Path, shape: &Shape) -> anyhow::Result<()> {
     write_scaled(dir, shape, 1.0)
 }
 
-/// As [`write`], with projections to queries and keys `scale` times as large: attention of
+/// As [`write()`], with projections to queries and keys `scale` times as large: attention of
 /// such a model is skewed, where a random model's is nearly even.
 pub(crate) fn write_scaled(dir: &Path, shape: &Shape, scale: f32) -> anyhow::Result<()> {
     let config = json!({

@@ -3,7 +3,8 @@
 //! A second-chance clock (Corbató, 1968) over frames: the hand passes a frame as often as its
 //! heat says before it takes it. Heat is set by use, and higher for pieces that were chosen
 //! than for those that were read because everything is, so that a scan does not drive out what
-//! selection keeps coming back to.
+//! selection keeps coming back to. A piece that its layer has passed over when it last chose
+//! gives way before all others that were chosen: its layer's next choice is a token away.
 
 use std::collections::VecDeque;
 
@@ -67,6 +68,9 @@ pub(super) struct Tag {
     /// The last request that wanted the piece.
     pub(super) epoch: u64,
     pub(super) heat: Heat,
+    /// The piece's layer, and how often that layer had chosen when the piece last was.
+    pub(super) layer: u32,
+    pub(super) turn: u32,
     /// Its memory is away, being filled.
     pub(super) loading: bool,
     /// Read ahead, and not wanted since.
@@ -82,6 +86,8 @@ impl Tag {
         piece: None,
         epoch: 0,
         heat: Heat::Cold,
+        layer: 0,
+        turn: 0,
         loading: false,
         ahead: false,
         dirty: false,
@@ -100,6 +106,8 @@ pub(super) struct Frames {
     tags: Vec<Tag>,
     free: Vec<FrameId>,
     hand: usize,
+    /// By layer, how often it has chosen.
+    turns: Vec<u32>,
     replacement: Replacement,
     /// For [`Replacement::LeastRecent`]: uses, oldest first; only those that still carry the
     /// frame's stamp count.
@@ -110,7 +118,7 @@ pub(super) struct Frames {
 
 impl Frames {
     /// `count` frames of `bytes` bytes, both fitting `u32`, zeroed and touched.
-    pub(super) fn new(count: usize, bytes: usize, replacement: Replacement) -> Self {
+    pub(super) fn new(count: usize, bytes: usize, layers: usize, replacement: Replacement) -> Self {
         let mut all = aligned(count * bytes);
         all.fill(0);
         let ids = u32::try_from(count).expect("frames are no more than pieces");
@@ -119,6 +127,7 @@ impl Frames {
             tags: vec![Tag::FREE; count],
             free: (0..ids).rev().map(FrameId).collect(),
             hand: 0,
+            turns: vec![0; layers],
             replacement,
             order: VecDeque::new(),
             stamps: match replacement {
@@ -170,10 +179,16 @@ impl Frames {
         self.free.push(frame);
     }
 
+    /// Notes that a layer chooses anew.
+    pub(super) fn begin_turn(&mut self, layer: usize) {
+        self.turns[layer] = self.turns[layer].wrapping_add(1);
+    }
+
     /// Notes that a frame is used now.
     pub(super) fn touch(&mut self, frame: FrameId, heat: Heat) {
         let tag = &mut self.tags[frame.index()];
         tag.heat = tag.heat.max(heat);
+        tag.turn = self.turns[tag.layer as usize];
         if self.replacement == Replacement::LeastRecent {
             self.clock = self.clock.wrapping_add(1);
             self.stamps[frame.index()] = self.clock;
@@ -195,18 +210,24 @@ impl Frames {
     }
 
     fn turn(&mut self, epoch: u64) -> Option<FrameId> {
-        // One turn to find what is cold; one more for each step of cooling.
-        for _ in 0..self.tags.len() * (1 + Heat::Chosen as usize) {
-            let at = self.hand;
-            self.hand = (at + 1) % self.tags.len();
-            let tag = &mut self.tags[at];
-            if !tag.may_go(epoch) {
-                continue;
+        // One turn to find what is cold, one for each step of cooling, one to find that.
+        for round in 0..=1 + Heat::Chosen as usize {
+            for _ in 0..self.tags.len() {
+                let at = self.hand;
+                self.hand = (at + 1) % self.tags.len();
+                let tag = &mut self.tags[at];
+                if !tag.may_go(epoch) {
+                    continue;
+                }
+                let passed_over =
+                    tag.heat == Heat::Chosen && tag.turn != self.turns[tag.layer as usize];
+                if tag.heat == Heat::Cold || passed_over {
+                    return u32::try_from(at).ok().map(FrameId);
+                }
+                if round > 0 {
+                    tag.heat = tag.heat.cooled();
+                }
             }
-            if tag.heat == Heat::Cold {
-                return u32::try_from(at).ok().map(FrameId);
-            }
-            tag.heat = tag.heat.cooled();
         }
         None
     }

@@ -153,7 +153,12 @@ impl Pager {
             .map_err(|error| write_error(errno(&error)))?;
         Ok(Self {
             pieces: vec![Piece::EMPTY; pieces],
-            frames: Frames::new(frames.min(pieces), shape.frame_bytes(), replacement),
+            frames: Frames::new(
+                frames.min(pieces),
+                shape.frame_bytes(),
+                shape.layers,
+                replacement,
+            ),
             device: Device::new(backing)?,
             shape,
             epoch: 0,
@@ -264,6 +269,9 @@ impl Pager {
         self.awaited = [0; 2];
         self.unread = None;
         self.collect();
+        if let (Heat::Chosen, Some(&piece)) = (heat, wanted.first()) {
+            self.frames.begin_turn(self.shape.layer_and_block(piece).0);
+        }
         let mut missing = Vec::new();
         let mut held = 0;
         for &piece in wanted {
@@ -447,10 +455,13 @@ impl Pager {
             entry.frame = frame.0;
             // What was guessed has to be wanted to last.
             let heat = if ahead { Heat::Scanned } else { heat };
+            let layer = self.shape.layer_and_block(piece).0;
             *self.frames.tag_mut(frame) = Tag {
                 piece: Some(piece),
                 epoch,
                 heat,
+                layer: u32::try_from(layer).unwrap_or(0),
+                turn: 0,
                 loading: entry.stored,
                 ahead,
                 dirty: false,
