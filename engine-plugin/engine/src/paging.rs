@@ -2,7 +2,7 @@
 //!
 //! [`crate::KvPool::paged`] makes a pool of as many blocks as the longest contexts need, of
 //! which a fixed number of frames is in memory and the rest in a scratch file. The parts:
-//! [`file`] is the scratch file, `io` the threads that read and write it, `frames` the memory
+//! [`mod@file`] is the scratch file, `io` the threads that read and write it, `frames` the memory
 //! and what gives way in it, `pager` the table that ties them together.
 //!
 //! ```text
