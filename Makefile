@@ -31,7 +31,7 @@ help:
 	@echo "make test-network  fetches between two hosts: network namespaces, so as root"
 	@echo "make fuzz    hostile bytes for codec and data plane, a minute a target (SECONDS=1200: twenty)"
 	@echo "make bench   run the benchmarks (ARGS='ttft --quick --json' picks one)"
-	@echo "make quality ask the shipped model, write docs/quality.md (an hour; ARGS=--quick: minutes)"
+	@echo "make quality ask the shipped model, write docs/quality.md (hours; ARGS=--quick: minutes)"
 	@echo "make train   train the shipped model again, or go on training it (hours on a CPU)"
 	@echo "make deps    install missing system packages (Debian, apt)"
 	@echo "make deps-bench  install what ARGS=store is measured beside: fio and Redis"
@@ -180,13 +180,33 @@ fuzz: deps
 bench: deps
 	$(CARGO) run $(PROFILE) --locked -p kvasir-bench -- $(if $(ARGS),$(ARGS),all)
 
-# The page is generated from the two reports and from nothing else.
+comma  := ,
+space  := $(subst ,, )
+listed  = $(subst $(space),$(comma),$(strip $(1)))
+# Rules at shares, as methods.
+at      = $(foreach rule,$(1),$(addprefix blend:$(rule):,$(2)))
+# On every task, of 8 chunks. HKVD computes two layers of all tokens first, which alone is 17 %.
+BLENDS  = $(call listed,naive \
+  $(call at,random first graded oracle-1 probed,0.05 0.1 0.15 0.2 0.3 0.4) \
+  $(call at,hkvd-k hkvd-v hkvd-kv hkvd-kv-gradual,0.17 0.2 0.3 0.4))
+# The same of rules that look at the question: a pass of it alone is up to 4 %.
+ASKED   = $(call listed,naive $(call at,question first-question,0.1 0.15 0.3 0.4))
+# Where the number of chunks matters.
+GROWING = $(call listed,naive $(call at,random graded,0.05 0.15) $(call at,hkvd-kv,0.3))
+BENCH   = $(CARGO) run $(PROFILE) --locked -q -p kvasir-bench --
+
+# The page is generated from the reports and from nothing else.
+quality: OUT = target/quality
 quality: build
-	mkdir -p target/quality
-	$(CARGO) run $(PROFILE) --locked -q -p kvasir-bench -- quality --model $(MODEL) --json $(ARGS) > target/quality/quality.json
-	$(CARGO) run $(PROFILE) --locked -q -p kvasir-bench -- kvstats --model $(MODEL) --json > target/quality/kvstats.json
-	$(CARGO) run $(PROFILE) --locked -q -p kvasir-bench -- page --quality target/quality/quality.json \
-	  --kvstats target/quality/kvstats.json --out docs
+	mkdir -p $(OUT)
+	$(BENCH) quality --model $(MODEL) --json $(ARGS) > $(OUT)/quality.json
+	$(BENCH) kvstats --model $(MODEL) --json > $(OUT)/kvstats.json
+	$(BENCH) quality --model $(MODEL) --json --chunks 8 --methods $(BLENDS) $(ARGS) > $(OUT)/blend.json
+	$(BENCH) quality --model $(MODEL) --json --chunks 8 --methods $(ASKED) $(ARGS) > $(OUT)/question.json
+	$(BENCH) quality --model $(MODEL) --json --chunks 2,4,12 --methods $(GROWING) \
+	  --tasks coref2,override,ordinal,compare $(ARGS) > $(OUT)/chunks.json
+	$(BENCH) page --quality $(OUT)/quality.json --kvstats $(OUT)/kvstats.json \
+	  --blend $(OUT)/blend.json --blend $(OUT)/question.json --blend $(OUT)/chunks.json --out docs
 
 # Python is needed for training and for comparing with transformers, for nothing else.
 venv:

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure};
-use kvasir_plugin::{DataPlane, Decision, PluginConfig};
+use kvasir_plugin::{DataPlane, Decision, PluginConfig, Tier, TierBytes};
 use kvasir_tests::harness::{self, Proxy, Rig, Use, signal};
 use kvasir_types::ByteSize;
 use rustix::process::Signal;
@@ -49,6 +49,7 @@ pub(crate) async fn run(quick: bool) -> anyhow::Result<Report> {
     let bytes = PROMPT_TOKENS as u64 / u64::from(harness::CHUNK_TOKENS)
         * rig.plugin.namespace().layout().chunk_bytes();
 
+    let in_memory = TierBytes::of(Tier::Memory, bytes);
     let mut computed = Vec::new();
     let mut stalled = Vec::new();
     let mut overruns = Vec::new();
@@ -58,7 +59,7 @@ pub(crate) async fn run(quick: bool) -> anyhow::Result<Report> {
         let budget = match rig
             .plugin
             .cost_model()
-            .decide(PROMPT_TOKENS, bytes, Instant::now())
+            .decide(PROMPT_TOKENS, in_memory, Instant::now())
         {
             Decision::Load { budget } => millis(budget),
             Decision::Compute => bail!("the cost model would not load; nothing to stall"),

@@ -30,6 +30,7 @@ mod replay;
 mod report;
 mod restart;
 mod retrieval;
+mod select;
 mod soak;
 mod store;
 mod transport;
@@ -107,6 +108,8 @@ enum Suite {
     Kvstats(kvstats::Options),
     /// Decoding over contexts whose KV is mostly on disk, beside loading all of it.
     Longctx(longctx::Options),
+    /// Which pages of a long context are worth reading: mass and answers against bytes.
+    Select(select::Options),
     /// A page of results, made from what `quality` and `kvstats` printed.
     Page(page::Options),
     /// Gets over every path, beside what carries them: raw streams, sockets, and memory.
@@ -180,6 +183,7 @@ async fn run(suite: Suite, json: bool, quick: bool) -> anyhow::Result<()> {
         Suite::Cuda(options) => cuda::run(&options, quick)?.print(json),
         Suite::Longctx(options) => longctx::run(&options, quick)?.print(json),
         Suite::Kvstats(options) => kvstats::run(&options, quick)?.print(json),
+        Suite::Select(options) => select::run(&options, quick)?.print(json),
         Suite::Lookup => lookup::run(quick).await?.print(json),
         Suite::Store(options) => store::run(&options, quick).await?.print(json),
         Suite::Corpus(arguments) => corpus::run(&arguments),

@@ -1,8 +1,8 @@
 //! `page`: results as Markdown and plots, made from what the suites printed.
 //!
 //! Reads the last line of what `kvasir-bench quality --json` printed, and of
-//! `kvasir-bench kvstats --json` where it is given; writes `quality.md` and
-//! `quality/*.svg`. The same JSON gives the same bytes, so a page that differs
+//! `kvasir-bench kvstats --json` where it is given; writes `quality.md`. Of runs of blending, makes
+//! `blending.md`. Plots are `quality/*.svg`. The same JSON gives the same bytes, so a page that differs
 //! from its JSON was edited by hand.
 //!
 //! Tables and plots follow the rows: what has no rows is left out, and what is
@@ -11,29 +11,37 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+mod blend;
 mod figure;
 mod legend;
 mod markdown;
 mod plot;
 mod read;
 mod scatter;
+mod text;
 
 #[cfg(test)]
 mod tests;
 
+use blend::Blending;
+use plot::Plot;
 use read::Report;
 pub(crate) use scatter::Scatter;
 
 /// What to make a page of, and where.
 #[derive(Clone, Debug, clap::Args)]
 pub(crate) struct Options {
-    /// What `kvasir-bench quality --json` printed.
-    #[arg(long, value_name = "FILE")]
-    quality: PathBuf,
+    /// What `kvasir-bench quality --json` printed, for `quality.md`.
+    #[arg(long, value_name = "FILE", required_unless_present = "blend")]
+    quality: Option<PathBuf>,
     /// What `kvasir-bench kvstats --json` printed.
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", requires = "quality")]
     kvstats: Option<PathBuf>,
-    /// Directory to write `quality.md` and `quality/*.svg` to.
+    /// What `kvasir-bench quality --json --methods naive,blend:RULE:BUDGET,…` printed, for
+    /// `blending.md`; may be given several times.
+    #[arg(long, value_name = "FILE")]
+    blend: Vec<PathBuf>,
+    /// Directory to write the pages and `quality/*.svg` to.
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
 }
@@ -100,21 +108,28 @@ pub(crate) enum PageError {
     },
 }
 
-/// Writes the page and says which files it is.
+/// Writes the pages and says which files they are.
 pub(crate) fn run(options: &Options) -> Result<(), PageError> {
-    let quality = Report::load(&options.quality, QUALITY)?;
     let kvstats = options
         .kvstats
         .as_deref()
         .map(|path| Report::load(path, KVSTATS))
         .transpose()?;
-    check(
-        &quality,
-        &options.quality,
-        kvstats.as_ref(),
-        options.kvstats.as_deref(),
-    )?;
-    for (name, content) in page(&quality, kvstats.as_ref())? {
+    let mut files = Vec::new();
+    if let Some(path) = &options.quality {
+        let quality = Report::load(path, QUALITY)?;
+        check(&quality, path, kvstats.as_ref(), options.kvstats.as_deref())?;
+        files = page(&quality, kvstats.as_ref())?;
+    }
+    let blends: Vec<Report> = options
+        .blend
+        .iter()
+        .map(|path| blend::load(path))
+        .collect::<Result<_, _>>()?;
+    if !blends.is_empty() {
+        files.extend(blending(&blends)?);
+    }
+    for (name, content) in files {
         let path = options.out.join(name);
         let written = path
             .parent()
@@ -153,13 +168,25 @@ fn check(
     }
 }
 
-/// Every file of the page, by its path below the directory.
+/// Every file of the page on quality, by its path below the directory.
 fn page(quality: &Report, kvstats: Option<&Report>) -> Result<Vec<(String, String)>, PageError> {
     let plots = plot::all(quality, kvstats)?;
     let text = markdown::page(quality, kvstats, &plots);
-    let mut files = vec![("quality.md".to_owned(), text)];
-    files.extend(plots.into_iter().map(|plot| (plot.path(), plot.svg)));
-    Ok(files)
+    Ok(files("quality.md", text, plots))
+}
+
+/// Every file of the page on blending.
+fn blending(blends: &[Report]) -> Result<Vec<(String, String)>, PageError> {
+    let plots = blend::plot::all(&Blending::new(blends))?;
+    let text = markdown::blending(blends, &plots);
+    Ok(files("blending.md", text, plots))
+}
+
+fn files(page: &str, text: String, plots: Vec<Plot>) -> Vec<(String, String)> {
+    let plots = plots.into_iter().map(|plot| (plot.path(), plot.svg));
+    std::iter::once((page.to_owned(), text))
+        .chain(plots)
+        .collect()
 }
 
 const QUALITY: &str = "quality";

@@ -8,10 +8,11 @@
 use std::path::Path;
 
 use anyhow::{Context as _, ensure};
+use kvasir_engine::logits::argmax;
 use serde::Deserialize;
 
 use crate::corpus::{self, Vocabulary};
-use crate::quality::reader::{Reader, argmax};
+use crate::quality::reader::Reader;
 
 /// Largest difference of a logit from transformers'.
 const TOLERANCE: f64 = 1e-3;

@@ -2,9 +2,9 @@
 //!
 //! Prefill of tokens `from..to` costs `a · tokens + b · pairs` seconds, where `pairs`
 //! is the number of (query, key) pairs of causal attention. Fetching costs
-//! `latency + bytes ÷ bandwidth`. `a` and `b` are a least-squares fit with forgetting
-//! over observed prefills, latency and bandwidth moving averages over observed
-//! fetches. Computing grows faster than loading with the length of the prefix, so
+//! `latency + bytes ÷ bandwidth`, each tier of the daemon having its own two. `a` and `b` are a
+//! least-squares fit with forgetting over observed prefills, latency and bandwidth moving
+//! averages over observed fetches. Computing grows faster than loading with the length of the prefix, so
 //! the gain of loading is largest at an end: all available chunks, or none.
 //!
 //! What was observed grows old: within [`STALE_AFTER`] without a fetch, latency and
@@ -13,7 +13,10 @@
 //!
 //! Pure: time is a parameter.
 
+use std::ops::AddAssign;
 use std::time::{Duration, Instant};
+
+use crate::Tier;
 
 /// Weight of the past at each new observation.
 const FORGETTING: f64 = 0.9;
@@ -39,9 +42,25 @@ const UNKNOWN_SECONDS_PER_TOKEN: f64 = 1e-3;
 #[derive(Clone, Debug)]
 pub struct CostModel {
     prefill: Fit,
+    memory: Source,
+    disk: Source,
+}
+
+/// What fetches from one tier were like.
+#[derive(Clone, Copy, Debug)]
+struct Source {
     link: Link,
     /// When `link` was observed last.
     observed: Option<Instant>,
+}
+
+/// Bytes to fetch, by the tier that they are read from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TierBytes {
+    /// From the daemon's memory.
+    pub memory: u64,
+    /// From its disk.
+    pub disk: u64,
 }
 
 /// How long fetching takes: `latency + bytes ÷ bandwidth`.
@@ -58,9 +77,16 @@ const UNKNOWN_LINK: Link = Link {
     seconds_per_byte: 1.0 / 0.5e9,
 };
 
+const UNKNOWN_SOURCE: Source = Source {
+    link: UNKNOWN_LINK,
+    observed: None,
+};
+
 /// What a fetch turned out to cost.
 #[derive(Clone, Copy, Debug)]
 pub struct FetchObservation {
+    /// Where most of it was read from.
+    pub tier: Tier,
     /// From the request to the first layer.
     pub latency: Duration,
     /// Payload bytes that arrived after the first layer.
@@ -85,9 +111,54 @@ impl Default for CostModel {
     fn default() -> Self {
         Self {
             prefill: Fit::default(),
-            link: UNKNOWN_LINK,
-            observed: None,
+            memory: UNKNOWN_SOURCE,
+            disk: UNKNOWN_SOURCE,
         }
+    }
+}
+
+impl TierBytes {
+    /// So many of one tier.
+    pub fn of(tier: Tier, bytes: u64) -> Self {
+        match tier {
+            Tier::Memory => Self {
+                memory: bytes,
+                ..Self::default()
+            },
+            Tier::Disk => Self {
+                disk: bytes,
+                ..Self::default()
+            },
+        }
+    }
+
+    /// Together.
+    pub fn total(self) -> u64 {
+        self.memory.saturating_add(self.disk)
+    }
+
+    /// What `of` makes of either.
+    pub fn map(self, of: impl Fn(u64) -> u64) -> Self {
+        Self {
+            memory: of(self.memory),
+            disk: of(self.disk),
+        }
+    }
+
+    /// Where most of them are.
+    pub fn tier(self) -> Tier {
+        if self.disk > self.memory {
+            Tier::Disk
+        } else {
+            Tier::Memory
+        }
+    }
+}
+
+impl AddAssign for TierBytes {
+    fn add_assign(&mut self, other: Self) {
+        self.memory = self.memory.saturating_add(other.memory);
+        self.disk = self.disk.saturating_add(other.disk);
     }
 }
 
@@ -104,32 +175,9 @@ impl CostModel {
     /// something is wrong, not how fast the link is; the caller leaves the cache alone
     /// for a while instead.
     pub fn observe_fetch(&mut self, fetch: FetchObservation, now: Instant) {
-        let blend = |old: f64, new: f64| 0.7 * old + 0.3 * new;
-        let known = self.link_at(now);
-        let seconds = fetch.elapsed.as_secs_f64();
-        self.link = Link {
-            latency_seconds: blend(known.latency_seconds, fetch.latency.as_secs_f64()),
-            // Little data in little time says nothing about bandwidth.
-            seconds_per_byte: if fetch.bytes >= MIN_OBSERVED_BYTES {
-                blend(known.seconds_per_byte, seconds / to_f64(fetch.bytes))
-            } else {
-                known.seconds_per_byte
-            },
-        };
-        self.observed = Some(now);
-    }
-
-    /// What is believed of the link at `now`: the observed, the more the fresher.
-    fn link_at(&self, now: Instant) -> Link {
-        let Some(observed) = self.observed else {
-            return UNKNOWN_LINK;
-        };
-        let age = now.saturating_duration_since(observed).as_secs_f64();
-        let weight = 0.5f64.powf(age / STALE_AFTER.as_secs_f64());
-        let mix = |seen: f64, unknown: f64| weight * seen + (1.0 - weight) * unknown;
-        Link {
-            latency_seconds: mix(self.link.latency_seconds, UNKNOWN_LINK.latency_seconds),
-            seconds_per_byte: mix(self.link.seconds_per_byte, UNKNOWN_LINK.seconds_per_byte),
+        match fetch.tier {
+            Tier::Memory => self.memory.observe(fetch, now),
+            Tier::Disk => self.disk.observe(fetch, now),
         }
     }
 
@@ -144,20 +192,28 @@ impl CostModel {
         Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX)
     }
 
-    /// Time to fetch `bytes`, as far as is known at `now`.
-    pub fn fetch_time(&self, bytes: u64, now: Instant) -> Duration {
-        let link = self.link_at(now);
-        let seconds = link.latency_seconds + to_f64(bytes) * link.seconds_per_byte;
+    /// Time to fetch `bytes`, as far as is known at `now`: one tier's behind the other's, and
+    /// the longer of their latencies.
+    pub fn fetch_time(&self, bytes: TierBytes, now: Instant) -> Duration {
+        let (memory, disk) = (self.memory.at(now), self.disk.at(now));
+        let latency = match bytes {
+            TierBytes { disk: 0, .. } => memory.latency_seconds,
+            TierBytes { memory: 0, .. } => disk.latency_seconds,
+            _ => memory.latency_seconds.max(disk.latency_seconds),
+        };
+        let seconds = latency
+            + to_f64(bytes.memory) * memory.seconds_per_byte
+            + to_f64(bytes.disk) * disk.seconds_per_byte;
         Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX)
     }
 
-    /// Whether to fetch the first `tokens` tokens of a prompt as `bytes` bytes.
-    pub fn decide(&self, tokens: usize, bytes: u64, now: Instant) -> Decision {
+    /// Whether to fetch the first `tokens` tokens of a prompt as `bytes`.
+    pub fn decide(&self, tokens: usize, bytes: TierBytes, now: Instant) -> Decision {
         self.decide_against(self.compute_time(0, tokens), bytes, now)
     }
 
-    /// Whether to fetch `bytes` bytes instead of computing what takes so long.
-    pub fn decide_against(&self, compute: Duration, bytes: u64, now: Instant) -> Decision {
+    /// Whether to fetch `bytes` instead of computing what takes so long.
+    pub fn decide_against(&self, compute: Duration, bytes: TierBytes, now: Instant) -> Decision {
         let fetch = self.fetch_time(bytes, now);
         if fetch >= compute {
             return Decision::Compute;
@@ -167,6 +223,38 @@ impl CostModel {
             .max(MIN_PATIENCE);
         Decision::Load {
             budget: patience.min(compute),
+        }
+    }
+}
+
+impl Source {
+    fn observe(&mut self, fetch: FetchObservation, now: Instant) {
+        let blend = |old: f64, new: f64| 0.7 * old + 0.3 * new;
+        let known = self.at(now);
+        let seconds = fetch.elapsed.as_secs_f64();
+        self.link = Link {
+            latency_seconds: blend(known.latency_seconds, fetch.latency.as_secs_f64()),
+            // Little data in little time says nothing about bandwidth.
+            seconds_per_byte: if fetch.bytes >= MIN_OBSERVED_BYTES {
+                blend(known.seconds_per_byte, seconds / to_f64(fetch.bytes))
+            } else {
+                known.seconds_per_byte
+            },
+        };
+        self.observed = Some(now);
+    }
+
+    /// What is believed of the link at `now`: the observed, the more the fresher.
+    fn at(&self, now: Instant) -> Link {
+        let Some(observed) = self.observed else {
+            return UNKNOWN_LINK;
+        };
+        let age = now.saturating_duration_since(observed).as_secs_f64();
+        let weight = 0.5f64.powf(age / STALE_AFTER.as_secs_f64());
+        let mix = |seen: f64, unknown: f64| weight * seen + (1.0 - weight) * unknown;
+        Link {
+            latency_seconds: mix(self.link.latency_seconds, UNKNOWN_LINK.latency_seconds),
+            seconds_per_byte: mix(self.link.seconds_per_byte, UNKNOWN_LINK.seconds_per_byte),
         }
     }
 }
@@ -271,8 +359,13 @@ mod tests {
         assert!(found < 0.01, "{found}");
     }
 
+    fn memory(bytes: u64) -> TierBytes {
+        TierBytes::of(Tier::Memory, bytes)
+    }
+
     fn fetched(bytes: u64, millis: u64) -> FetchObservation {
         FetchObservation {
+            tier: Tier::Memory,
             latency: Duration::from_millis(1),
             bytes,
             elapsed: Duration::from_millis(millis),
@@ -287,7 +380,7 @@ mod tests {
             model.observe_fetch(fetched(1 << 30, 1000), now);
         }
         // 4096 tokens: 4.1 s to compute, 128 MiB in about 0.13 s.
-        match model.decide(4096, 128 << 20, now) {
+        match model.decide(4096, memory(128 << 20), now) {
             Decision::Load { budget } => {
                 assert!(budget >= Duration::from_millis(400), "{budget:?}");
                 assert!(budget <= model.compute_time(0, 4096));
@@ -295,10 +388,13 @@ mod tests {
             Decision::Compute => panic!("loading is 30 times faster"),
         }
         // 16 tokens: 16 ms to compute, 64 MiB in about 63 ms.
-        assert_eq!(model.decide(16, 64 << 20, now), Decision::Compute);
-        assert_eq!(model.decide(0, 0, now), Decision::Compute);
+        assert_eq!(model.decide(16, memory(64 << 20), now), Decision::Compute);
+        assert_eq!(
+            model.decide(0, TierBytes::default(), now),
+            Decision::Compute
+        );
         // Cheaper, but patience is cut to what computing takes.
-        match model.decide(64, 32 << 20, now) {
+        match model.decide(64, memory(32 << 20), now) {
             Decision::Load { budget } => assert!(budget <= model.compute_time(0, 64)),
             Decision::Compute => panic!("loading is twice as fast"),
         }
@@ -309,7 +405,10 @@ mod tests {
         let now = Instant::now();
         let mut model = trained(1e-4, 0.0);
         let loads = |model: &CostModel, now| {
-            matches!(model.decide(4096, 64 << 20, now), Decision::Load { .. })
+            matches!(
+                model.decide(4096, memory(64 << 20), now),
+                Decision::Load { .. }
+            )
         };
         assert!(loads(&model, now));
         for _ in 0..20 {
@@ -318,5 +417,38 @@ mod tests {
         assert!(!loads(&model, now));
         assert!(!loads(&model, now + STALE_AFTER));
         assert!(loads(&model, now + STALE_AFTER * 10));
+    }
+    /// A slow disk says nothing of memory, and what lies on both takes the time of both.
+    #[test]
+    fn each_tier_has_its_own_speed() {
+        let now = Instant::now();
+        let mut model = trained(1e-4, 0.0);
+        for _ in 0..50 {
+            model.observe_fetch(fetched(1 << 30, 500), now);
+            let slow = FetchObservation {
+                tier: Tier::Disk,
+                latency: Duration::from_millis(10),
+                ..fetched(1 << 30, 5000)
+            };
+            model.observe_fetch(slow, now);
+        }
+        let millis = |memory: u64, disk: u64| {
+            let bytes = TierBytes {
+                memory: memory << 20,
+                disk: disk << 20,
+            };
+            model.fetch_time(bytes, now).as_secs_f64() * 1e3
+        };
+        for (found, expected) in [
+            (millis(1024, 0), 501.0),
+            (millis(0, 1024), 5010.0),
+            (millis(1024, 1024), 5510.0),
+            (millis(0, 0), 1.0),
+        ] {
+            assert!((found / expected - 1.0).abs() < 0.01, "{found} {expected}");
+        }
+        let decision = |tier| model.decide(4096, TierBytes::of(tier, 256 << 20), now);
+        assert!(matches!(decision(Tier::Memory), Decision::Load { .. }));
+        assert_eq!(decision(Tier::Disk), Decision::Compute);
     }
 }

@@ -7,13 +7,13 @@ use bytes::Bytes;
 use futures::StreamExt as _;
 use futures::future::Either;
 use futures::stream::FuturesOrdered;
-use kvasir_client::{CallError, Client, GetEvent, GetOptions, LayerStream};
+use kvasir_client::{CallError, Client, Found, GetEvent, GetOptions, LayerStream};
 use kvasir_types::{LayerIdx, Level};
 use tracing::{debug, warn};
 
 use crate::coding::{Decoded, Decoding};
 use crate::inbox::{End, Inbox, Outbox, Received, Stage, Wish};
-use crate::{Decision, EngineBackend, Happened, LAYERS, LoadPolicy, Prompt, Shared};
+use crate::{Decision, EngineBackend, Happened, LAYERS, LoadPolicy, Prompt, Shared, TierBytes};
 
 /// A prefix on its way into the engine's pages.
 ///
@@ -329,15 +329,19 @@ impl Fetch {
         let present = lookup.prefix_chunks;
         let available = present.min(Client::MAX_GET_KEYS);
         let found = lookup.found[..available].iter().flatten();
-        let sizes: Vec<u64> = found.map(|found| found.bytes).collect();
-        let stored = sizes.iter().sum();
-        let bytes = match deadline {
+        let found: Vec<Found> = found.copied().collect();
+        let sizes: Vec<u64> = found.iter().map(|found| found.bytes).collect();
+        let mut stored = TierBytes::default();
+        for found in &found {
+            stored += TierBytes::of(found.tier, found.bytes);
+        }
+        let bytes = stored.map(|stored| match deadline {
             Some(_) => shared
                 .learnt()
                 .sizes
                 .base_bytes(shared.coder.stores_at(), stored),
             None => shared.coder.expected_bytes(stored),
-        };
+        });
         let tokens = self.prompt.resume_at(available);
         let decision = match shared.config.load {
             LoadPolicy::WhenFaster => shared.cost().decide(tokens, bytes, Instant::now()),
@@ -358,7 +362,7 @@ impl Fetch {
             Decision::Load { budget } => (available, budget.min(shared.config.fetch_timeout)),
             Decision::Compute => (0, Duration::ZERO),
         };
-        debug!(present, load, bytes, ?budget, "decided");
+        debug!(present, load, ?bytes, ?budget, "decided");
         let planned = Arrival::Planned {
             present,
             load,
@@ -374,7 +378,9 @@ impl Fetch {
         shared.stats.note(Happened::Load);
         if let (Some(deadline), Some(hold)) = (deadline, hold) {
             let due = begun + deadline.min(budget);
-            return self.steer(hold, &sizes[..load], begun, due).await;
+            return self
+                .steer(hold, &sizes[..load], stored.tier(), begun, due)
+                .await;
         }
         let finest = shared.coder.config().fetch;
         let options = GetOptions {

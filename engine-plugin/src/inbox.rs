@@ -9,7 +9,7 @@ use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
 use tracing::{debug, warn};
 
-use crate::{FetchObservation, Happened, LoadPolicy, Shared};
+use crate::{FetchObservation, Happened, LoadPolicy, Shared, TierBytes};
 
 /// The engine's end. Dropping it cancels the fetch.
 ///
@@ -74,7 +74,9 @@ impl<A: Send + 'static> Inbox<A> {
         let (sender, arrivals) = mpsc::channel(capacity);
         // Asking must not take longer than computing what could be found.
         let worthwhile = match shared.config.load {
-            LoadPolicy::WhenFaster => shared.cost().fetch_time(0, now) < wish.compute,
+            LoadPolicy::WhenFaster => {
+                shared.cost().fetch_time(TierBytes::default(), now) < wish.compute
+            }
             LoadPolicy::Always => true,
         };
         let allowed = shared.breaker().allows(now);
@@ -261,14 +263,15 @@ impl Received {
         }
     }
 
-    /// What a fetch that was begun then, of so many stored bytes, says of link and levels.
-    pub(crate) fn teach(&self, shared: &Shared, begun: Instant, stored: u64) {
+    /// What a fetch that was begun then, of what was stored so, says of link and levels.
+    pub(crate) fn teach(&self, shared: &Shared, begun: Instant, stored: TierBytes) {
         // What was lost on the way says nothing of how much coarser levels take.
         if !self.lost {
-            shared.coder.note_received(self.bytes, stored);
+            shared.coder.note_received(self.bytes, stored.total());
         }
         if let Some(first) = self.first {
             let observation = FetchObservation {
+                tier: stored.tier(),
                 latency: first - begun,
                 bytes: self.after_first,
                 elapsed: first.elapsed().saturating_sub(self.busy),

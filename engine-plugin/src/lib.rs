@@ -63,14 +63,14 @@ use kvasir_client::{Client, ClientConfig};
 use kvasir_types::{ByteSize, ChunkKey, Durability, Namespace};
 
 pub use kvasir_client::{
-    Carrier, DataPlane, ParseEndpointError, PathStatus, TlsConfig, TlsFileError,
+    Carrier, DataPlane, ParseEndpointError, PathStatus, Tier, TlsConfig, TlsFileError,
 };
 pub use kvasir_codec::{EncodeError, Encoding, KeyRotation, Pairing, Profile};
 
 pub use backend::{BackendError, EngineBackend, Placement};
 pub use capture::{CaptureOutcome, CaptureStats, ChunkCopy};
 pub use coding::CodecConfig;
-pub use cost::{CostModel, Decision, FetchObservation};
+pub use cost::{CostModel, Decision, FetchObservation, TierBytes};
 pub use fetch::{FetchOutcome, LayerWait, Prefetch};
 pub use prompt::Prompt;
 
@@ -300,6 +300,11 @@ impl CachePlugin {
     /// When what is cached is loaded.
     pub fn load_policy(&self) -> LoadPolicy {
         self.shared.config.load
+    }
+
+    /// The time to the first token that it keeps to, where it does.
+    pub fn deadline(&self) -> Option<Duration> {
+        self.shared.config.deadline
     }
 
     /// Starts to look for the content chunks of `prompt`, and to fetch those that are cached if

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use futures::stream::{BoxStream, FuturesOrdered, SelectAll};
 use futures::{StreamExt as _, TryStreamExt as _};
-use kvasir_client::{CallError, ChunkInfo, GetEvent, GetOptions, Held, Hold};
+use kvasir_client::{CallError, ChunkInfo, GetEvent, GetOptions, Held, Hold, Tier};
 use kvasir_types::{LayerIdx, LayerRange, Level};
 use tracing::{debug, warn};
 
@@ -58,6 +58,7 @@ impl Fetch {
         &self,
         mut hold: Hold,
         sizes: &[u64],
+        tier: Tier,
         begun: Instant,
         deadline: Instant,
     ) -> Result<End, CallError> {
@@ -114,6 +115,7 @@ impl Fetch {
             #[expect(clippy::cast_precision_loss, reason = "an estimate")]
             let seconds = loading.after_first as f64 / median;
             let observation = FetchObservation {
+                tier,
                 latency: first - begun,
                 bytes: loading.after_first,
                 elapsed: Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX),

@@ -41,14 +41,17 @@ mod reader;
 mod recover;
 mod segment;
 mod segments;
+mod shared;
 mod space;
+#[cfg(test)]
+mod tests;
 
 use std::collections::HashMap;
 use std::fs::{self, File, TryLockError};
 use std::io;
 use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 use std::time::Instant;
 
 use bytes::Bytes;
@@ -57,13 +60,13 @@ use kvasir_codec::{Object, ObjectHeader};
 use kvasir_types::{ChunkKey, Class, Hints, KvLayout, LayoutDigest, Level};
 use tokio::sync::Semaphore;
 
-use self::catalog::{Catalog, LegacyRecord, Record};
+use self::catalog::{Catalog, Record};
 pub use self::medium::{DirectIo, Medium, MediumFile};
 pub(crate) use self::reader::DiskReader;
 use self::segment::{Location, SegmentId, frame_bytes};
-use self::segments::{BeginError, Segments};
+use self::segments::Segments;
 use crate::blocking::blocking;
-use crate::budget::{Budget, Reservation, Throttled};
+use crate::budget::Budget;
 use crate::claims::Claims;
 use crate::clock::Clock;
 use crate::config::DiskConfig;
@@ -73,7 +76,7 @@ use crate::index::{self, Counters, Entry, Index, Worth, count};
 use crate::memory::MemoryTier;
 use crate::pins::{PinId, PinRefused};
 use crate::policy::ClassLimits;
-use crate::sync::{Mutex, MutexGuard, RwLock, RwLockReadGuard};
+use crate::sync::{Mutex, RwLock};
 use crate::tier::{ChunkReader, DeviceError, Facts, Tier, TierKind, Usage, WriteError, Written};
 
 /// The disk tier. Clones are handles to the same tier.
@@ -461,281 +464,6 @@ impl DiskTier {
     }
 }
 
-impl Shared {
-    /// Takes recovered chunks into the index, oldest first. Where the capacity
-    /// shrank, the oldest are dropped.
-    fn adopt(&self, records: &[Record]) -> Result<(), DeviceError> {
-        let capacity = self.budget.capacity();
-        let mut excess = records
-            .iter()
-            .map(space_of)
-            .sum::<u64>()
-            .saturating_sub(capacity);
-        let now = self.clock.now();
-        let mut chunks = self.lock();
-        chunks.index.reserve(records.len());
-        for record in records {
-            let bytes = space_of(record);
-            let space = match excess {
-                0 => self.budget.try_reserve(bytes),
-                _ => None,
-            };
-            if let (Some(space), Some(entry)) = (space, chunks.entry(record)) {
-                space.into_bytes();
-                chunks.index.insert(entry, &Worth::new(record.hints), now);
-                continue;
-            }
-            excess = excess.saturating_sub(bytes);
-            let key = Record::key_of(&record.key, record.location);
-            self.catalog.delete(&key, false)?;
-            self.segments.free(record.location, bytes)?;
-            count(&self.counters.evictions);
-        }
-        Ok(())
-    }
-
-    /// Moves the chunks of an older format version into segments.
-    fn import(&self, path: &Path, records: &[LegacyRecord]) -> Result<(), DeviceError> {
-        let mut imported = 0u64;
-        for record in records {
-            if let Some((header, extents)) = legacy::read(path, record).map(Object::into_parts) {
-                let bytes = frame_bytes(header.layout(), header.level(), header.object_bytes());
-                let fits = bytes <= self.budget.capacity();
-                let worth = Worth::new(Hints::default());
-                if fits && self.store(&header, &extents, &worth, bytes)? == Written::Stored {
-                    imported += 1;
-                }
-            }
-            self.catalog.delete(record.key.as_bytes(), false)?;
-            legacy::remove(path, record)?;
-        }
-        if !records.is_empty() {
-            tracing::info!(imported, of = records.len(), "moved chunks into segments");
-        }
-        Ok(legacy::sweep(path)?)
-    }
-
-    fn warn_of_little_room(&self, path: &Path) {
-        let wanted = self.budget.capacity().saturating_sub(self.budget.used());
-        match rustix::fs::statvfs(path) {
-            Ok(room) if room.f_bavail.saturating_mul(room.f_frsize) < wanted => tracing::warn!(
-                path = %path.display(),
-                free = room.f_bavail.saturating_mul(room.f_frsize),
-                wanted,
-                "the file system has less room than the capacity; lower it, or make room",
-            ),
-            Ok(_) => (),
-            Err(error) => tracing::warn!(%error, "cannot tell how much room there is"),
-        }
-    }
-
-    fn store(
-        &self,
-        header: &ObjectHeader,
-        extents: &[Bytes],
-        worth: &Worth,
-        bytes: u64,
-    ) -> Result<Written, DeviceError> {
-        let mut failures = 0;
-        loop {
-            let space = match self.make_room(bytes)? {
-                Ok(space) => space,
-                Err(throttled) => {
-                    count(&self.counters.throttled);
-                    return Ok(Written::Throttled(throttled));
-                }
-            };
-            match self.write(header, extents, worth, space) {
-                // Something else fills the file system, and the capacity is more
-                // than what is left.
-                Err(DeviceError::Io(error)) if is_full(&error) => {
-                    tracing::warn!(%error, "the file system has less room than the capacity");
-                    failures += 1;
-                    match failures {
-                        // What goes leaves a place of the right size, as a rule.
-                        1 if self.evict(bytes)? => (),
-                        1 | 2 => self.segments.give_back_spares()?,
-                        _ => {
-                            count(&self.counters.throttled);
-                            return Ok(Written::Throttled(self.budget.throttled(bytes)));
-                        }
-                    }
-                }
-                written => return written,
-            }
-        }
-    }
-
-    /// Writes a frame and publishes it.
-    fn write(
-        &self,
-        header: &ObjectHeader,
-        extents: &[Bytes],
-        worth: &Worth,
-        space: Reservation,
-    ) -> Result<Written, DeviceError> {
-        let mut frame = match self.segments.begin(space.bytes()) {
-            Ok(frame) => frame,
-            Err(BeginError::Throttled(throttled)) => return Ok(Written::Throttled(throttled)),
-            Err(BeginError::Io(error)) => return Err(error.into()),
-        };
-        let record = Record {
-            key: *header.key(),
-            location: frame.location,
-            layout: *header.layout(),
-            level: header.level(),
-            object_bytes: header.object_bytes(),
-            created: self.catalog.now(),
-            hints: worth.hints,
-        };
-        // Both at once: whichever is missing after a crash, the chunk is too.
-        let recorded = self.catalog.put(&record);
-        let written = frame.write(&header.encode(), extents);
-        let committed = recorded.wait().and(written.map_err(DeviceError::from));
-        let entry = self.lock().entry(&record);
-        match (committed, entry) {
-            (Ok(()), Some(entry)) => {
-                self.segments.keep(&frame);
-                space.into_bytes();
-                self.lock().index.insert(entry, worth, self.clock.now());
-                count(&self.counters.writes);
-                Ok(Written::Stored)
-            }
-            (committed, _) => {
-                // What cannot be removed now is swept at the next start.
-                let key = Record::key_of(&record.key, record.location);
-                let _ = self.catalog.delete(&key, true);
-                self.segments.abandon(&frame);
-                committed.and(Err(io::Error::from(io::ErrorKind::FileTooLarge).into()))
-            }
-        }
-    }
-
-    /// Space for a frame; evicts what it must.
-    fn make_room(&self, bytes: u64) -> Result<Result<Reservation, Throttled>, DeviceError> {
-        loop {
-            if let Some(space) = self.budget.try_reserve(bytes) {
-                return Ok(Ok(space));
-            }
-            let throttled = self.budget.throttled(bytes);
-            let excess = throttled
-                .used
-                .saturating_add(bytes)
-                .saturating_sub(throttled.capacity);
-            if !self.evict(excess)? && excess > 0 {
-                return Ok(Err(throttled));
-            }
-        }
-    }
-
-    /// Deletes chunks that the policy says should go, `bytes` of them. Says whether
-    /// there were that many.
-    ///
-    /// # Errors
-    /// The device failed. Evicting more would fail too, and empty the tier.
-    fn evict(&self, bytes: u64) -> Result<bool, DeviceError> {
-        let _removing = self.removing();
-        let victims = self.lock().index.evict(bytes, self.clock.now());
-        let mut retired = Ok(());
-        for victim in &victims {
-            count(&self.counters.evictions);
-            // All of them: they left the index.
-            retired = retired.and(self.retire(victim, false));
-        }
-        retired.map(|()| !victims.is_empty())
-    }
-
-    /// Deletes the record of an entry that left the index and, unless it has readers,
-    /// gives its space back. Tries both.
-    fn retire(&self, entry: &DiskEntry, sync: bool) -> Result<(), DeviceError> {
-        let forgotten = self.catalog.delete(entry.record_key().as_ref(), sync);
-        if forgotten.is_err() {
-            // The record would claim whatever lay in its place at the next start.
-            self.segments.spoil(entry.location.segment);
-        }
-        let freed = match entry.readers {
-            0 => self.free(entry),
-            _ => Ok(()),
-        };
-        forgotten?;
-        Ok(freed?)
-    }
-
-    /// Gives the space of a frame back. Where that fails it stays charged until the
-    /// next start, which sweeps it.
-    fn free(&self, entry: &DiskEntry) -> io::Result<()> {
-        let bytes = entry.space();
-        self.segments.free(entry.location, bytes)?;
-        drop(self.budget.adopt(bytes));
-        Ok(())
-    }
-
-    fn remove(&self, key: &ChunkKey) -> Result<bool, DeviceError> {
-        let removing = self.removing();
-        let Some(entry) = self.lock().remove(key) else {
-            drop(removing);
-            self.settle()?;
-            return Ok(false);
-        };
-        self.retire(&entry, true)
-            .inspect_err(|_| count(&self.counters.failures))?;
-        Ok(true)
-    }
-
-    fn removing(&self) -> RwLockReadGuard<'_, ()> {
-        self.removing.read().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Whether what is not in the index stays away after a power cut. Waits for nobody.
-    fn is_settled(&self) -> bool {
-        self.removing.try_write().is_ok() && self.catalog.is_settled()
-    }
-
-    /// Makes sure that what is not in the index stays away after a power cut. Blocks.
-    fn settle(&self) -> Result<(), DeviceError> {
-        drop(
-            self.removing
-                .write()
-                .unwrap_or_else(PoisonError::into_inner),
-        );
-        Ok(self.catalog.settle()?)
-    }
-
-    /// Drops a copy that failed a check, unless it is already gone.
-    fn discard_corrupt(&self, key: &ChunkKey, location: Location) {
-        let _removing = self.removing();
-        let entry = {
-            let mut chunks = self.lock();
-            match chunks.index.peek(key) {
-                Some(entry) if entry.location == location => chunks.remove(key),
-                _ => None,
-            }
-        };
-        let Some(entry) = entry else { return };
-        count(&self.counters.corrupt);
-        self.segments.spoil(entry.location.segment);
-        if let Err(error) = self.retire(&entry, true) {
-            self.warn_of_leftover(&entry, &error);
-        }
-    }
-
-    fn free_or_warn(&self, entry: &DiskEntry) {
-        if let Err(error) = self.free(entry) {
-            self.warn_of_leftover(entry, &error.into());
-        }
-    }
-
-    fn warn_of_leftover(&self, entry: &DiskEntry, error: &DeviceError) {
-        count(&self.counters.failures);
-        let key = entry.key;
-        tracing::warn!(%key, %error, "cannot give back the space of a chunk; the next start will");
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Chunks> {
-        self.chunks.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
 impl Tier for DiskTier {
     fn kind(&self) -> TierKind {
         TierKind::Disk
@@ -846,79 +574,3 @@ pub(crate) fn sync_directory(path: &Path) -> io::Result<()> {
 /// Writers at once. Each keeps a file and a staging buffer; more would not make a
 /// device faster.
 const WRITERS: usize = 8;
-
-#[cfg(test)]
-mod tests {
-    use kvasir_types::{DType, Planes};
-
-    use super::*;
-    use crate::policy::PolicyKind;
-
-    #[test]
-    fn directories_are_created_with_their_parents() {
-        let base = tempfile::tempdir().unwrap();
-        let path = base.path().join("a/b/c");
-        create_directory(&path).unwrap();
-        assert!(path.is_dir());
-        create_directory(&path).unwrap();
-    }
-
-    #[test]
-    fn entries_are_small() {
-        assert!(size_of::<DiskEntry>() <= 64);
-    }
-
-    /// What a start allocates, and what evictions add: ghosts. `KVASIR_INDEX_CHUNKS` says
-    /// of how many chunks; ten million take 1.2 GB.
-    #[test]
-    fn an_index_takes_at_most_128_bytes_a_chunk() {
-        let count = std::env::var("KVASIR_INDEX_CHUNKS");
-        let count: u32 = count.map_or(100_000, |count| count.parse().unwrap());
-        let layout = KvLayout::new(1, 1, Planes::symmetric(8), 16, DType::Bf16).unwrap();
-        let now = Instant::now();
-        let (policy, log) = (PolicyKind::default(), EventLog::new());
-        let mut chunks = Chunks {
-            index: Index::new(TierKind::Disk, policy, u64::MAX, 0, log, now),
-            retired: HashMap::new(),
-            layouts: HashMap::new(),
-        };
-        let before = resident_bytes();
-        chunks.index.reserve(count as usize);
-        for number in 0..count {
-            let mut key = [0; 32];
-            key[..4].copy_from_slice(&number.to_be_bytes());
-            let record = Record {
-                key: ChunkKey::from_bytes(key),
-                location: Location {
-                    segment: SegmentId(1),
-                    block: number,
-                },
-                layout,
-                level: Level::RAW,
-                object_bytes: 600,
-                created: u64::from(number),
-                hints: Hints::default(),
-            };
-            let entry = chunks.entry(&record).unwrap();
-            chunks.index.insert(entry, &Worth::new(record.hints), now);
-        }
-        #[expect(clippy::cast_precision_loss, reason = "to the nearest byte")]
-        let per_chunk = |bytes: usize| bytes as f64 / f64::from(count);
-        let resident = per_chunk(resident_bytes().saturating_sub(before));
-        let filled = per_chunk(chunks.index.allocated_bytes());
-        assert_eq!(chunks.index.evict(1, now).len(), 1);
-        let evicted = per_chunk(chunks.index.allocated_bytes());
-        println!(
-            "{count} chunks: {filled:.1} bytes each, {evicted:.1} with ghosts; \
-             {resident:.1} resident, whatever else runs included"
-        );
-        assert!(evicted <= 128.0, "{evicted}");
-    }
-
-    fn resident_bytes() -> usize {
-        let status = fs::read_to_string("/proc/self/status").unwrap();
-        let line = status.lines().find(|line| line.starts_with("VmRSS:"));
-        let kib = line.and_then(|line| line.split_whitespace().nth(1));
-        kib.unwrap().parse::<usize>().unwrap() << 10
-    }
-}

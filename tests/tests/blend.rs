@@ -6,6 +6,7 @@
     reason = "a test states its expectations by unwrapping"
 )]
 
+use std::num::NonZeroU32;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
@@ -17,7 +18,7 @@ use kvasir_engine::blend::Probes;
 use kvasir_engine::blend::check::{self, CheckError, Context};
 use kvasir_engine::scheduler::{BlendConfig, EngineConfig};
 use kvasir_plugin::blend::{
-    ChunkLimits, Gate, Quality, Recorder, Repair, Rule, Segment, Segmented, Selector,
+    ChunkLimits, ContentCuts, Gate, Quality, Recorder, Repair, Rule, Segment, Segmented, Selector,
 };
 use kvasir_plugin::{LoadPolicy, PluginConfig};
 use kvasir_server::child::ListeningChild;
@@ -112,13 +113,24 @@ impl Bed {
         of: impl Fn(Namespace) -> Namespace,
         plugin: PluginConfig,
     ) -> Rig {
+        let blend = gate.map(|gate| BlendConfig {
+            forced,
+            compile_after: NonZeroU32::MIN,
+            ..BlendConfig::new(gate)
+        });
+        self.engine_that(blend, of, plugin)
+    }
+
+    fn engine_that(
+        &self,
+        blend: Option<BlendConfig>,
+        of: impl Fn(Namespace) -> Namespace,
+        plugin: PluginConfig,
+    ) -> Rig {
         let model = Model::load(&model_dir()).unwrap();
         let namespace = of(harness::namespace(&model, &harness::tokenizer()));
         let mut engine = EngineConfig::for_tokens(20_000);
-        engine.blend = gate.map(|gate| BlendConfig {
-            forced,
-            ..BlendConfig::new(gate)
-        });
+        engine.blend = blend;
         let address = self.daemon.address();
         Rig::start_with(Arc::new(model), namespace, engine, address, plugin)
     }
@@ -260,6 +272,81 @@ async fn chunks_that_were_computed_once_are_reused_in_another_order() {
     assert_eq!(mixed.usage.blended_tokens, known);
 }
 
+/// Most chunks are asked for once.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_chunk_is_compiled_when_it_was_missed_often_enough() {
+    let bed = Bed::start().await;
+    let twice = Some(BlendConfig::new(proven()));
+    let rig = bed.engine_that(twice, |namespace| namespace, patient());
+    let first = order(&PREFIX, &[0, 1], 0);
+    let second = order(&PREFIX, &[2, 1], 0);
+    first.ask(&rig, Use::Both).await;
+    second.ask(&rig, Use::Both).await;
+    bed.compiled(&rig, &order(&PREFIX, &[1], 0)).await;
+    // Those before it in the queue would be there.
+    let third = order(&PREFIX, &[1, 2, 0], 1);
+    let answer = third.ask(&rig, Use::Both).await;
+    assert_eq!(answer.usage.blended_tokens, third.chunks[0].len());
+    bed.compiled(&rig, &third).await;
+}
+
+/// A document is found again behind other text, though nobody says where it begins.
+#[tokio::test(flavor = "multi_thread")]
+async fn prompts_that_name_no_chunks_are_cut_by_their_content() {
+    let bed = Bed::start().await;
+    let cuts = ContentCuts {
+        min: 40,
+        mean: 64,
+        max: 160,
+    };
+    let cutting = BlendConfig {
+        cuts: Some(cuts),
+        compile_after: NonZeroU32::MIN,
+        ..BlendConfig::new(proven())
+    };
+    let rig = bed.engine_that(Some(cutting), |namespace| namespace, patient());
+    let document = harness::prompt(900, 5);
+    let prompt = |before: &[u32]| Order {
+        tokens: [&PREFIX[..], before, &document, &harness::prompt(20, 75)].concat(),
+        chunks: Vec::new(),
+    };
+    let first = prompt(&[]);
+    first.ask(&rig, Use::Both).await;
+    // All but the last, which is what is asked.
+    let pieces = |prompt: &Order| {
+        let mut pieces = cuts.segments(&prompt.tokens[PREFIX.len()..]);
+        pieces.pop();
+        pieces
+    };
+    let mut cut = Order {
+        tokens: PREFIX.to_vec(),
+        chunks: Vec::new(),
+    };
+    for piece in pieces(&first) {
+        let start = cut.tokens.len();
+        cut.tokens.extend(piece.tokens());
+        cut.chunks.push(start..cut.tokens.len());
+    }
+    bed.compiled(&rig, &cut).await;
+
+    let second = prompt(&harness::prompt(37, 33));
+    let answer = second.ask(&rig, Use::Read).await;
+    assert_eq!(answer.usage.cached_tokens, 0);
+    let known = pieces(&first);
+    let found = pieces(&second).into_iter().filter(|it| known.contains(it));
+    let found: usize = found.map(|it| it.tokens().len()).sum();
+    assert!(found > document.len() / 2, "{found}");
+    assert_eq!(answer.usage.blended_tokens, found);
+
+    // Chunks that a prompt names are all that it has.
+    let named = Order {
+        chunks: std::iter::once(38..138).collect(),
+        ..prompt(&harness::prompt(37, 33))
+    };
+    let answer = named.ask(&rig, Use::Read).await;
+    assert_eq!(answer.usage.blended_tokens, 0);
+}
+
 /// Over fetched chunks as over computed ones: with every token computed anew, and before and
 /// behind a prefix that the cache has.
 #[tokio::test(flavor = "multi_thread")]
@@ -328,6 +415,7 @@ async fn more_rows_than_run_behind_a_gather_follow_it() {
     engine.batch_tokens = 16;
     engine.blend = Some(BlendConfig {
         forced: Some(EVERYTHING),
+        compile_after: NonZeroU32::MIN,
         ..BlendConfig::new(unproven())
     });
     let address = bed.daemon.address();
@@ -458,18 +546,14 @@ fn contexts(count: usize) -> Vec<Context> {
 fn a_check_measures_what_reuse_does_and_what_repairs_bring_back() {
     let model = Model::load(&model_dir()).unwrap();
     let mut seen = Vec::new();
-    let gate = check::check(&model, &PREFIX, &contexts(7), |done, all| {
+    let gate = check::check(&model, &PREFIX, &contexts(4), |done, all| {
         seen.push((done, all));
     })
     .unwrap();
     assert_eq!(seen, [(1, 3), (2, 3), (3, 3)]);
     assert_eq!(gate.questions, 6);
     assert_eq!(gate.prefix, PREFIX);
-    let probes: Vec<_> = contexts(4)
-        .into_iter()
-        .map(|it| it.chunks[0].clone())
-        .collect();
-    assert_eq!(gate.probes, probes);
+    assert_eq!(gate.probes, [contexts(1)[0].chunks[0].clone()]);
     assert!(gate.naive_kl > 0.0 && gate.naive_text != 0.0);
     let kl: Vec<f64> = gate.repairs.iter().map(|repair| repair.kl).collect();
     assert!(kl.iter().all(|&kl| kl > 0.0));
@@ -487,7 +571,7 @@ fn a_check_measures_what_reuse_does_and_what_repairs_bring_back() {
 fn a_check_of_nothing_is_refused() {
     let model = Model::load(&model_dir()).unwrap();
     let check = |contexts: &[Context]| check::check(&model, &PREFIX, contexts, |_, _| ());
-    assert!(matches!(check(&contexts(4)), Err(CheckError::TooFew(4))));
+    assert!(matches!(check(&contexts(1)), Err(CheckError::TooFew(1))));
     assert!(matches!(check(&[]), Err(CheckError::TooFew(0))));
     let mut short = contexts(6);
     short[5].chunks.truncate(1);

@@ -1,12 +1,14 @@
 //! A daemon, engines that read from it, and prompts of chunks in many orders.
 
 use std::collections::HashSet;
+use std::num::NonZeroU32;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
+use kvasir_engine::blend::check::{PROBES, probed_layers};
 use kvasir_engine::kv::KvDtype;
 use kvasir_engine::model::Model;
 use kvasir_engine::scheduler::{BlendConfig, EngineConfig};
@@ -148,20 +150,16 @@ impl Bed {
         level: Level,
         requests: usize,
     ) -> anyhow::Result<Reader> {
-        let (address, plane) = (self.address.clone(), DataPlane::default());
-        self.reader_at(&address, plane, selector, level, requests)
+        let address = self.address.clone();
+        let config = self.plugin(DataPlane::default(), level);
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        self.reader_at(&address, config, threads, selector, level, requests)
             .await
     }
 
-    pub(super) async fn reader_at(
-        &mut self,
-        address: &str,
-        data_plane: DataPlane,
-        selector: Selector,
-        level: Level,
-        requests: usize,
-    ) -> anyhow::Result<Reader> {
-        let config = PluginConfig {
+    /// One that loads whatever is there.
+    pub(super) fn plugin(&self, data_plane: DataPlane, level: Level) -> PluginConfig {
+        PluginConfig {
             data_plane,
             load: LoadPolicy::Always,
             lookup_timeout: Duration::from_secs(5),
@@ -172,13 +170,27 @@ impl Bed {
                 ..CodecConfig::default()
             },
             ..PluginConfig::default()
-        };
+        }
+    }
+
+    /// One that computes on so many threads.
+    pub(super) async fn reader_at(
+        &mut self,
+        address: &str,
+        config: PluginConfig,
+        threads: usize,
+        selector: Selector,
+        level: Level,
+        requests: usize,
+    ) -> anyhow::Result<Reader> {
         let longest = self.size.context() + QUESTION_TOKENS + 32;
         // Compiling needs pages too.
         let mut engine = EngineConfig::for_tokens((requests + 1) * longest);
+        engine.threads = threads;
         let needs_scores = selector.rule == Rule::Graded;
         engine.blend = Some(BlendConfig {
             forced: Some(selector),
+            compile_after: NonZeroU32::MIN,
             ..BlendConfig::new(self.gate(needs_scores))
         });
         let model = Arc::clone(&self.model);
@@ -190,7 +202,7 @@ impl Bed {
 
     /// What an engine must know to blend. It is no verdict: what is computed anew is forced.
     pub(super) fn gate(&self, needs_scores: bool) -> Gate {
-        let layers = self.model.config().layers / 2;
+        let layers = probed_layers(self.model.config().layers);
         Gate {
             version: Gate::VERSION,
             weights: String::new(),
@@ -199,7 +211,8 @@ impl Bed {
                 true => u16::try_from(layers).unwrap_or(u16::MAX),
                 false => 0,
             },
-            probes: (0..2)
+            probes: (0..)
+                .take(PROBES)
                 .map(|probe| random(PROBE_TOKENS, &[3, probe]))
                 .collect(),
             questions: 0,

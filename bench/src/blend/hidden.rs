@@ -8,7 +8,10 @@
 //!   it. Over a link on which loading takes about half as long as computing;
 //! - `together/loop`, `hidden/loop`: the same of the layer loop alone, in one batch, which is
 //!   what a scheduler could reach;
-//! - `…/local`: the same without a link. What is hidden of a load that takes a hundredth of the
+//! - `…/spare`: the same where the engine computes on all cores but one. What loading takes of a
+//!   processor, here and in the daemon, can hide only where there is one besides, as there is
+//!   beside a GPU;
+//! - `…/local`: the same on all cores, without a link. What is hidden of a load that takes a hundredth of the
 //!   computing is within the noise of that.
 
 use std::ops::ControlFlow;
@@ -31,15 +34,36 @@ use crate::report::{Report, Row, median};
 
 const SELECTOR: Selector = graded(0.3);
 
-/// Returns the share that the engine hides over a link.
-pub(super) async fn run(bed: &mut Bed, report: &mut Report) -> anyhow::Result<f64> {
-    let mut layers = LayerLoop::new(bed)?;
+/// Returns the shares that the engine hides over a link: on all cores, and where it spares one.
+pub(super) async fn run(bed: &mut Bed, report: &mut Report) -> anyhow::Result<[f64; 2]> {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let mut layers = LayerLoop::new(bed, cores)?;
     let local = bed.reader(SELECTOR, Level::RAW, 1).await?;
     let compute = measure(bed, &local, &mut layers, "/local", report).await?.0;
     drop(local);
+    let all = over_link(bed, &mut layers, cores, compute, "", report).await?;
+    let spare = (cores - 1).max(1);
+    let mut layers = LayerLoop::new(bed, spare)?;
+    // On fewer cores the computing takes longer, and so does what is to hide behind it.
+    #[expect(clippy::cast_precision_loss, reason = "a count of cores")]
+    let compute = compute * cores as f64 / spare as f64;
+    let spared = over_link(bed, &mut layers, spare, compute, "/spare", report).await?;
+    Ok([all, spared])
+}
+
+/// The share that is hidden over a link on which loading takes half of `compute`, in ms.
+async fn over_link(
+    bed: &mut Bed,
+    layers: &mut LayerLoop,
+    threads: usize,
+    compute: f64,
+    suffix: &str,
+    report: &mut Report,
+) -> anyhow::Result<f64> {
     let link = Link::start(bed.address().to_owned(), FAST).await;
+    let config = bed.plugin(DataPlane::Grpc, Level::RAW);
     let reader = bed
-        .reader_at(link.address(), DataPlane::Grpc, SELECTOR, Level::RAW, 1)
+        .reader_at(link.address(), config, threads, SELECTOR, Level::RAW, 1)
         .await?;
     let tokens = u32::try_from(bed.size.context()).context("a prompt is short")?;
     let bytes = f64::from(tokens) * f64::from(token_bytes(bed)?);
@@ -50,8 +74,8 @@ pub(super) async fn run(bed: &mut Bed, report: &mut Report) -> anyhow::Result<f6
     )]
     let mbps = (bytes * 8.0 / (compute / 2.0) / 1e3) as u32;
     link.set_mbps(mbps.max(1));
-    report.set("mbps", mbps);
-    Ok(measure(bed, &reader, &mut layers, "", report).await?.1)
+    report.set(&format!("mbps{suffix}"), mbps);
+    Ok(measure(bed, &reader, layers, suffix, report).await?.1)
 }
 
 /// Time to compute, and the share that is hidden.
@@ -122,13 +146,12 @@ struct LayerLoop {
 }
 
 impl LayerLoop {
-    fn new(bed: &Bed) -> anyhow::Result<Self> {
+    fn new(bed: &Bed, threads: usize) -> anyhow::Result<Self> {
         let model = Arc::clone(&bed.model);
         let config = model.config();
         let count = (bed.stored.tokens.len() + 128).div_ceil(BLOCK_TOKENS);
         let mut pool = KvPool::new(config, count, KvDtype::F32);
         let blocks = (0..count).map(|_| pool.alloc()).collect::<Option<_>>();
-        let threads = std::thread::available_parallelism().map_or(1, usize::from);
         let gate = bed.gate(true);
         let mut all = Self {
             blocks: blocks.context("the pool has as many pages")?,

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure};
 use kvasir_engine::model::Model;
-use kvasir_plugin::{Decision, LoadPolicy};
+use kvasir_plugin::{Decision, LoadPolicy, Tier, TierBytes};
 use kvasir_tests::harness::{Answer, Rig, Use, signal};
 use kvasir_tests::network::Network;
 use kvasir_types::Level;
@@ -108,6 +108,7 @@ async fn stall(bed: &Bed<'_>, runs: usize) -> anyhow::Result<Stalled> {
         let alone = reader.ask(&bed.prompt, Use::Nothing).await;
         let bytes = bed.layout.chunk_bytes() * TOKENS as u64 / u64::from(bed.layout.tokens());
         let cost = reader.plugin.cost_model();
+        let bytes = TierBytes::of(Tier::Memory, bytes);
         let budget = match cost.decide(TOKENS, bytes, Instant::now()) {
             Decision::Load { budget } => budget,
             Decision::Compute => bail!("the cost model would not load; nothing to stall"),

@@ -170,14 +170,16 @@ pub(super) fn line(
     chart: &Chart<'_, '_>,
     points: &[(f64, Point)],
     cap: f64,
+    scale: Scale,
     color: RGBColor,
 ) -> Result<(), DrawError> {
     let area = chart.plotting_area();
-    let path: Vec<(f64, f64)> = points.iter().map(|&(x, point)| (x, point.value)).collect();
+    let place = |&(x, point): &(f64, Point)| (x, scale.height(point.value));
+    let path: Vec<(f64, f64)> = points.iter().map(place).collect();
     area.draw(&PathElement::new(path, color.stroke_width(2)))?;
-    for &(x, point) in points {
-        area.draw(&Circle::new((x, point.value), 3, color.filled()))?;
-        interval(chart, x, cap, Scale::Share, point, color.stroke_width(1))?;
+    for it @ &(x, point) in points {
+        area.draw(&Circle::new(place(it), 3, color.filled()))?;
+        interval(chart, x, cap, scale, point, color.stroke_width(1))?;
     }
     Ok(())
 }
@@ -233,6 +235,14 @@ pub(super) fn padded(values: impl Iterator<Item = f64>) -> Range<f64> {
     start..hi + room
 }
 
+/// Whole decades around all logarithms; at least one.
+pub(super) fn decades(heights: impl Iterator<Item = f64>) -> Range<f64> {
+    let (low, high) = heights.fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), height| {
+        (low.min(height.floor()), high.max(height.ceil()))
+    });
+    low..high.max(low + 1.0) + 0.05
+}
+
 /// Names with their colours.
 pub(super) fn named<'a>(names: impl Iterator<Item = &'a str>) -> Vec<(String, RGBColor)> {
     names
@@ -270,7 +280,7 @@ const MARGIN: i32 = 16;
 /// KL below it is rounding; zero has no logarithm.
 const FLOOR: f64 = 1e-8;
 pub(super) const INK: RGBColor = RGBColor(0x33, 0x33, 0x33);
-const FAINT: RGBColor = RGBColor(0x99, 0x99, 0x99);
+pub(super) const FAINT: RGBColor = RGBColor(0x99, 0x99, 0x99);
 const RULE: RGBColor = RGBColor(0xDD, 0xDD, 0xDD);
 /// Told apart by most of those who see fewer colours (Okabe and Ito, 2008).
 const COLORS: [RGBColor; 8] = [

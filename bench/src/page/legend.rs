@@ -283,6 +283,74 @@ pub(super) const DRAWN: [&str; 6] = [
     "predicted_bits",
 ];
 
+/// Rules of blending; `N` stands for a number.
+pub(super) const RULES: &[(&str, &str)] = &[
+    ("random", "tokens drawn at random"),
+    ("first", "the first tokens of each chunk, as EPIC chooses"),
+    (
+        "graded",
+        "those that changed most behind a strange text when the chunk was compiled, each as deep \
+         as it did: what the engine does by default",
+    ),
+    ("graded-N", "`graded` with so many texts"),
+    (
+        "graded-N-N",
+        "the same, and recorded in so many of the layers",
+    ),
+    (
+        "probed",
+        "those that changed most in layer 1 behind these texts, in all layers",
+    ),
+    ("probed-N", "the same by what changed in that layer"),
+    (
+        "oracle-N",
+        "those whose K and V differ most from full prefill in that layer, which only a \
+         measurement can know",
+    ),
+    (
+        "hkvd-k",
+        "as CacheBlend chooses: all tokens are computed up to layer 1, and go on if their K \
+         differs most from the reused there",
+    ),
+    ("hkvd-v", "as `hkvd-k`, by V"),
+    ("hkvd-kv", "as `hkvd-k`, by K and V"),
+    (
+        "hkvd-k-gradual",
+        "`hkvd-k`, left ever fewer over two more layers",
+    ),
+    (
+        "hkvd-v-gradual",
+        "`hkvd-v`, left ever fewer over two more layers",
+    ),
+    (
+        "hkvd-kv-gradual",
+        "`hkvd-kv`, left ever fewer over two more layers",
+    ),
+    (
+        "question",
+        "those that the question attends to most, over all layers, as ProphetKV chooses",
+    ),
+    (
+        "question-N",
+        "those that the question attends to most in that layer",
+    ),
+    (
+        "first-question",
+        "the first 16 tokens of each chunk, then as `question`",
+    ),
+];
+
+/// What a rule chooses, if it is known.
+pub(super) fn rule(name: &str) -> Option<&'static str> {
+    let numbered = name.rsplit_once('-').and_then(|(rule, number)| {
+        let number: Result<u16, _> = number.parse();
+        number.is_ok().then(|| format!("{rule}-N"))
+    });
+    let name = numbered.as_deref().unwrap_or(name);
+    let known = RULES.iter().find(|(rule, _)| *rule == name);
+    known.map(|(_, meaning)| *meaning)
+}
+
 /// What a gate asks, if it is known.
 pub(super) fn gate(name: &str) -> Option<&'static str> {
     let names: Vec<&str> = name.split('/').collect();

@@ -6,8 +6,8 @@ use plotters::prelude::*;
 
 use super::PageError;
 use super::figure::{
-    Axes, DrawError, INK, Scale, color, count, figure, groups_per_panel, interval, line, named,
-    padded,
+    Axes, DrawError, INK, Scale, color, count, decades, figure, groups_per_panel, interval, line,
+    named, padded,
 };
 use super::legend;
 use super::read::{Layers, Measure, Plane, Point, Quality, Report};
@@ -84,14 +84,8 @@ fn by_task(
     let y = match scale {
         Scale::Share => 0.0..all.iter().fold(1.0, |top: f64, p| top.max(p.hi)) + 0.02,
         Scale::Log => {
-            let heights = || {
-                all.iter()
-                    .flat_map(|p| [p.lo, p.value, p.hi])
-                    .map(|v| scale.height(v))
-            };
-            let low = heights().fold(f64::INFINITY, f64::min).floor();
-            let high = heights().fold(f64::NEG_INFINITY, f64::max).ceil();
-            low..high.max(low + 1.0) + 0.05
+            let ends = all.iter().flat_map(|p| [p.lo, p.value, p.hi]);
+            decades(ends.map(|value| scale.height(value)))
         }
     };
     let rows = tasks
@@ -217,7 +211,7 @@ fn growth(quality: &Quality<'_>, title: &str) -> Result<Option<String>, DrawErro
                     .iter()
                     .map(|&(x, point)| (x + aside, point))
                     .collect();
-                line(&chart, &points, reach * 0.005, color(index))?;
+                line(&chart, &points, reach * 0.005, Scale::Share, color(index))?;
             }
         }
         Ok(())
@@ -270,7 +264,7 @@ fn layers(layers: &Layers<'_>, title: &str) -> Result<Option<String>, DrawError>
             let chart = axes.draw(root, panel)?;
             for (plane, points) in lines {
                 let index = planes.iter().position(|known| known == plane);
-                line(&chart, points, 0.1, color(index.unwrap_or(0)))?;
+                line(&chart, points, 0.1, Scale::Share, color(index.unwrap_or(0)))?;
             }
         }
         Ok(())

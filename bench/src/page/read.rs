@@ -392,7 +392,8 @@ fn place(name: &str) -> Option<(String, Plane, At)> {
     (!measure.is_empty()).then(|| (measure.join("/"), plane, at))
 }
 
-fn note<T: PartialEq>(known: &mut Vec<T>, name: T) {
+/// Adds a name that is not known yet.
+pub(super) fn note<T: PartialEq>(known: &mut Vec<T>, name: T) {
     if !known.contains(&name) {
         known.push(name);
     }

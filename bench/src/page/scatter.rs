@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::Context as _;
 use plotters::prelude::*;
 
-use super::figure::{Axes, DrawError, Scale, color, figure, named, padded};
+use super::figure::{Axes, DrawError, Scale, color, decades, figure, named, padded};
 
 /// What is drawn.
 #[derive(Clone, Debug)]
@@ -38,9 +38,7 @@ impl Scatter<'_> {
         let x = padded(self.points.iter().map(|&(_, x, _)| x).chain([0.0]));
         let heights = || self.points.iter().map(|&(_, _, y)| scale.height(y));
         let y: Range<f64> = if self.log {
-            let low = heights().fold(f64::INFINITY, f64::min).floor();
-            let high = heights().fold(f64::NEG_INFINITY, f64::max).ceil();
-            low..high.max(low + 1.0) + 0.05
+            decades(heights())
         } else {
             padded(heights().chain([0.0]))
         };

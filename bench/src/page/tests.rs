@@ -20,7 +20,17 @@ fn made(fixture: &Value) -> Vec<(String, String)> {
     let kvstats = fixture
         .get("kvstats")
         .map(|report| read(report, KVSTATS).unwrap());
-    page(&quality, kvstats.as_ref()).unwrap()
+    let blends = fixture.get("blend").and_then(Value::as_array);
+    let blends: Vec<Report> = blends
+        .into_iter()
+        .flatten()
+        .map(|report| read(report, QUALITY).unwrap())
+        .collect();
+    let mut files = page(&quality, kvstats.as_ref()).unwrap();
+    if !blends.is_empty() {
+        files.extend(blending(&blends).unwrap());
+    }
+    files
 }
 
 /// The fixture without rows whose names `drop` holds for.
@@ -260,13 +270,191 @@ fn the_page_is_written_to_its_directory() {
     let quality = dir.path().join("quality.json");
     std::fs::write(&quality, fixture()["quality"].to_string()).unwrap();
     let mut options = Options {
-        quality,
+        quality: Some(quality.clone()),
         kvstats: None,
+        blend: Vec::new(),
         out: dir.path().join("docs"),
     };
     run(&options).unwrap();
     assert!(options.out.join("quality.md").is_file());
     assert!(options.out.join("quality/kl.svg").is_file());
-    options.quality = dir.path().join("missing.json");
+    // Nothing in it is blended.
+    options.blend = vec![quality];
+    let error = run(&options).unwrap_err().to_string();
+    assert!(error.contains("`blend:RULE:BUDGET/charged`"), "{error}");
+    options.quality = Some(dir.path().join("missing.json"));
     assert!(matches!(run(&options), Err(PageError::Read { .. })));
+}
+
+/// The fixture with two runs of blending, of which the second asks about one task only.
+fn blended() -> Value {
+    let mut fixture = fixture();
+    fixture["blend"] = serde_json::from_str(include_str!("blend/fixture.json")).unwrap();
+    fixture
+}
+
+/// The page on blending.
+fn blending_text(files: &[(String, String)]) -> String {
+    let page = files.iter().find(|(name, _)| name == "blending.md");
+    page.unwrap().1.clone()
+}
+
+/// The same with those rows of the first run that `change` keeps, and as it leaves them.
+fn blended_but(change: impl Fn(&str, &mut Value) -> bool) -> Value {
+    let mut fixture = blended();
+    let rows = fixture["blend"][0]["rows"].as_array_mut().unwrap();
+    rows.retain_mut(|row| {
+        let name = row["name"].as_str().unwrap().to_owned();
+        change(&name, row)
+    });
+    fixture
+}
+
+#[test]
+fn blending_is_shown_by_what_was_charged() {
+    let files = made(&blended());
+    let plots = ["blend-exact-match", "blend-kl", "blend-gap"];
+    assert_eq!(
+        names(&files)[6..],
+        plots.map(|name| format!("quality/{name}.svg"))
+    );
+    let text = blending_text(&files);
+    for line in [
+        "page --blend FILE --blend FILE --out DIR",
+        "| questions | 100 | 40 |",
+        // Full prefill and naive reuse are 1.0 apart over two tasks together.
+        "| random choice at 15 % closes no more than 25 % of the gap | `blend:random:0.15`, 14.9 % charged | 0.120 | met |",
+        "at 15 % or less | `blend:graded:0.15`, 15.0 % charged | 0.990 | met |",
+        "of full prefill | `blend:graded:0.15`, 15.0 % charged | −0.005 | met |",
+        // Not `hop1`: the interval of its loss is around zero.
+        "They are `coref2`, `ordinal`.",
+        "![KL from full prefill by what is computed anew](quality/blend-kl.svg)",
+        // Means over tasks with a gap, and over all.
+        "| `full` |  | 0.900 | – | 1.000 | 0.900 | – | 1.000 |",
+        "| `naive` |  | 0.400 | 1.390 | 0.000 | 0.563 | 0.940 | 0.000 |",
+        "| `graded` | 5.0 % | 0.840 | 0.205 | 0.880 | 0.867 | 0.141 | 0.901 |",
+        // Asked about one of the tasks with a gap.
+        "| `question` | 14.0 % | – | – | – | – | – | – |",
+        // A task, and all of them.
+        "<details><summary>coref2</summary>\n\n| rule | charged | exact match |",
+        "| `graded` | 15.0 % | 0.820 [0.800, 0.840] | 0.003 [0.002, 0.004] | 0.010 [0.005, 0.015] | 1.000 |",
+        "| `hkvd-kv` | 30.1 % | 0.880 [0.860, 0.900] | 0.500",
+        // Numbers of chunks, in the run that has them.
+        "| `coref2` | 2 | 0.900 [0.880, 0.920] | 0.850 [0.830, 0.870]; 0.050 | 0.890 [0.870, 0.910]; 0.010 | – |",
+        "| `coref2` | 8 | 0.800 [0.780, 0.820] |",
+        "- `hkvd-kv`: as `hkvd-k`, by K and V.",
+    ] {
+        assert!(text.contains(line), "{line} is not in\n{text}");
+    }
+    // 20 % is near none of the budgets, but among the means.
+    assert_eq!(text.matches("| `graded` | 20.0 % |").count(), 1);
+    for (name, svg) in &files[7..] {
+        assert!(svg.contains("hkvd-kv") && svg.contains("charged"), "{name}");
+        // Drawn only where it was asked about all tasks.
+        assert!(!svg.contains("question"), "{name}");
+        assert!(!svg.contains("NaN") && !svg.contains("inf"), "{name}");
+    }
+}
+
+#[test]
+fn tasks_may_be_asked_in_runs_of_their_own() {
+    let means = |fixture: &Value| -> Vec<String> {
+        let text = blending_text(&made(fixture));
+        let section = text
+            .split("## ")
+            .find(|it| it.starts_with("Means over tasks"));
+        let lines = section
+            .unwrap()
+            .lines()
+            .filter(|line| line.contains(" % |"));
+        lines.map(str::to_owned).collect()
+    };
+    let mut apart = blended();
+    let mut other = apart["blend"][0].clone();
+    let of = |row: &Value| row["name"].as_str().unwrap().contains("/ordinal");
+    apart["blend"][0]["rows"]
+        .as_array_mut()
+        .unwrap()
+        .retain(|row| !of(row));
+    let keep = |row: &Value| of(row) || row["name"].as_str().unwrap().ends_with("/charged");
+    other["rows"].as_array_mut().unwrap().retain(keep);
+    // A rule is held against its own run, whatever others say of full prefill.
+    let rows = apart["blend"][0]["rows"].as_array_mut().unwrap();
+    rows.push(json!({"name": "full/ordinal/em", "value": 0.5, "unit": "share"}));
+    rows.push(json!({"name": "naive/ordinal/em", "value": 0.4, "unit": "share"}));
+    apart["blend"].as_array_mut().unwrap().push(other);
+    assert_eq!(means(&apart), means(&blended()));
+    assert!(means(&apart).len() > 5);
+}
+
+#[test]
+fn a_bar_that_is_missed_is_bold() {
+    let verdicts = |method: &str, measure: &str, new: f64| {
+        let named = format!("{method}/{measure}");
+        let fixture = blended_but(|name, row| {
+            if name == named {
+                row["value"] = json!(new);
+            }
+            true
+        });
+        let text = blending_text(&made(&fixture));
+        let bars = text.lines().filter(|line| line.contains(" % charged | "));
+        let missed = bars.map(|line| line.ends_with("| **MISSED** |"));
+        missed.collect::<Vec<_>>()
+    };
+    let (random, graded) = ("blend:random:0.15", "blend:graded:0.15");
+    assert_eq!(verdicts(random, "ordinal/em", 0.40), [false; 3]);
+    assert_eq!(verdicts(random, "ordinal/em", 0.42), [true, false, false]);
+    assert_eq!(verdicts(graded, "ordinal/em", 0.69), [false; 3]);
+    assert_eq!(verdicts(graded, "ordinal/em", 0.67), [false, true, false]);
+    for off in [0.011, -0.011] {
+        let missed = verdicts(graded, "hop1/em_loss", off);
+        assert_eq!(missed, [false, false, true]);
+    }
+}
+
+#[test]
+fn of_blending_too_what_has_no_rows_is_left_out() {
+    let text = |fixture: &Value| blending_text(&made(fixture));
+    let before = made(&fixture());
+    assert!(
+        before
+            .iter()
+            .all(|(name, text)| !name.contains("blend") && !text.contains("blend"))
+    );
+
+    let files = made(&blended_but(|name, _| !name.ends_with("/kl")));
+    assert!(!names(&files).contains(&"quality/blend-kl.svg"));
+    assert!(names(&files).contains(&"quality/blend-gap.svg"));
+
+    // The bar is of the dearest that it allows.
+    let dropped = |name: &str| name.starts_with("blend:graded:0.15/");
+    let cheaper = text(&blended_but(|name, _| !dropped(name)));
+    assert!(!cheaper.contains("| `blend:graded:0.15`, 15.0 % charged |"));
+
+    // A charge that is near no budget is among the means only.
+    let between = text(&blended_but(|name, row| {
+        if name == "blend:hkvd-kv:0.3/charged" {
+            row["value"] = json!(0.26);
+        }
+        true
+    }));
+    assert_eq!(between.matches("| `hkvd-kv` | 26.0 % |").count(), 1);
+
+    // All tasks of a run are not all tasks when it left some out.
+    let mut some = blended();
+    some["blend"].as_array_mut().unwrap().reverse();
+    let rows = some["blend"][0]["rows"].as_array_mut().unwrap();
+    rows.push(json!({"name": "full/all/em", "value": 0.123, "unit": "share"}));
+    assert!(!text(&some).contains("0.123"));
+
+    // No loss is above zero: no gap, nothing to close.
+    let mut none = blended();
+    for run in none["blend"].as_array_mut().unwrap() {
+        let rows = run["rows"].as_array_mut().unwrap();
+        rows.retain(|row| !row["name"].as_str().unwrap().ends_with("/em_loss"));
+    }
+    let none = text(&none);
+    assert!(none.contains("There are none.") && !none.contains("### Bars"));
+    assert!(!none.contains("KL (nats), with a gap"));
 }

@@ -10,14 +10,16 @@
 //! layer 1), the same with `-gradual`, `question` (attention of the question over reused KV,
 //! summed over layers, as ProphetKV does), `question-N` (of layer N alone), `first-question`
 //! (16 tokens of each chunk, then those), `probed` (what [`Probes`] recorded at layer 1),
-//! `probed-N` (at layer N), `graded` (what they recorded in half of the layers, see
-//! [`Rule::Graded`]; the default of the engine), and `oracle-N` (deviation at layer N from full
-//! prefill). What a pass of the question costs is charged, all its rows in all layers.
+//! `probed-N` (at layer N), `graded` (what they recorded in a third of the layers, see
+//! [`Rule::Graded`]; the default of the engine), `graded-N` and `graded-N-L` (the same with the
+//! first N of four probes, and in L layers, for what these add), and `oracle-N` (deviation at layer N from full prefill).
+//! What a pass of the question costs is charged, all its rows in all layers.
 
 use std::str::FromStr;
 
 use anyhow::{Context as _, bail, ensure};
 use kvasir_engine::blend::Probes;
+use kvasir_engine::blend::check::{PROBES, probed_layers};
 use kvasir_plugin::blend::{Check, Compared, Reused, Rule, Selection, Selector};
 
 use super::method::{Caches, Charge};
@@ -28,8 +30,8 @@ use crate::kvstats::plane::Shape;
 
 /// Tokens of each chunk that `first-question` begins with.
 const FIRST: usize = 16;
-/// Probes of a recording.
-const PROBES: u64 = 4;
+/// Probes of a recording, at most.
+const MOST_PROBES: usize = 4;
 
 /// A method of blending.
 #[derive(Clone, Debug, PartialEq)]
@@ -46,11 +48,24 @@ pub(crate) struct Blended {
 enum By {
     Random,
     First,
-    Deviation { of: Compared, gradual: bool },
-    Question { layer: Option<usize>, first: bool },
-    Probed { layer: usize },
-    Graded,
-    Oracle { layer: usize },
+    Deviation {
+        of: Compared,
+        gradual: bool,
+    },
+    Question {
+        layer: Option<usize>,
+        first: bool,
+    },
+    Probed {
+        layer: usize,
+    },
+    Graded {
+        probes: usize,
+        layers: Option<usize>,
+    },
+    Oracle {
+        layer: usize,
+    },
 }
 
 impl FromStr for Blended {
@@ -88,7 +103,22 @@ impl FromStr for Blended {
                 layer: (!layer.is_empty()).then(|| layer.parse()).transpose()?,
                 first: false,
             },
-            ("graded", "") => By::Graded,
+            ("graded", "") => By::Graded {
+                probes: PROBES,
+                layers: None,
+            },
+            ("graded", of) => {
+                let (probes, layers) = match of.split_once('-') {
+                    Some((probes, layers)) => (probes, Some(layers.parse()?)),
+                    None => (of, None),
+                };
+                let probes = probes.parse()?;
+                ensure!(
+                    (1..=MOST_PROBES).contains(&probes) && layers != Some(0),
+                    "a chunk is graded with 1 to {MOST_PROBES} probes, in 1 layer or more"
+                );
+                By::Graded { probes, layers }
+            }
             ("probed", "") => By::Probed { layer: 1 },
             ("probed", layer) => By::Probed {
                 layer: layer.parse::<usize>()?.max(1),
@@ -127,7 +157,9 @@ impl Blended {
             let first = context.chunks.into_iter().next();
             first.context("a context has chunks")
         };
-        self.texts = (0..PROBES).map(text).collect::<anyhow::Result<_>>()?;
+        self.texts = (0..MOST_PROBES as u64)
+            .map(text)
+            .collect::<anyhow::Result<_>>()?;
         Ok(self)
     }
 
@@ -241,12 +273,13 @@ impl Blended {
                 (vec![scores], rule)
             }
             By::Probed { layer } => {
-                let mut scores = self.probed(reader, caches, layer)?;
+                let mut scores = self.probed(reader, caches, PROBES, layer)?;
                 (scores.split_off(layer - 1), Rule::Scored)
             }
-            By::Graded => {
-                let half = reader.config().layers / 2;
-                (self.probed(reader, caches, half)?, Rule::Graded)
+            By::Graded { probes, layers } => {
+                let all = reader.config().layers;
+                let layers = layers.unwrap_or(probed_layers(all)).min(all - 1);
+                (self.probed(reader, caches, probes, layers)?, Rule::Graded)
             }
             By::Oracle { layer } => {
                 let full = caches.full().context("full prefill was kept")?;
@@ -271,10 +304,11 @@ impl Blended {
         &self,
         reader: &mut Reader,
         caches: &Caches,
+        probes: usize,
         layers: usize,
     ) -> anyhow::Result<Vec<Vec<f32>>> {
         let probes = Probes {
-            texts: self.texts.clone(),
+            texts: self.texts[..probes].to_vec(),
             layers,
         };
         caches.probed(reader, &probes)
@@ -283,3 +317,27 @@ impl Blended {
 
 /// Of no context that questions are asked about.
 const PROBE_SEED: u64 = 0x7072_6f62_6573;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn graded_is_as_the_engine_does_unless_it_names_its_probes() {
+        let by = |name: &str| name.parse::<Blended>().map(|blended| blended.by);
+        let graded = |probes, layers| By::Graded { probes, layers };
+        let all = graded(PROBES, None);
+        assert_eq!(by("blend:graded:0.15").unwrap(), all);
+        assert_eq!(by("blend:graded-1:0.15").unwrap(), all);
+        assert_eq!(by("blend:graded-4:0.15").unwrap(), graded(4, None));
+        assert_eq!(by("blend:graded-2-6:0.15").unwrap(), graded(2, Some(6)));
+        for none in [
+            "blend:graded-0:0.15",
+            "blend:graded-5:0.15",
+            "blend:graded-x:0.15",
+            "blend:graded-1-0:0.15",
+        ] {
+            assert!(by(none).is_err(), "{none}");
+        }
+    }
+}

@@ -77,6 +77,9 @@ impl Way {
     }
 }
 
+/// What probes recorded: by layer, from layer 1, and token of the context.
+type Recorded = Vec<Vec<f32>>;
+
 /// One context as chunks, and the KV that each has when it is computed alone.
 #[derive(Debug)]
 pub(crate) struct Caches {
@@ -87,8 +90,8 @@ pub(crate) struct Caches {
     /// K and V of all tokens as full prefill computed them, where they are kept.
     full: Option<Kv>,
     first: u32,
-    /// What probes recorded, by the number of layers they recorded.
-    probed: RefCell<BTreeMap<usize, Vec<Vec<f32>>>>,
+    /// What probes recorded, by their digest and the number of layers they recorded.
+    probed: RefCell<BTreeMap<([u8; 32], usize), Recorded>>,
 }
 
 impl Caches {
@@ -117,12 +120,9 @@ impl Caches {
 
     /// By layer, from layer 1, and token of the context: how much it deviates behind texts
     /// that are strange to it; see [`kvasir_engine::blend::Probes`].
-    pub(crate) fn probed(
-        &self,
-        reader: &mut Reader,
-        probes: &Probes,
-    ) -> anyhow::Result<Vec<Vec<f32>>> {
-        if let Some(scores) = self.probed.borrow().get(&probes.layers) {
+    pub(crate) fn probed(&self, reader: &mut Reader, probes: &Probes) -> anyhow::Result<Recorded> {
+        let key = (probes.digest(), probes.layers);
+        if let Some(scores) = self.probed.borrow().get(&key) {
             return Ok(scores.clone());
         }
         let mut scores = vec![vec![0.0]; probes.layers];
@@ -133,7 +133,7 @@ impl Caches {
             }
         }
         let mut known = self.probed.borrow_mut();
-        known.insert(probes.layers, scores.clone());
+        known.insert(key, scores.clone());
         Ok(scores)
     }
 

@@ -6,6 +6,8 @@ use std::path::Path;
 use anyhow::Context as _;
 use kvasir_engine::blend::{self, Probes};
 use kvasir_engine::kernels::{Isa, rotate};
+use kvasir_engine::logits::argmax;
+use kvasir_engine::paging::{Detail, Digests};
 use kvasir_engine::rope::Frequencies;
 use kvasir_engine::{
     BLOCK_TOKENS, BeforeLayer, BlockId, KvDtype, KvPool, LogitsWanted, Model, ModelConfig,
@@ -49,6 +51,10 @@ pub(crate) struct Kv {
     pub(crate) tokens: usize,
     pub(crate) layers: Vec<Vec<f32>>,
 }
+
+/// Which pages a step attends to; see [`Reader::follow`].
+pub(crate) type Choose<'a> =
+    dyn FnMut(usize, &BeforeLayer<'_>, usize, &[BlockId]) -> kvasir_engine::Pages + Send + 'a;
 
 /// What a model looked for while it read consecutive tokens.
 #[derive(Clone, Debug, Default)]
@@ -320,6 +326,61 @@ impl Reader {
         Ok(scores)
     }
 
+    /// Runs each tail token by token, as if it followed the context alone, and `choose` says
+    /// for each layer of each token which pages it attends to: of which tail, what is about
+    /// to attend, which of its steps this is, and the tail's page table. Likeliest token
+    /// after each token of each tail.
+    pub(crate) fn follow(
+        &mut self,
+        context: &Pages,
+        tails: &[Vec<u32>],
+        choose: &mut Choose<'_>,
+    ) -> anyhow::Result<Vec<Vec<u32>>> {
+        let forks = tails
+            .iter()
+            .map(|tail| self.fork(context, tail.len()))
+            .collect::<anyhow::Result<Vec<_>>>()?;
+        let mut likeliest: Vec<Vec<u32>> = vec![Vec::new(); tails.len()];
+        for at in 0..tails.iter().map(Vec::len).max().unwrap_or(0) {
+            let going: Vec<usize> = (0..tails.len())
+                .filter(|&tail| tails[tail].len() > at)
+                .collect();
+            let step = |&tail: &usize| Step {
+                tokens: &tails[tail][at..=at],
+                positions: Positions::From(context.tokens + at),
+                blocks: &forks[tail].blocks,
+                logits: LogitsWanted::Last,
+            };
+            let steps: Vec<Step<'_>> = going.iter().map(step).collect();
+            let (pool, scratch) = (&mut self.pool, &mut self.scratch);
+            let logits = self.model.forward(pool, scratch, &steps, &mut |before| {
+                for (step, &tail) in going.iter().enumerate() {
+                    before.pages[step] = choose(tail, &before, step, &forks[tail].blocks);
+                }
+                ControlFlow::Continue(())
+            })?;
+            for (step, &tail) in going.iter().enumerate() {
+                let row = logits.last(step).context("asked for the last row")?;
+                likeliest[tail].push(argmax(row));
+            }
+        }
+        for fork in forks {
+            self.release_fork(context, fork)?;
+        }
+        Ok(likeliest)
+    }
+
+    /// Digests of the full pages of a context.
+    pub(crate) fn digests(&self, context: &Pages, detail: Detail) -> anyhow::Result<Digests> {
+        let mut digests = Digests::new(self.config(), detail);
+        digests.extend(&self.pool, &context.blocks, context.tokens)?;
+        Ok(digests)
+    }
+
+    pub(crate) fn model(&self) -> &Model {
+        &self.model
+    }
+
     /// By token of the context, the attention that a question pays it, and by layer.
     pub(crate) fn attention(
         &mut self,
@@ -451,17 +512,6 @@ fn turn(
             }
         }
     }
-}
-
-/// Index of the largest value; the first of equals.
-pub(crate) fn argmax(row: &[f32]) -> u32 {
-    let mut best = 0;
-    for (index, value) in row.iter().enumerate() {
-        if *value > row[best] {
-            best = index;
-        }
-    }
-    u32::try_from(best).unwrap_or(u32::MAX)
 }
 
 #[cfg(test)]

@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use super::reader::{Pages, Reader, argmax};
+use kvasir_engine::logits::{argmax, kl_divergence, log_softmax};
+
+use super::reader::{Pages, Reader};
 
 /// Longest answer that is decoded; every answer of the corpus is shorter.
 const LONGEST_ANSWER: usize = 10;
@@ -109,7 +111,7 @@ impl Answer {
     pub(crate) fn distance(&self, full: &Self) -> Distance {
         let rows = || full.logits.iter().zip(&self.logits);
         let kl = rows()
-            .map(|(full, this)| divergence(&log_softmax(full), &log_softmax(this)))
+            .map(|(full, this)| kl_divergence(full, this))
             .collect();
         let agrees = rows()
             .map(|(full, this)| argmax(full) == argmax(this))
@@ -131,23 +133,6 @@ impl Answer {
             logit,
         }
     }
-}
-
-fn divergence(full: &[f64], this: &[f64]) -> f64 {
-    let sum: f64 = full
-        .iter()
-        .zip(this)
-        .map(|(full, this)| full.exp() * (full - this))
-        .sum();
-    // Rounding can take a sum of nearly equal terms just below zero.
-    sum.max(0.0)
-}
-
-fn log_softmax(row: &[f32]) -> Vec<f64> {
-    let top = f64::from(row.iter().copied().fold(f32::NEG_INFINITY, f32::max));
-    let sum: f64 = row.iter().map(|&x| (f64::from(x) - top).exp()).sum();
-    let normaliser = top + sum.ln();
-    row.iter().map(|&x| f64::from(x) - normaliser).collect()
 }
 
 fn f1(found: &[u32], expected: &[u32]) -> f64 {
@@ -187,15 +172,5 @@ mod tests {
         assert_eq!(f1(&[], &[1]), 0.0);
         assert_eq!(f1(&[1, 1, 1], &[1, 2, 3]), 1.0 / 3.0);
         assert_eq!(f1(&[3, 4], &[4]), 2.0 / 3.0);
-    }
-
-    #[test]
-    fn kl_is_zero_of_equals_and_right_of_a_coin() {
-        let fair = log_softmax(&[0.0, 0.0]);
-        let biased = log_softmax(&[0.0, 3f32.ln()]);
-        assert_eq!(divergence(&fair, &fair), 0.0);
-        // KL((1/2, 1/2) ‖ (1/4, 3/4)) = ln(2 / √3)
-        let expected = (2.0 / 3f64.sqrt()).ln();
-        assert!((divergence(&fair, &biased) - expected).abs() < 1e-6);
     }
 }

@@ -63,3 +63,23 @@ fn an_unknown_task_is_refused_with_the_known_ones() {
         "{error}"
     );
 }
+
+#[test]
+fn each_number_of_probes_records_for_itself() {
+    let methods = [
+        "blend:graded:0.15",
+        "blend:graded-1:0.15",
+        "blend:graded-4:0.15",
+    ];
+    let options = Options {
+        questions: Some(2),
+        tasks: vec!["coref3".into()],
+        methods: methods.map(String::from).to_vec(),
+        chunks: Vec::new(),
+        ..shipped()
+    };
+    let found = rows(&options);
+    let kl = |method: &str| found[&format!("{method}/coref3/kl")]["value"].as_f64();
+    assert_eq!(kl(methods[0]), kl(methods[1]));
+    assert_ne!(kl(methods[0]), kl(methods[2]));
+}

@@ -35,13 +35,13 @@ pub(crate) struct Costs {
     pub(crate) model_layers: u16,
     /// Texts behind which a chunk is computed when it is compiled, to record which of its
     /// tokens depend on what stands before them. 0: nothing is recorded.
-    #[arg(long, default_value_t = 4)]
+    #[arg(long, default_value_t = 1)]
     pub(crate) probes: u16,
     /// Tokens of each of these texts.
-    #[arg(long, default_value_t = 512)]
+    #[arg(long, default_value_t = 64)]
     pub(crate) probe_tokens: u32,
     /// Layers in which that is computed.
-    #[arg(long, default_value_t = 2)]
+    #[arg(long, default_value_t = 4)]
     pub(crate) probe_layers: u16,
     /// Requests at the start that are served, and not counted.
     #[arg(long, default_value_t = 0, value_name = "REQUESTS")]
@@ -52,10 +52,10 @@ pub(crate) struct Costs {
 #[derive(Clone, Copy, Debug, PartialEq, Args)]
 pub(crate) struct Repair {
     /// Share of the tokens of a reused chunk that are computed anew.
-    #[arg(long, default_value_t = 0.45, value_parser = share)]
+    #[arg(long, default_value_t = 0.05, value_parser = share)]
     pub(crate) share: f64,
     /// Layers, from the first, in which they are.
-    #[arg(long, default_value_t = 2)]
+    #[arg(long, default_value_t = 12)]
     pub(crate) layers: u16,
 }
 

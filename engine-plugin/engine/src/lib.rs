@@ -2,13 +2,13 @@
 //!
 //! The compute half: [`checkpoint`] reads weights, [`config`] says what the
 //! model is and refuses what the engine cannot run exactly, [`kv`] holds the
-//! pages, [`model`] runs batches of steps over them, [`kernels`] does the
-//! arithmetic.
+//! pages, [`model`] runs batches of steps over them, [`paging`] says which of them are
+//! worth reading, [`kernels`] does the arithmetic.
 //!
 //! The serving half: [`scheduler`] batches sequences over the pages on one engine
 //! thread, [`cache`] shows those pages to the plugin, [`blend`] computes a part of chunks anew
 //! that are reused elsewhere, [`sampling`] chooses tokens,
-//! [`request`] is what callers ask and are told.
+//! [`request`] is what callers ask and are told. [`logits`] is what measurements read of a row.
 //!
 //! # Determinism
 //!
@@ -34,6 +34,7 @@ pub mod config;
 pub mod http;
 pub mod kernels;
 pub mod kv;
+pub mod logits;
 pub mod metrics;
 pub mod model;
 pub mod paging;

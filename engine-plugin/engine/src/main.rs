@@ -4,6 +4,7 @@
 
 use std::mem::ManuallyDrop;
 use std::net::SocketAddr;
+use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -18,7 +19,7 @@ use kvasir_engine::http::{self, Chunks, Defaults, Front, Limits, Preparation};
 use kvasir_engine::scheduler::{BlendConfig, Engine, EngineConfig};
 use kvasir_engine::tokenizer::{EncodeError, Tokenizer};
 use kvasir_engine::{BLOCK_TOKENS, KvDtype, Model, metrics};
-use kvasir_plugin::blend::{Gate, Quality};
+use kvasir_plugin::blend::{ContentCuts, Gate, Quality};
 use kvasir_plugin::{CachePlugin, CodecConfig, Encoding, PluginConfig, Profile, TlsConfig};
 use kvasir_types::{ByteSize, Level};
 use tokio::net::TcpListener;
@@ -100,7 +101,8 @@ struct ServeArgs {
     #[arg(long)]
     fetch_level: Option<Level>,
     /// Milliseconds to the first token that fetches at levels l0 to l2 keep to: what comes is
-    /// as fine as it can be until then, and what would be late is computed. Not with
+    /// as fine as it can be until then, and what would be late is computed. Chunks at other
+    /// places are repaired as well as that time allows. Not with
     /// --fetch-level. Default: none; everything comes as it is stored.
     #[arg(long, value_name = "MILLISECONDS", conflicts_with = "fetch_level")]
     deadline: Option<u64>,
@@ -136,6 +138,13 @@ struct ServeArgs {
     /// their chunks.
     #[arg(long, value_name = "TEXT")]
     chunk_separator: Option<String>,
+    /// Cuts prompts that name no chunks into some, where the text itself says: about 192 tokens
+    /// each, found again wherever the same text stands. What follows the last cut is text.
+    #[arg(long)]
+    content_cuts: bool,
+    /// Misses of a chunk after which it is compiled, in time that no request waits for.
+    #[arg(long, value_name = "MISSES", default_value_t = BlendConfig::COMPILE_AFTER)]
+    compile_after: NonZeroU32,
     /// Tokens of one batch, prefill and decode together.
     #[arg(long, default_value_t = EngineConfig::BATCH_TOKENS)]
     batch_tokens: usize,
@@ -404,6 +413,8 @@ async fn serve(args: ServeArgs) -> anyhow::Result<()> {
         chunks.prefix.clone_from(&gate.prefix);
         config.blend = Some(BlendConfig {
             quality: args.blend_quality.into(),
+            cuts: args.content_cuts.then(ContentCuts::default),
+            compile_after: args.compile_after,
             ..BlendConfig::new(gate)
         });
     }

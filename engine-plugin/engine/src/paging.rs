@@ -43,25 +43,70 @@
 //! at 4 KiB a piece. A request costs a look into the table for each piece that is wanted.
 //! Threads instead of `io_uring`: see `io.rs`.
 //!
+//! # Which pages
+//!
+//! Decoding a token reads all K and V of its sequence, of which attention makes little use.
+//! [`Digests`] stay in memory when pages do not; a [`Selector`] judges pages by them and the
+//! queries of the token at hand, per layer and KV head; and attention reads what was chosen
+//! ([`crate::Pages`]), nothing else.
+//!
+//! ```text
+//! digests.extend(pool, blocks, tokens)            after prefill, and every 16 tokens
+//! model.forward(…, |before| {
+//!     let pages = selector.choose(&before, step, &digests, blocks);
+//!     // here whoever moves pages has them come, into the blocks of the table
+//!     before.pages[step] = pages;
+//! })
+//! ```
+//!
+//! What is never read may be anywhere: the blocks that the page table names for pages that
+//! are not chosen need not hold them. Nothing here does I/O, nor knows where pages are.
+//!
+//! ## What is always read
+//!
+//! Pages without a digest, that is the last one that is not full yet; the first pages and the
+//! most recent ones ([`Options::sinks`], [`Options::recent`]); all pages in the first layers,
+//! on request ([`Options::exact_layers`]), and in layers with a window of their own, which
+//! see few pages anyway. They count against the budget. With a budget of everything, the
+//! result has the bits of full attention.
+//!
+//! ## What a choice costs
+//!
+//! Digests take 5.7 % of K and V in f16 ([`Digests::bytes`]). A choice looks at the box of every
+//! group, and at all tokens of the groups that it opens, once a query: most, where attention is
+//! even, and then it takes longer than reading the pages that it chose. `kvasir-bench select`
+//! measures that.
+//!
+//! Units: scores are logits, `query · key / sqrt(head_dim)`; budgets are shares of a
+//! sequence's pages, which is its bytes.
+//!
 //! # Not here
 //!
-//! Which pages are worth reading, and which sequence is parked, is for callers to say. Pieces
-//! are not compressed on disk.
+//! The engine's own loop attends to all pages: it neither chooses nor parks yet. Pieces are not
+//! compressed on disk.
 
+mod digest;
+mod estimate;
 pub mod file;
 mod foresight;
 pub(crate) mod frames;
 mod io;
 pub(crate) mod pager;
+mod refine;
+mod select;
 mod stats;
+mod vote;
 
 use rustix::io::Errno;
 
 use crate::kv::BlockId;
 
+pub use digest::{Detail, Digests, GROUP_PAGES};
+pub use estimate::page_weights;
 pub use file::{Backing, ScratchFile};
 pub use frames::Replacement;
 pub use pager::Pager;
+pub use select::{Options, Rule, Selector, Vote};
 pub use stats::{PagerStats, Stalls};
 
 /// Why pages cannot be brought to memory, or out of it.
@@ -123,3 +168,6 @@ impl PagingError {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -496,3 +496,96 @@ fn probes_record_how_far_a_chunk_deviates() {
         assert!(one.iter().any(|&it| it > 1e-3), "{name}");
     }
 }
+
+/// Attention of the rows from `context` on, by layer and position before `context`, summed over
+/// rows and heads; from queries as the layers had them and all K that the pages hold. In f64.
+fn dense_attention(model: &Model, queries: &[Vec<f32>], kv: &Kv, context: usize) -> Vec<Vec<f64>> {
+    let config = model.config();
+    let (dim, group) = (config.head_dim, config.heads / config.kv_heads);
+    let dot = |a: &[f32], b: &[f32]| -> f64 {
+        let products = a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b));
+        products.sum()
+    };
+    let of_layer = |layer: usize| {
+        let tokens = kv[layer].len() / (2 * config.kv_heads * dim);
+        let mut sums = vec![0.0; context];
+        for (index, query) in queries[layer].chunks_exact(config.heads * dim).enumerate() {
+            let position = context + index;
+            let seen: Vec<usize> = (0..=position)
+                .filter(|key| config.windows[layer].is_none_or(|window| position - key < window))
+                .collect();
+            for (head, query) in query.chunks_exact(dim).enumerate() {
+                let keys = &kv[layer][head / group * tokens * dim..][..tokens * dim];
+                let weights: Vec<f64> = seen
+                    .iter()
+                    .map(|key| (dot(query, &keys[key * dim..][..dim]) / (dim as f64).sqrt()).exp())
+                    .collect();
+                let total: f64 = weights.iter().sum();
+                for (&key, weight) in seen.iter().zip(&weights) {
+                    if key < context {
+                        sums[key] += weight / total;
+                    }
+                }
+            }
+        }
+        sums
+    };
+    (0..config.layers).map(of_layer).collect()
+}
+
+#[test]
+fn attention_to_the_context_is_that_of_a_dense_reference() {
+    let (mut grouped, mut windowed) = (false, false);
+    for (name, model) in models() {
+        let config = model.config();
+        grouped |= config.kv_heads > 1 && config.heads > config.kv_heads;
+        let all = tokens(&model, 70, 5);
+        // Shorter than the fixtures' window, and longer: its last tokens see none of the context.
+        for context in [61, 40] {
+            windowed |= config
+                .windows
+                .iter()
+                .flatten()
+                .any(|window| all.len() - context > *window);
+            let mut sequence = Sequence::new(&model);
+            sequence.extend(0, &all[..context], LogitsWanted::None);
+            let step = Step {
+                tokens: &all[context..],
+                positions: Positions::From(context),
+                blocks: &sequence.blocks,
+                logits: LogitsWanted::None,
+            };
+            let (mut found, mut queries) = (Vec::new(), Vec::new());
+            model
+                .forward(
+                    &mut sequence.pool,
+                    &mut sequence.scratch,
+                    &[step],
+                    &mut |before| {
+                        let rows = before.rows.chunks_exact(before.stride);
+                        let width = config.heads * config.head_dim;
+                        queries.push(rows.flat_map(|row| &row[..width]).copied().collect());
+                        let blocks = &sequence.blocks;
+                        found.push(blend::attention_of(&model, &before, 0, blocks, context));
+                        ControlFlow::Continue(())
+                    },
+                )
+                .unwrap();
+            let expected = dense_attention(&model, &queries, &sequence.take(0..all.len()), context);
+            assert_eq!(found.len(), expected.len());
+            for (layer, (found, expected)) in found.iter().zip(&expected).enumerate() {
+                assert!(
+                    expected.iter().sum::<f64>() > 0.0,
+                    "{name}: nothing is seen"
+                );
+                for (position, (found, expected)) in found.iter().zip(expected).enumerate() {
+                    assert!(
+                        (f64::from(*found) - expected).abs() < 1e-4,
+                        "{name}, layer {layer}, position {position}: {found} for {expected}"
+                    );
+                }
+            }
+        }
+    }
+    assert!(grouped && windowed, "fixtures of both");
+}

@@ -105,14 +105,8 @@ mod tests {
     fn lengths(segments: &[Segment]) -> Vec<usize> {
         segments
             .iter()
-            .map(|segment| tokens(segment).len())
+            .map(|segment| segment.tokens().len())
             .collect()
-    }
-
-    fn tokens(segment: &Segment) -> &[u32] {
-        match segment {
-            Segment::Text(tokens) | Segment::Chunk(tokens) => tokens,
-        }
     }
 
     /// Other cuts would find nothing of what is stored.
@@ -157,15 +151,15 @@ mod tests {
         let known: HashSet<_> = cuts
             .segments(&document)
             .iter()
-            .map(tokens)
+            .map(Segment::tokens)
             .map(Vec::from)
             .collect();
         for inserted in (0..300).step_by(7) {
             let mut prompt = text(inserted, 1000 + inserted as u64);
             prompt.extend(&document);
             let found = cuts.segments(&prompt);
-            let same = found.iter().filter(|it| known.contains(tokens(it)));
-            let same = same.map(|it| tokens(it).len()).sum::<usize>();
+            let same = found.iter().filter(|it| known.contains(it.tokens()));
+            let same = same.map(|it| it.tokens().len()).sum::<usize>();
             assert!(same * 10 > document.len() * 7, "{same} behind {inserted}");
         }
     }
@@ -179,11 +173,11 @@ mod tests {
             max in 0usize..300,
         ) {
             let pieces = ContentCuts { min, mean, max }.segments(&text);
-            let together: Vec<u32> = pieces.iter().flat_map(tokens).copied().collect();
+            let together: Vec<u32> = pieces.iter().flat_map(Segment::tokens).copied().collect();
             prop_assert_eq!(together, text);
             let (_, whole) = pieces.split_last().unzip();
             for piece in whole.unwrap_or_default() {
-                let length = tokens(piece).len();
+                let length = piece.tokens().len();
                 prop_assert!(length <= max.max(1) && length >= min.max(1).min(max.max(1)));
             }
         }

@@ -12,7 +12,7 @@ use super::gathering::{Arrival, Gathering, Wanted};
 use super::recorder::Recorded;
 use super::{ContentChunk, Recorder, Segmented};
 use crate::inbox::{Inbox, Stage, Wish};
-use crate::{EngineBackend, LAYERS, LayerWait, Placement, Shared};
+use crate::{EngineBackend, LAYERS, LayerWait, Placement, Shared, TierBytes};
 
 /// The content chunks of a prompt on their way into the engine's pages.
 ///
@@ -33,6 +33,8 @@ pub struct Gather {
     sources: Vec<Source>,
     /// Which source each chunk of the prompt has.
     source_of: Vec<usize>,
+    /// What was expected to come when it was decided.
+    expected: TierBytes,
     bytes: u64,
     /// Chunks were lost since the engine last heard what is expected.
     fewer: bool,
@@ -129,6 +131,7 @@ pub(crate) fn start(
         inbox,
         sources,
         source_of,
+        expected: TierBytes::default(),
         bytes: 0,
         fewer: false,
     }
@@ -165,6 +168,12 @@ impl Gather {
     /// where that was asked for and the cache has it, once it is decided what is fetched.
     pub fn recorded(&self, chunk: usize) -> Option<&[Bytes]> {
         self.sources[self.source_of[chunk]].recorded.as_deref()
+    }
+
+    /// Bytes that [`chunks`](Self::chunks) were expected to take when it was decided that they
+    /// are fetched, at the levels that they come at.
+    pub fn expected_bytes(&self) -> TierBytes {
+        self.expected
     }
 
     /// Payload bytes that came for the layers landed so far, as they were sent.
@@ -245,9 +254,11 @@ impl Gather {
             Arrival::Planned {
                 present,
                 load,
+                bytes,
                 budget,
                 recorded,
             } => {
+                self.expected = bytes;
                 for (source, recorded) in recorded {
                     self.sources[source].recorded = Some(recorded);
                 }

@@ -27,7 +27,7 @@ use tracing::{debug, warn};
 use super::recorder::Recorded;
 use crate::coding::{Decoded, Decoding};
 use crate::inbox::{End, Outbox, Received};
-use crate::{Decision, Happened, LoadPolicy, Shared};
+use crate::{Decision, Happened, LoadPolicy, Shared, TierBytes};
 
 /// A content chunk of the prompt, once.
 #[derive(Debug)]
@@ -51,6 +51,8 @@ pub(super) enum Arrival {
         present: Vec<usize>,
         /// Whether they will be fetched.
         load: bool,
+        /// What is expected to come of them.
+        bytes: TierBytes,
         budget: Duration,
         /// What was recorded of sources.
         recorded: Vec<(usize, Recorded)>,
@@ -91,8 +93,11 @@ impl Gathering {
     pub(super) async fn run(&self, begun: Instant) -> Result<End, CallError> {
         let shared = &self.shared;
         let (found, recorded) = self.lookup().await?;
-        let stored: u64 = found.iter().map(|found| found.bytes).sum();
-        let bytes = shared.coder.expected_bytes(stored);
+        let mut stored = TierBytes::default();
+        for found in &found {
+            stored += found.bytes;
+        }
+        let bytes = stored.map(|stored| shared.coder.expected_bytes(stored));
         let compute = found.iter().map(|it| self.wanted[it.source].compute).sum();
         let decision = match shared.config.load {
             _ if found.is_empty() => Decision::Compute,
@@ -109,10 +114,11 @@ impl Gathering {
             true => self.recorded(recorded).await,
             false => Vec::new(),
         };
-        debug!(present = found.len(), load, bytes, ?budget, "decided");
+        debug!(present = found.len(), load, ?bytes, ?budget, "decided");
         let planned = Arrival::Planned {
             present: found.iter().map(|found| found.source).collect(),
             load,
+            bytes,
             budget,
             recorded,
         };
@@ -154,7 +160,7 @@ impl Gathering {
                     source,
                     key,
                     layout: wanted.layout,
-                    bytes: copy.bytes,
+                    bytes: TierBytes::of(copy.tier, copy.bytes),
                     is_live: true,
                     fits: false,
                     received: vec![false; wanted.layout.layers().into()],
@@ -252,7 +258,7 @@ struct Found {
     source: usize,
     key: ChunkKey,
     layout: KvLayout,
-    bytes: u64,
+    bytes: TierBytes,
     /// Not lost.
     is_live: bool,
     /// A get has said that it is of the layout that is expected.
@@ -520,7 +526,7 @@ fn plan(found: &[Found]) -> VecDeque<Segment> {
     let Some(layers) = found.first().map(|first| first.layout.layers()) else {
         return VecDeque::new();
     };
-    let stored: u64 = found.iter().map(|found| found.bytes).sum();
+    let stored: u64 = found.iter().map(|found| found.bytes.total()).sum();
     let of_a_get = stored / u64::from(layers) / groups.len() as u64;
     let step = GET_BYTES.div_ceil(of_a_get.max(1)).min(layers.into());
     let step = u16::try_from(step).unwrap_or(layers);
@@ -545,67 +551,4 @@ const GETS: usize = 4;
 const GET_BYTES: u64 = 1 << 20;
 
 #[cfg(test)]
-mod tests {
-    use kvasir_types::{DType, Planes};
-    use proptest::prelude::*;
-
-    use super::*;
-
-    fn found(tokens: &[u32], layers: u16) -> Vec<Found> {
-        let of = |(source, tokens): (usize, &u32)| {
-            let planes = Planes::symmetric(8);
-            let layout = KvLayout::new(layers, 2, planes, *tokens, DType::F32).unwrap();
-            Found {
-                source,
-                key: ChunkKey::from_bytes([0; 32]),
-                bytes: layout.chunk_bytes(),
-                layout,
-                is_live: true,
-                fits: false,
-                received: vec![false; layers.into()],
-            }
-        };
-        tokens.iter().enumerate().map(of).collect()
-    }
-
-    #[test]
-    fn layer_0_of_all_chunks_comes_first() {
-        let plan = plan(&found(&[40, 64, 40, 33], 4));
-        let asked: Vec<_> = plan
-            .iter()
-            .map(|it| (it.chunks.clone(), it.layers.clone()))
-            .collect();
-        let lengths = [vec![3], vec![0, 2], vec![1]];
-        let of = |layers: Range<u16>| lengths.iter().map(move |it| (it.clone(), layers.clone()));
-        assert_eq!(asked, of(0..1).chain(of(1..4)).collect::<Vec<_>>());
-    }
-
-    #[test]
-    fn one_length_takes_one_get() {
-        let plan = plan(&found(&[40; 5], 4));
-        assert_eq!(plan.len(), 1);
-        assert_eq!(plan[0].layers, 0..4);
-    }
-
-    proptest! {
-        /// Every layer of every chunk is asked for once, and no chunk's layers out of order.
-        #[test]
-        fn all_is_asked_for_once(
-            tokens in prop::collection::vec(1u32..4000, 0..20),
-            layers in 1u16..40,
-        ) {
-            let found = found(&tokens, layers);
-            let mut asked = vec![Vec::new(); found.len()];
-            for segment in plan(&found) {
-                let length = |chunk: &usize| found[*chunk].layout;
-                prop_assert!(segment.chunks.iter().map(length).all(|it| it == length(&segment.chunks[0])));
-                for &chunk in &segment.chunks {
-                    asked[chunk].extend(segment.layers.clone());
-                }
-            }
-            for layers_asked in asked {
-                prop_assert_eq!(layers_asked, (0..layers).collect::<Vec<_>>());
-            }
-        }
-    }
-}
+mod tests;

@@ -5,10 +5,10 @@
 //! Blending costs the longer of loading the chunks and computing what is not reused, as the
 //! layers of one run behind those of the other, and the first layer's load in front.
 //!
-//! Of the repairs that are good enough the cheapest is always in time; but where loading takes
+//! Of the repairs that are good enough the cheapest is the soonest; but where loading takes
 //! longer than it, a better one costs nothing: the best is chosen that is as fast
 //! (CacheBlend's controller, arXiv 2405.16444 §5.1, turned around: there one repair is fixed
-//! and the slowest tier chosen that hides behind it).
+//! and the slowest tier chosen that hides behind it). With a deadline, the best that keeps it.
 
 use std::time::Duration;
 
@@ -26,6 +26,8 @@ pub struct Situation<'a> {
     pub chunks: &'a [Reused],
     /// How long loading them takes: of their tiers, at the levels that they come at.
     pub load: Duration,
+    /// How long the first token may still take, where that is given.
+    pub deadline: Option<Duration>,
     /// Layers of the model.
     pub layers: u16,
     /// How near to full prefill the answer must be.
@@ -101,8 +103,11 @@ impl BlendPlan {
             return Self::Compute(Why::NotFaster);
         }
         // Later ones repair more.
-        let as_fast = |(_, expected): &(Selector, Duration)| *expected <= soonest.mul_f64(FREE);
-        let best = timed.into_iter().rfind(as_fast);
+        let as_fast = soonest.mul_f64(FREE);
+        // What repairs more must not come later than computing everything would.
+        let in_time = situation.deadline.unwrap_or_default().min(computed);
+        let enough = as_fast.max(in_time);
+        let best = timed.into_iter().rfind(|(_, expected)| *expected <= enough);
         match best {
             Some((selector, expected)) => Self::Blend { selector, expected },
             None => Self::Compute(Why::NotProven),
@@ -227,6 +232,7 @@ mod tests {
             ready: 0,
             chunks,
             load: Duration::from_millis(load),
+            deadline: None,
             layers: LAYERS,
             quality: Quality::High,
             policy: LoadPolicy::WhenFaster,
@@ -268,6 +274,26 @@ mod tests {
         let chosen = |load| share(&BlendPlan::new(&situation(&chunks, load), &gate, &cost()));
         assert_eq!(chosen(0), Some(0.03));
         assert_eq!(chosen(3000), Some(0.5));
+    }
+
+    #[test]
+    fn the_time_until_a_deadline_goes_into_repairs() {
+        let chunks = [reused(1..3073, false)];
+        let gate = gate(&[(0.03, 0.08), (0.125, 0.05), (0.5, 0.01), (1.0, 0.0)]);
+        let chosen = |deadline| {
+            let situation = Situation {
+                deadline: Some(Duration::from_millis(deadline)),
+                ..situation(&chunks, 10)
+            };
+            share(&BlendPlan::new(&situation, &gate, &cost()))
+        };
+        // 28 rows of text, and of 3072 a part: 120, 412 and 1564 ms.
+        assert_eq!(chosen(50), Some(0.03));
+        assert_eq!(chosen(400), Some(0.03));
+        assert_eq!(chosen(420), Some(0.125));
+        assert_eq!(chosen(2000), Some(0.5));
+        // Not later than computing everything, even when there is time.
+        assert_eq!(chosen(10_000), Some(0.5));
     }
 
     #[test]

@@ -15,6 +15,22 @@ pub enum Segment {
     Chunk(Vec<u32>),
 }
 
+impl Segment {
+    /// Its tokens.
+    pub fn tokens(&self) -> &[u32] {
+        match self {
+            Self::Text(tokens) | Self::Chunk(tokens) => tokens,
+        }
+    }
+
+    /// Its tokens, for themselves.
+    pub fn into_tokens(self) -> Vec<u32> {
+        match self {
+            Self::Text(tokens) | Self::Chunk(tokens) => tokens,
+        }
+    }
+}
+
 /// How long content chunks are, in tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ChunkLimits {

@@ -1,12 +1,12 @@
 //! Which tokens of a chunk depend on what stands before it: recorded once, when the chunk is
 //! compiled.
 //!
-//! The chunk is computed behind a few probes, texts that have nothing to do with any request,
+//! The chunk is computed behind a probe or a few, texts that have nothing to do with any request,
 //! and each token's K and V are held against those that it has alone, layer by layer. A token
 //! that deviates behind a stranger's text reads its context: those are the ones to compute anew
 //! when the chunk is reused, whatever stands before it then, and as deep as they deviate.
-//! Deviations behind different texts hit the same tokens, so the largest of few probes says
-//! enough; and unlike HKVD ([`kvasir_plugin::blend::Check`]), nothing has to be computed for it
+//! Deviations behind different texts hit the same tokens, so that one probe says enough, and the
+//! largest of a few no more; and unlike HKVD ([`kvasir_plugin::blend::Check`]), nothing has to be computed for it
 //! when a request is waiting, and no layer is run for all tokens.
 
 use std::ops::ControlFlow;
@@ -61,7 +61,9 @@ impl Probes {
     ) -> Result<Vec<Vec<f32>>, ForwardError> {
         let mut recording = Recording::default();
         let go_on = &|| true;
-        while recording.step(self, model, pool, scratch, blocks, prefix, chunk, go_on)? {}
+        while recording.step(
+            self, model, pool, scratch, blocks, prefix, chunk, false, go_on,
+        )? {}
         Ok(recording.scores)
     }
 }
@@ -77,8 +79,14 @@ pub(crate) struct Recording {
 }
 
 impl Recording {
-    /// Computes the chunk alone, or behind the next probe; breaks off before a layer when
-    /// `go_on` says so, and has done nothing then. False when there is none left.
+    /// Whether the chunk has been computed alone.
+    pub(crate) fn is_alone(&self) -> bool {
+        self.alone.is_some()
+    }
+
+    /// Computes the chunk alone, through all layers if it is `stored`, so that its K and V are in
+    /// the pages; then behind the next probe. Breaks off before a layer when `go_on` says so, and
+    /// has done nothing then. False when there is none left.
     #[expect(clippy::too_many_arguments, reason = "what a prefill takes")]
     pub(crate) fn step(
         &mut self,
@@ -89,10 +97,11 @@ impl Recording {
         blocks: &[BlockId],
         prefix: &[u32],
         chunk: &[u32],
+        stored: bool,
         go_on: &(dyn Fn() -> bool + Sync),
     ) -> Result<bool, ForwardError> {
         let layers = probes.layers.min(model.config().layers - 1);
-        let mut behind = |text: &[u32]| {
+        let mut behind = |text: &[u32], to_the_end: bool| {
             let tokens = [prefix, text, chunk].concat();
             let step = Step {
                 tokens: &tokens,
@@ -103,26 +112,27 @@ impl Recording {
             let mut found = Vec::new();
             let first = prefix.len() + text.len();
             let outcome = model.forward(pool, scratch, &[step], &mut |before| {
-                if before.layer > 0 {
+                if (1..=layers).contains(&before.layer) {
                     let mut span = Span::of_rows(model, &before, first..tokens.len());
                     span.turn(model, first, prefix.len());
                     found.push(span);
                 }
-                if before.layer < layers && go_on() {
+                if (to_the_end || before.layer < layers) && go_on() {
                     ControlFlow::Continue(())
                 } else {
                     ControlFlow::Break(())
                 }
             });
             match outcome {
-                Ok(_) | Err(ForwardError::Stopped) => {
-                    Ok(Some(found).filter(|found| found.len() == layers))
+                Ok(_) => Ok(Some(found)),
+                Err(ForwardError::Stopped) => {
+                    Ok(Some(found).filter(|found| found.len() == layers && !to_the_end))
                 }
                 Err(error) => Err(error),
             }
         };
         let Some(alone) = &self.alone else {
-            let Some(alone) = behind(&[])? else {
+            let Some(alone) = behind(&[], stored)? else {
                 return Ok(true);
             };
             self.scores = vec![vec![0.0; chunk.len()]; alone.len()];
@@ -132,7 +142,7 @@ impl Recording {
         let Some(text) = probes.texts.get(self.done) else {
             return Ok(false);
         };
-        let Some(moved) = behind(text)? else {
+        let Some(moved) = behind(text, false)? else {
             return Ok(true);
         };
         for (scores, (alone, moved)) in self.scores.iter_mut().zip(alone.iter().zip(&moved)) {

@@ -83,7 +83,7 @@ fn add_bias_body(row: &mut [f32], bias: &[f32]) {
 }
 
 /// Lanes of a sum.
-pub(super) const LANES: usize = 16;
+pub(crate) const LANES: usize = 16;
 
 /// Adds lanes pairwise, in a fixed tree.
 #[inline(always)]

@@ -14,6 +14,7 @@
 )]
 
 mod attention;
+mod boxes;
 mod elementwise;
 mod isa;
 mod matmul;
@@ -26,7 +27,10 @@ pub use isa::{Isa, Threads};
 pub use matmul::K_CHUNK;
 
 pub(crate) use attention::{AttentionShape, AttentionWork, QueryRange, attend};
-pub(crate) use elementwise::{add_bias, rms_norm, rms_norm_in_place, silu_mul};
+pub(crate) use boxes::{
+    CODE_ROWS, CODES, Reach, Weighed, add_tokens, dots, log_mean, reach, reach_packed, weigh, widen,
+};
+pub(crate) use elementwise::{LANES, add_bias, rms_norm, rms_norm_in_place, silu_mul};
 pub(crate) use matmul::{PANEL, PackedMatrix, matmul};
 
 /// A growable buffer that starts on a cache line, so that vector loads of it

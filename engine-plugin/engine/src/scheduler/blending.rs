@@ -5,17 +5,17 @@
 //! chunks and computing a part of them anew. When it is the only one, it runs layer by layer
 //! behind its gather; else the chunks land while others run, and its rows join their batches.
 
-use std::num::NonZeroUsize;
+use std::num::{NonZeroU32, NonZeroUsize};
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use half::f16;
 use kvasir_plugin::blend::{
-    BlendPlan, ChunkLimits, Gate, Gather, GatherOutcome, Quality, Recorder, Reused, Segmented,
-    Selection, Selector, Situation,
+    BlendPlan, ChunkLimits, ContentCuts, Gate, Gather, GatherOutcome, Quality, Recorder, Reused,
+    Segmented, Selection, Selector, Situation,
 };
 use kvasir_plugin::{CachePlugin, CostModel, LayerWait};
 use kvasir_types::{ChunkKey, LayerIdx, Level};
@@ -44,12 +44,22 @@ pub struct BlendConfig {
     pub forced: Option<Selector>,
     /// How long chunks are.
     pub limits: ChunkLimits,
-    /// Chunks whose scores are remembered, 2 bytes a token and layer of the probes. Default:
-    /// 4,096.
+    /// How prompts are cut into chunks that name none, all but their last piece. Default: not at
+    /// all.
+    pub cuts: Option<ContentCuts>,
+    /// Chunks whose scores are remembered, 2 bytes a token and layer of the probes, and as
+    /// many that were missed. Default: 4,096.
     pub remembered: usize,
+    /// A chunk is compiled when it has been missed so often. Half the chunks of a trace are
+    /// asked for once, and compiling one costs more than computing it. Default:
+    /// [`Self::COMPILE_AFTER`].
+    pub compile_after: NonZeroU32,
 }
 
 impl BlendConfig {
+    /// Misses after which a chunk is compiled: the second.
+    pub const COMPILE_AFTER: NonZeroU32 = NonZeroU32::MIN.saturating_add(1);
+
     /// As the gate says.
     pub fn new(gate: Gate) -> Self {
         Self {
@@ -57,7 +67,9 @@ impl BlendConfig {
             quality: Quality::default(),
             forced: None,
             limits: ChunkLimits::default(),
+            cuts: None,
             remembered: 4_096,
+            compile_after: Self::COMPILE_AFTER,
         }
     }
 }
@@ -100,7 +112,7 @@ impl Blender {
             },
             turns: Turns::new(model),
             scores: LruCache::new(remembered),
-            compiler: Compiler::new(probes),
+            compiler: Compiler::new(probes, remembered, config.compile_after),
             config,
         }
     }
@@ -233,7 +245,7 @@ impl EngineLoop {
             return;
         }
         if gathering.selector.is_none() {
-            let writes = sequence.writes_cache();
+            let (writes, waited) = (sequence.writes_cache(), sequence.waited());
             let Phase::Gathering(gathering) = &mut sequence.phase else {
                 return;
             };
@@ -241,7 +253,7 @@ impl EngineLoop {
             if writes {
                 blender.compiler.want(gathering, &blender.scores);
             }
-            match gathering.plan(blender, &plugin, sequence.position, layout.layers()) {
+            match gathering.plan(blender, &plugin, sequence.position, waited) {
                 BlendPlan::Blend { selector, .. } => gathering.selector = Some(selector),
                 BlendPlan::Compute(why) => {
                     tracing::debug!(?why, "chunks are not reused");
@@ -366,20 +378,17 @@ impl Gathering {
         blender: &Blender,
         plugin: &CachePlugin,
         ready: usize,
-        layers: u16,
+        waited: Duration,
     ) -> BlendPlan {
         let chunks: Vec<usize> = self.gather.chunks().collect();
-        let all = self.segmented.chunks();
-        let bytes = chunks
-            .iter()
-            .map(|&chunk| all[chunk].layout().chunk_bytes());
         let cost = plugin.cost_model();
         let situation = Situation {
             tokens: self.segmented.tokens().len(),
             ready,
             chunks: &reused(&self.segmented, &chunks),
-            load: cost.fetch_time(bytes.sum(), Instant::now()),
-            layers,
+            load: cost.fetch_time(self.gather.expected_bytes(), Instant::now()),
+            deadline: plugin.deadline().map(|all| all.saturating_sub(waited)),
+            layers: plugin.namespace().layout().layers(),
             quality: blender.config.quality,
             policy: plugin.load_policy(),
         };

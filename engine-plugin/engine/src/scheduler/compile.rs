@@ -1,7 +1,7 @@
 //! Content chunks computed for the cache, each alone behind the canonical prefix.
 //!
-//! Chunks that a request had and the cache had not are compiled when the request is answered,
-//! never taken out of it: its chunks have read what stood before them. Compiling waits for
+//! Chunks that a few requests had and the cache had not are compiled when the last of these is
+//! answered, never taken out of it: its chunks have read what stood before them. Compiling waits for
 //! prefill of requests, and shares the engine with decoding, a step at a time. A chunk's KV goes
 //! to the cache; what probes record of it stays here.
 //!
@@ -11,8 +11,7 @@
 //! A request that comes while a step is under way waits for one layer of it at most.
 
 use std::collections::{HashSet, VecDeque};
-use std::ops::ControlFlow;
-use std::sync::Arc;
+use std::num::{NonZeroU32, NonZeroUsize};
 use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
@@ -28,16 +27,18 @@ use super::engine_loop::EngineLoop;
 use crate::blend::{Probes, Recording};
 use crate::kv::{BLOCK_TOKENS, BlockId};
 use crate::metrics::COMPILED;
-use crate::model::{ForwardError, LogitsWanted, Positions, Step};
+use crate::model::ForwardError;
 
-/// Tokens of one step.
-const STEP_TOKENS: usize = 256;
 /// Chunks that wait, at most.
 const MOST: usize = 1024;
 
 #[derive(Debug)]
 pub(super) struct Compiler {
     pub(super) probes: Probes,
+    /// How often chunks were missed that are not compiled yet.
+    missed: LruCache<ChunkKey, u32>,
+    /// How often is often enough.
+    after: NonZeroU32,
     waiting: VecDeque<Job>,
     /// Of those that wait, and of the one under way.
     keys: HashSet<ChunkKey>,
@@ -59,28 +60,32 @@ struct Job {
 struct Compiling {
     job: Job,
     blocks: Vec<BlockId>,
-    /// Tokens of prefix and chunk that are in the pages.
-    position: usize,
     recording: Recording,
 }
 
 impl Compiler {
-    pub(super) fn new(probes: Probes) -> Self {
+    pub(super) fn new(probes: Probes, remembered: NonZeroUsize, after: NonZeroU32) -> Self {
         Self {
             probes,
+            missed: LruCache::new(remembered),
+            after,
             waiting: VecDeque::new(),
             keys: HashSet::new(),
             current: None,
         }
     }
 
-    /// Chunks that the cache has not, or of which it is not known what depends on context.
+    /// Chunks that the cache has been found not to have often enough, or of which it is not
+    /// known what depends on context.
     pub(super) fn want(&mut self, gathering: &Gathering, scores: &LruCache<ChunkKey, Scores>) {
         let segmented = gathering.segmented();
         let present: HashSet<usize> = gathering.gather().present().collect();
         for (index, chunk) in segmented.chunks().iter().enumerate() {
             let store = !present.contains(&index);
             let known = scores.contains(&chunk.key());
+            if store && !self.is_missed_enough(chunk.key()) {
+                continue;
+            }
             if (store || !known) && self.waiting.len() < MOST && self.keys.insert(chunk.key()) {
                 self.waiting.push_back(Job {
                     key: chunk.key(),
@@ -91,6 +96,13 @@ impl Compiler {
                 });
             }
         }
+    }
+
+    /// Counts one more miss.
+    fn is_missed_enough(&mut self, key: ChunkKey) -> bool {
+        let missed = self.missed.get_or_insert_mut(key, || 0);
+        *missed = missed.saturating_add(1);
+        *missed >= self.after.get()
     }
 
     /// Whether nothing is to be compiled.
@@ -141,7 +153,6 @@ impl EngineLoop {
                     compiler.current = Some(Compiling {
                         job,
                         blocks,
-                        position: 0,
                         recording: Recording::default(),
                     });
                 }
@@ -189,50 +200,25 @@ impl EngineLoop {
         let Compiling {
             job,
             blocks,
-            position,
             recording,
         } = compiling;
-        let end = job.prefix.len() + job.chunk.len();
-        let waiting = Arc::clone(&self.waiting_count);
-        let go_on = move || waiting.load(Ordering::Acquire) == 0;
-        if job.store && *position < end {
-            let tokens = [&job.prefix[..], &job.chunk].concat();
-            let to = end.min(*position + STEP_TOKENS);
-            let step = Step {
-                tokens: &tokens[*position..to],
-                positions: Positions::From(*position),
-                blocks,
-                logits: LogitsWanted::None,
-            };
-            let (pool, scratch) = (&mut self.pool, &mut self.scratch);
-            let outcome = self.model.forward(pool, scratch, &[step], &mut |_| {
-                if go_on() {
-                    ControlFlow::Continue(())
-                } else {
-                    ControlFlow::Break(())
-                }
-            });
-            match outcome {
-                Ok(_) => *position = to,
-                Err(ForwardError::Stopped) => return Ok(true),
-                Err(error) => return Err(error),
-            }
-            if to == end {
-                self.store_compiled(plugin, job, blocks);
-            }
-            return Ok(true);
-        }
-        let (pool, scratch) = (&mut self.pool, &mut self.scratch);
-        recording.step(
+        let waiting = &self.waiting_count;
+        let was_alone = recording.is_alone();
+        let goes_on = recording.step(
             probes,
             &self.model,
-            pool,
-            scratch,
+            &mut self.pool,
+            &mut self.scratch,
             blocks,
             &job.prefix,
             &job.chunk,
-            &go_on,
-        )
+            job.store,
+            &|| waiting.load(Ordering::Acquire) == 0,
+        )?;
+        if job.store && recording.is_alone() && !was_alone {
+            self.store_compiled(plugin, job, blocks);
+        }
+        Ok(goes_on)
     }
 
     fn store_compiled(&mut self, plugin: &CachePlugin, job: &Job, blocks: &[BlockId]) {

@@ -33,7 +33,7 @@ use std::sync::mpsc as sync_mpsc;
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-use kvasir_plugin::blend::{Segment, Segmented};
+use kvasir_plugin::blend::{ContentCuts, Segment, Segmented};
 use kvasir_plugin::{CachePlugin, Prompt};
 use tokio::sync::mpsc;
 
@@ -297,7 +297,10 @@ impl EngineHandle {
         let blend = self.blend.as_ref().filter(|_| request.read_cache);
         let segmented = self.plugin.as_ref().zip(blend).map(|(plugin, blend)| {
             let namespace = plugin.namespace();
-            Segmented::new(namespace, &blend.gate.prefix, blend.limits, &segments)
+            let prefix = &blend.gate.prefix;
+            let cuts = blend.cuts.filter(|_| request.chunks.is_empty());
+            let cut = cuts.map(|cuts| cut(&request.prompt, prefix, cuts));
+            Segmented::new(namespace, prefix, blend.limits, &cut.unwrap_or(segments))
         });
         // One event per token, one before and one after them: sending never waits.
         let completion = self.limits.sequence_tokens - request.prompt.len();
@@ -322,6 +325,19 @@ impl EngineHandle {
     }
 }
 
+/// A prompt that names no chunks. Its first tokens are text if they are the canonical prefix,
+/// and so is its last piece: that is what is asked of the others.
+fn cut(prompt: &[u32], prefix: &[u32], cuts: ContentCuts) -> Vec<Segment> {
+    let rest = prompt.strip_prefix(prefix).unwrap_or(prompt);
+    let mut segments = cuts.segments(rest);
+    if let Some(last) = segments.pop() {
+        segments.push(Segment::Text(last.into_tokens()));
+    }
+    let front = Segment::Text(prompt[..prompt.len() - rest.len()].to_vec());
+    segments.insert(0, front);
+    segments
+}
+
 /// A prompt as chunks, and the text between them.
 fn segments(prompt: &[u32], chunks: &[Range<usize>]) -> Result<Vec<Segment>, RequestError> {
     let mut segments = Vec::new();
@@ -336,4 +352,26 @@ fn segments(prompt: &[u32], chunks: &[Range<usize>]) -> Result<Vec<Segment>, Req
     }
     segments.push(Segment::Text(prompt[end..].to_vec()));
     Ok(segments)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_prefix_and_what_is_asked_are_text() {
+        let cuts = ContentCuts {
+            min: 1,
+            mean: 1000,
+            max: 8,
+        };
+        let prompt: Vec<u32> = (0..21).collect();
+        let text = |range: Range<u32>| Segment::Text(range.collect());
+        let chunk = |range: Range<u32>| Segment::Chunk(range.collect());
+        let behind = [text(0..1), chunk(1..9), chunk(9..17), text(17..21)];
+        assert_eq!(cut(&prompt, &[0], cuts), behind);
+        let bare = [text(0..0), chunk(0..8), chunk(8..16), text(16..21)];
+        assert_eq!(cut(&prompt, &[7], cuts), bare);
+        assert_eq!(cut(&[0], &[0], cuts), [text(0..1)]);
+    }
 }

@@ -1,6 +1,6 @@
 //! One sequence on the engine thread.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use kvasir_plugin::blend::{Segmented, Selection};
 use kvasir_plugin::{FetchOutcome, Prefetch, Prompt};
@@ -107,6 +107,11 @@ impl Sequence {
 
     pub(crate) fn reads_cache(&self) -> bool {
         self.request.read_cache
+    }
+
+    /// Since it was submitted.
+    pub(super) fn waited(&self) -> Duration {
+        self.submitted.elapsed()
     }
 
     pub(super) fn writes_cache(&self) -> bool {
