@@ -17,6 +17,7 @@ mod daemon;
 mod faults;
 mod kvstats;
 mod link;
+mod longctx;
 mod lookup;
 mod methods;
 mod network;
@@ -105,6 +106,8 @@ enum Suite {
     Cuda(cuda::Options),
     /// Statistics of the KV of a model: what a codec can gain, and where reuse deviates.
     Kvstats(kvstats::Options),
+    /// Decoding over contexts whose KV is mostly on disk, beside loading all of it.
+    Longctx(longctx::Options),
     /// Which pages of a long context are worth reading: mass and answers against bytes.
     Select(select::Options),
     /// A page of results, made from what `quality` and `kvstats` printed.
@@ -178,6 +181,7 @@ async fn run(suite: Suite, json: bool, quick: bool) -> anyhow::Result<()> {
         Suite::Profile(options) => methods::calibration::run(&options)?.print(json),
         Suite::Codec(options) => codec::run(&options, quick)?.print(json),
         Suite::Cuda(options) => cuda::run(&options, quick)?.print(json),
+        Suite::Longctx(options) => longctx::run(&options, quick)?.print(json),
         Suite::Kvstats(options) => kvstats::run(&options, quick)?.print(json),
         Suite::Select(options) => select::run(&options, quick)?.print(json),
         Suite::Lookup => lookup::run(quick).await?.print(json),

@@ -26,7 +26,7 @@ struct Machine {
 }
 
 /// One measured value.
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, Serialize)]
 pub(crate) struct Row {
     name: String,
     value: f64,
@@ -89,6 +89,19 @@ impl Report {
     pub(crate) fn push(&mut self, row: Row) {
         eprintln!("  {}", line(&row));
         self.rows.push(row);
+    }
+
+    /// Repeats rows under shorter names: without `end`.
+    pub(crate) fn repeat_without(&mut self, end: &str) {
+        let shorter = |row: &Row| {
+            let name = row.name.strip_suffix(end)?.to_owned();
+            Some(Row {
+                name,
+                ..row.clone()
+            })
+        };
+        let rows: Vec<Row> = self.rows.iter().filter_map(shorter).collect();
+        self.rows.extend(rows);
     }
 
     /// Prints the table, or the JSON object as one last line.

@@ -7,12 +7,13 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
+use std::sync::Arc;
 
-use kvasir_engine::ModelConfig;
 use kvasir_engine::cache::{PoolBackend, Turns};
 use kvasir_engine::kernels::{self, Isa};
 use kvasir_engine::kv::{BLOCK_TOKENS, BlockId, KvDtype, KvPool};
 use kvasir_engine::rope::RopeScaling;
+use kvasir_engine::{ModelConfig, Replacement, ScratchFile};
 use kvasir_plugin::{BackendError, EngineBackend, Placement};
 use kvasir_tests::conformance::backend::{self, Keys};
 use kvasir_types::{KvLayout, LayerIdx, Slice, TokenRange};
@@ -48,10 +49,36 @@ fn paged_pool() {
     }
 }
 
+/// Blocks of the conformance suite: of two sequences.
+fn blocks(chunk_tokens: u32) -> usize {
+    2 * chunk_tokens as usize / BLOCK_TOKENS * backend::CHUNKS
+}
+
+/// The same with room in memory for next to nothing, the rest being in a file.
+#[test]
+fn pool_on_disk() {
+    let path = "../engine-plugin/engine/fixtures/llama3-gqa/config.json";
+    let path = format!("{}/{path}", env!("CARGO_MANIFEST_DIR"));
+    let config = ModelConfig::from_json(&std::fs::read(path).unwrap()).unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    for frames in [1, 7] {
+        for dtype in [KvDtype::F32, KvDtype::F16] {
+            let file = Arc::new(ScratchFile::create(directory.path()).unwrap());
+            let replacement = Replacement::Clock;
+            let pool = KvPool::paged(&config, blocks(48), dtype, frames, replacement, file);
+            run_over(pool.unwrap(), &config, 48);
+        }
+    }
+}
+
 fn run_on_pool(config: &ModelConfig, dtype: KvDtype, chunk_tokens: u32) {
-    let layout = kvasir_engine::cache::layout(config, dtype, chunk_tokens).unwrap();
-    let blocks = chunk_tokens as usize / BLOCK_TOKENS * backend::CHUNKS;
-    let mut pool = KvPool::new(config, 2 * blocks, dtype);
+    let pool = KvPool::new(config, blocks(chunk_tokens), dtype);
+    run_over(pool, config, chunk_tokens);
+}
+
+fn run_over(mut pool: KvPool, config: &ModelConfig, chunk_tokens: u32) {
+    let layout = kvasir_engine::cache::layout(config, pool.dtype(), chunk_tokens).unwrap();
+    let blocks = blocks(chunk_tokens) / 2;
     let mut pages: Vec<BlockId> = std::iter::from_fn(|| pool.alloc()).collect();
     pages.reverse();
     let others = pages.split_off(blocks);

@@ -140,6 +140,7 @@ impl Bed {
                 steps: std::slice::from_ref(&(0..1)),
                 fates: &mut [Fate::GoesOn],
                 pages: &mut [Pages::All],
+                expected: &mut [None],
             };
             let begun = Instant::now();
             let chosen = selector.choose(&before, 0, digests, &self.blocks);

@@ -9,14 +9,32 @@
 //!
 //! The pool hands out pages and checks ranges. Who shares a page, and for how
 //! long, is the scheduler's to know.
+//!
+//! A [paged](KvPool::paged) pool has more pages than fit into memory; see [`crate::paging`].
+//! Its pages come to memory before a layer attends to them, which [`crate::Model::forward`]
+//! sees to; who reads or writes pages in another way [brings](KvPool::bring) them first.
+
+use std::ops::Range;
+use std::sync::Arc;
 
 use half::{bf16, f16};
 
 use crate::config::ModelConfig;
 use crate::kernels::AlignedBuf;
+use crate::paging::frames::Heat;
+use crate::paging::pager::{Shape, frame_bytes};
+use crate::paging::{Backing, Pager, PagingError, Replacement};
 
+mod demand;
+mod geometry;
 #[cfg(test)]
 mod tests;
+
+use demand::demanded;
+use geometry::Geometry;
+
+pub(crate) use demand::{Demand, Demanded};
+pub(crate) use geometry::{HeadBlock, Plane};
 
 #[cfg(target_endian = "big")]
 compile_error!("pages are exchanged as the memory of a little-endian machine");
@@ -56,62 +74,21 @@ impl KvDtype {
     }
 }
 
-/// A fixed number of pages, all resident from the start.
+/// A fixed number of pages.
 #[derive(Debug)]
 pub struct KvPool {
     geometry: Geometry,
-    data: Storage,
+    memory: Memory,
     free: Vec<BlockId>,
     allocated: Vec<bool>,
 }
 
 #[derive(Debug)]
-enum Storage {
-    F32(AlignedBuf<f32>),
-    Bf16(AlignedBuf<u16>),
-    F16(AlignedBuf<u16>),
-}
-
-/// Which of a token's two vectors.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Plane {
-    K = 0,
-    V = 1,
-}
-
-/// One head of one plane of one page: `[token][head_dim]`.
-pub(crate) enum HeadBlock<'a> {
-    F32(&'a [f32]),
-    Bf16(&'a [u16]),
-    F16(&'a [u16]),
-}
-
-impl HeadBlock<'_> {
-    /// Widens row by row into `out`, whose rows are `stride` elements long.
-    pub(crate) fn widen(&self, head_dim: usize, out: &mut [f32], stride: usize) {
-        let rows = out.chunks_exact_mut(stride);
-        match self {
-            Self::F32(data) => {
-                for (out, row) in rows.zip(data.chunks_exact(head_dim)) {
-                    out[..head_dim].copy_from_slice(row);
-                }
-            }
-            Self::Bf16(data) => {
-                for (out, row) in rows.zip(data.chunks_exact(head_dim)) {
-                    for (out, &bits) in out.iter_mut().zip(row) {
-                        *out = f32::from_bits(u32::from(bits) << 16);
-                    }
-                }
-            }
-            Self::F16(data) => {
-                for (out, row) in rows.zip(data.chunks_exact(head_dim)) {
-                    for (out, &bits) in out.iter_mut().zip(row) {
-                        *out = f16::from_bits(bits).to_f32();
-                    }
-                }
-            }
-        }
-    }
+enum Memory {
+    /// All pages, resident from the start.
+    Whole(AlignedBuf<u8>),
+    /// Some of them.
+    Paged(Box<Pager>),
 }
 
 impl KvPool {
@@ -123,22 +100,139 @@ impl KvPool {
     /// With more than `u32::MAX` blocks.
     pub fn new(config: &ModelConfig, blocks: usize, dtype: KvDtype) -> Self {
         let ids = u32::try_from(blocks).expect("block ids are u32");
-        let elements = blocks * config.kv_token_bytes(1) * BLOCK_TOKENS;
+        let geometry = Geometry::new(config, blocks, dtype);
         Self {
-            geometry: Geometry {
-                layers: config.layers,
-                blocks,
-                kv_heads: config.kv_heads,
-                head_dim: config.head_dim,
-            },
-            data: match dtype {
-                KvDtype::F32 => Storage::F32(AlignedBuf::new(elements)),
-                KvDtype::Bf16 => Storage::Bf16(AlignedBuf::new(elements)),
-                KvDtype::F16 => Storage::F16(AlignedBuf::new(elements)),
-            },
+            geometry,
+            memory: Memory::Whole(AlignedBuf::new(geometry.bytes())),
             // Popped from the end: ids are handed out in ascending order.
             free: (0..ids).rev().map(BlockId).collect(),
             allocated: vec![false; blocks],
+        }
+    }
+
+    /// `blocks` pages for a model, of which `frames` pieces are in memory and others in
+    /// `backing`. A piece is one KV head of one layer of one page.
+    ///
+    /// Memory: [`Pager::resident_bytes`]. A batch needs frames for all pieces that one of its
+    /// layers attends to.
+    ///
+    /// # Errors
+    ///
+    /// A [`PagingError`] when there are too many pieces, or the backing cannot be prepared.
+    ///
+    /// # Panics
+    ///
+    /// With more than `u32::MAX` blocks.
+    pub fn paged(
+        config: &ModelConfig,
+        blocks: usize,
+        dtype: KvDtype,
+        frames: usize,
+        replacement: Replacement,
+        backing: Arc<dyn Backing>,
+    ) -> Result<Self, PagingError> {
+        let ids = u32::try_from(blocks).expect("block ids are u32");
+        let geometry = Geometry::new(config, blocks, dtype);
+        let shape = Shape {
+            layers: geometry.layers,
+            kv_heads: geometry.kv_heads,
+            blocks,
+            piece_bytes: geometry.piece_bytes(),
+        };
+        let pager = Pager::new(shape, frames, replacement, backing)?;
+        Ok(Self {
+            geometry,
+            memory: Memory::Paged(Box::new(pager)),
+            free: (0..ids).rev().map(BlockId).collect(),
+            allocated: vec![false; blocks],
+        })
+    }
+
+    /// What moves its pages, if not all are in memory.
+    pub fn pager(&self) -> Option<&Pager> {
+        match &self.memory {
+            Memory::Whole(_) => None,
+            Memory::Paged(pager) => Some(pager),
+        }
+    }
+
+    /// Has all of `demands` in memory, and keeps it there until the next call that may move
+    /// pages. On failure, says which demand cannot be met, or `None` when together they cannot.
+    pub(crate) fn ensure(
+        &mut self,
+        layer: usize,
+        demands: &[Demand<'_>],
+    ) -> Result<(), (Option<usize>, PagingError)> {
+        let Memory::Paged(pager) = &mut self.memory else {
+            return Ok(());
+        };
+        let (pieces, heat) = demanded(pager.shape(), layer, demands);
+        pager.ensure(&pieces, heat).map_err(|error| {
+            let of = |block| {
+                let has = |demand: &Demand<'_>| demand.blocks.contains(&block);
+                demands.iter().position(has)
+            };
+            (error.block().and_then(of), error)
+        })
+    }
+
+    /// Starts to bring what a layer is expected to demand.
+    pub(crate) fn prefetch(&mut self, layer: usize, demands: &[Demand<'_>]) {
+        if let Memory::Paged(pager) = &mut self.memory {
+            let (pieces, heat) = demanded(pager.shape(), layer, demands);
+            pager.prefetch(&pieces, heat);
+        }
+    }
+
+    /// Brings some layers of tokens to memory, where they stay until the next call that may
+    /// move pages; nothing to do where all is in memory.
+    ///
+    /// # Errors
+    ///
+    /// A [`KvError`] when the range does not fit the table, or pages cannot be brought.
+    pub fn bring(
+        &mut self,
+        blocks: &[BlockId],
+        first_token: usize,
+        tokens: usize,
+        layers: Range<usize>,
+    ) -> Result<(), KvError> {
+        let end = first_token.saturating_add(tokens);
+        self.check_table(blocks, end)?;
+        if let Some(last) = layers.clone().next_back() {
+            self.check_layer(last)?;
+        }
+        let Memory::Paged(pager) = &mut self.memory else {
+            return Ok(());
+        };
+        let pages = Demanded::Range {
+            first: first_token / BLOCK_TOKENS,
+            end: end.div_ceil(BLOCK_TOKENS),
+        };
+        let mut pieces = Vec::new();
+        for layer in layers {
+            pieces.extend(demanded(pager.shape(), layer, &[Demand { blocks, pages }]).0);
+        }
+        pager
+            .ensure(&pieces, Heat::Scanned)
+            .map_err(KvError::Paging)
+    }
+
+    /// Writes what of some pages only memory holds to the scratch file, adjoining pages
+    /// together, and gives their memory back. Returns the bytes written: what has not changed
+    /// since it was written last is not written again. Nothing to do where all is in memory.
+    ///
+    /// Pages come back when they are attended to, or [brought](Self::bring).
+    ///
+    /// # Errors
+    ///
+    /// A [`PagingError`] when the file cannot be written: then nothing is lost, and the pages
+    /// are where they were.
+    pub fn park(&mut self, blocks: &[BlockId]) -> Result<u64, KvError> {
+        self.check_table(blocks, blocks.len() * BLOCK_TOKENS)?;
+        match &mut self.memory {
+            Memory::Whole(_) => Ok(0),
+            Memory::Paged(pager) => pager.park(blocks).map_err(KvError::Paging),
         }
     }
 
@@ -159,10 +253,29 @@ impl KvPool {
             Some(taken) if *taken => {
                 *taken = false;
                 self.free.push(block);
+                if let Memory::Paged(pager) = &mut self.memory {
+                    pager.forget(block);
+                }
                 Ok(())
             }
             _ => Err(KvError::NotAllocated(block)),
         }
+    }
+
+    /// Pages of which a whole layer is in memory at once, at most.
+    pub fn layer_blocks(&self) -> usize {
+        match &self.memory {
+            Memory::Whole(_) => self.geometry.blocks,
+            Memory::Paged(pager) => {
+                (pager.frames() / self.geometry.kv_heads).min(self.geometry.blocks)
+            }
+        }
+    }
+
+    /// Pieces of a model's KV that fit into some bytes of memory.
+    pub fn frames_in(config: &ModelConfig, dtype: KvDtype, bytes: u64) -> usize {
+        let piece = Geometry::new(config, 1, dtype).piece_bytes();
+        usize::try_from(bytes).unwrap_or(usize::MAX) / frame_bytes(piece)
     }
 
     /// Pages not taken.
@@ -177,16 +290,12 @@ impl KvPool {
 
     /// Element type.
     pub fn dtype(&self) -> KvDtype {
-        match self.data {
-            Storage::F32(_) => KvDtype::F32,
-            Storage::Bf16(_) => KvDtype::Bf16,
-            Storage::F16(_) => KvDtype::F16,
-        }
+        self.geometry.dtype
     }
 
-    /// Bytes of all pages.
+    /// Bytes of all pages, in memory or not.
     pub fn bytes(&self) -> u64 {
-        self.data.as_bytes().len() as u64
+        self.geometry.bytes() as u64
     }
 
     /// Bytes of one layer of `tokens` tokens in canonical order:
@@ -202,7 +311,7 @@ impl KvPool {
     /// # Errors
     ///
     /// A [`KvError`] when the payload or the range does not fit; nothing is
-    /// written then.
+    /// written then. [`KvError::Paging`] when pages cannot be brought: then a part may be.
     pub fn write_layer(
         &mut self,
         blocks: &[BlockId],
@@ -212,21 +321,28 @@ impl KvPool {
         payload: &[u8],
     ) -> Result<(), KvError> {
         self.check(blocks, first_token, tokens, layer, payload.len())?;
-        let size = self.dtype().bytes();
-        let bytes = self.data.as_bytes_mut();
-        self.geometry
-            .each_run(blocks, first_token, tokens, layer, |run| {
-                bytes[run.pool * size..][..run.len * size]
-                    .copy_from_slice(&payload[run.payload * size..][..run.len * size]);
-            });
-        Ok(())
+        let geometry = self.geometry;
+        geometry.each_run(blocks, first_token, tokens, |run| {
+            // A piece at a time, so that any number of tokens can be landed.
+            if let Memory::Paged(pager) = &mut self.memory {
+                let piece = pager.shape().piece(layer, run.kv_head, run.block);
+                pager
+                    .ensure(&[piece], Heat::Scanned)
+                    .map_err(KvError::Paging)?;
+            }
+            let to = self.plane_mut(layer, run.block, run.plane, run.kv_head);
+            let to = to.expect("the piece was brought to memory");
+            to[geometry.run_bytes(&run)].copy_from_slice(&payload[geometry.payload_bytes(&run)]);
+            Ok(())
+        })
     }
 
     /// The inverse of [`Self::write_layer`].
     ///
     /// # Errors
     ///
-    /// A [`KvError`] when the buffer or the range does not fit.
+    /// A [`KvError`] when the buffer or the range does not fit, or a page cannot be read. Pages
+    /// on disk are read one by one: [bring](Self::bring) those first that are many.
     pub fn read_layer(
         &self,
         blocks: &[BlockId],
@@ -236,14 +352,61 @@ impl KvPool {
         out: &mut [u8],
     ) -> Result<(), KvError> {
         self.check(blocks, first_token, tokens, layer, out.len())?;
-        let size = self.dtype().bytes();
-        let bytes = self.data.as_bytes();
-        self.geometry
-            .each_run(blocks, first_token, tokens, layer, |run| {
-                out[run.payload * size..][..run.len * size]
-                    .copy_from_slice(&bytes[run.pool * size..][..run.len * size]);
-            });
-        Ok(())
+        let geometry = self.geometry;
+        geometry.each_run(blocks, first_token, tokens, |run| {
+            let out = &mut out[geometry.payload_bytes(&run)];
+            let in_plane = geometry.run_bytes(&run);
+            if let Some(from) = self.plane(layer, run.block, run.plane, run.kv_head) {
+                out.copy_from_slice(&from[in_plane]);
+                return Ok(());
+            }
+            let pager = self.pager().expect("only a pager has pages elsewhere");
+            let piece = pager.shape().piece(layer, run.kv_head, run.block);
+            match pager.read_out(piece).map_err(KvError::Paging)? {
+                Some(bytes) => {
+                    let plane = run.plane as usize * geometry.plane_bytes();
+                    out.copy_from_slice(&bytes[plane..][in_plane]);
+                }
+                None => out.fill(0),
+            }
+            Ok(())
+        })
+    }
+
+    /// One head of one plane of a page: `[token][head_dim]`, if it is in memory.
+    fn plane(&self, layer: usize, block: BlockId, plane: Plane, kv_head: usize) -> Option<&[u8]> {
+        let len = self.geometry.plane_bytes();
+        match &self.memory {
+            Memory::Whole(bytes) => {
+                let at = self.geometry.offset(layer, block, plane, kv_head);
+                Some(&bytes[at..at + len])
+            }
+            Memory::Paged(pager) => {
+                let piece = pager.shape().piece(layer, kv_head, block);
+                Some(&pager.bytes(piece)?[plane as usize * len..][..len])
+            }
+        }
+    }
+
+    /// The same, to be changed.
+    fn plane_mut(
+        &mut self,
+        layer: usize,
+        block: BlockId,
+        plane: Plane,
+        kv_head: usize,
+    ) -> Option<&mut [u8]> {
+        let len = self.geometry.plane_bytes();
+        match &mut self.memory {
+            Memory::Whole(bytes) => {
+                let at = self.geometry.offset(layer, block, plane, kv_head);
+                Some(&mut bytes[at..at + len])
+            }
+            Memory::Paged(pager) => {
+                let piece = pager.shape().piece(layer, kv_head, block);
+                Some(&mut pager.bytes_mut(piece)?[plane as usize * len..][..len])
+            }
+        }
     }
 
     /// Whether the pages have the shape that a model needs.
@@ -257,7 +420,7 @@ impl KvPool {
         (layers, kv_heads, head_dim) == (config.layers, config.kv_heads, config.head_dim)
     }
 
-    /// One head of one plane of a page.
+    /// One head of one plane of a page, which must be in memory: see [`Self::ensure`].
     pub(crate) fn head_block(
         &self,
         layer: usize,
@@ -265,17 +428,13 @@ impl KvPool {
         plane: Plane,
         kv_head: usize,
     ) -> HeadBlock<'_> {
-        let len = BLOCK_TOKENS * self.geometry.head_dim;
-        let at = self.geometry.offset(layer, block, plane, kv_head, 0);
-        match &self.data {
-            Storage::F32(data) => HeadBlock::F32(&data[at..at + len]),
-            Storage::Bf16(data) => HeadBlock::Bf16(&data[at..at + len]),
-            Storage::F16(data) => HeadBlock::F16(&data[at..at + len]),
-        }
+        let bytes = self.plane(layer, block, plane, kv_head);
+        self.geometry
+            .typed(bytes.expect("what is read was brought to memory"))
     }
 
     /// Stores K and V of one token, both `[kv_head][head_dim]`, rounding to the
-    /// pool's element type.
+    /// pool's element type. The page must be in memory.
     pub(crate) fn write_token(
         &mut self,
         blocks: &[BlockId],
@@ -285,19 +444,25 @@ impl KvPool {
         v: &[f32],
     ) {
         let (block, slot) = (blocks[position / BLOCK_TOKENS], position % BLOCK_TOKENS);
-        let dim = self.geometry.head_dim;
+        let (dim, dtype) = (self.geometry.head_dim, self.geometry.dtype);
+        let row = dim * dtype.bytes();
         for (plane, heads) in [(Plane::K, k), (Plane::V, v)] {
             for (kv_head, from) in heads.chunks_exact(dim).enumerate() {
-                let at = self.geometry.offset(layer, block, plane, kv_head, slot);
-                match &mut self.data {
-                    Storage::F32(data) => data[at..at + dim].copy_from_slice(from),
-                    Storage::Bf16(data) => {
-                        for (to, &value) in data[at..at + dim].iter_mut().zip(from) {
+                let to = self
+                    .plane_mut(layer, block, plane, kv_head)
+                    .expect("what is written was brought to memory");
+                let to = &mut to[slot * row..][..row];
+                match dtype {
+                    KvDtype::F32 => to.copy_from_slice(bytemuck::cast_slice(from)),
+                    KvDtype::Bf16 => {
+                        let to: &mut [u16] = bytemuck::cast_slice_mut(to);
+                        for (to, &value) in to.iter_mut().zip(from) {
                             *to = bf16::from_f32(value).to_bits();
                         }
                     }
-                    Storage::F16(data) => {
-                        for (to, &value) in data[at..at + dim].iter_mut().zip(from) {
+                    KvDtype::F16 => {
+                        let to: &mut [u16] = bytemuck::cast_slice_mut(to);
+                        for (to, &value) in to.iter_mut().zip(from) {
                             *to = f16::from_f32(value).to_bits();
                         }
                     }
@@ -307,7 +472,7 @@ impl KvPool {
     }
 
     /// K or V of one token, `[kv_head][head_dim]`, widened: the inverse of
-    /// [`Self::write_token`].
+    /// [`Self::write_token`]. The page must be in memory.
     pub(crate) fn read_token(
         &self,
         blocks: &[BlockId],
@@ -318,14 +483,13 @@ impl KvPool {
     ) {
         let (block, slot) = (blocks[position / BLOCK_TOKENS], position % BLOCK_TOKENS);
         let dim = self.geometry.head_dim;
+        let row = dim * self.geometry.dtype.bytes();
         for (kv_head, out) in out.chunks_exact_mut(dim).enumerate() {
-            let at = self.geometry.offset(layer, block, plane, kv_head, slot);
-            let head = match &self.data {
-                Storage::F32(data) => HeadBlock::F32(&data[at..at + dim]),
-                Storage::Bf16(data) => HeadBlock::Bf16(&data[at..at + dim]),
-                Storage::F16(data) => HeadBlock::F16(&data[at..at + dim]),
-            };
-            head.widen(dim, out, dim);
+            let head = self.plane(layer, block, plane, kv_head);
+            let head = head.expect("what is read was brought to memory");
+            self.geometry
+                .typed(&head[slot * row..][..row])
+                .widen(dim, out, dim);
         }
     }
 
@@ -349,6 +513,16 @@ impl KvPool {
         }
     }
 
+    fn check_layer(&self, layer: usize) -> Result<(), KvError> {
+        if layer >= self.geometry.layers {
+            return Err(KvError::NoSuchLayer {
+                layer,
+                layers: self.geometry.layers,
+            });
+        }
+        Ok(())
+    }
+
     fn check(
         &self,
         blocks: &[BlockId],
@@ -359,12 +533,7 @@ impl KvPool {
     ) -> Result<(), KvError> {
         let last = first_token.saturating_add(tokens);
         self.check_table(blocks, last)?;
-        if layer >= self.geometry.layers {
-            return Err(KvError::NoSuchLayer {
-                layer,
-                layers: self.geometry.layers,
-            });
-        }
+        self.check_layer(layer)?;
         let expected = self.layer_bytes(tokens);
         if payload_bytes != expected {
             return Err(KvError::PayloadLength {
@@ -373,80 +542,6 @@ impl KvPool {
             });
         }
         Ok(())
-    }
-}
-
-impl Storage {
-    fn as_bytes(&self) -> &[u8] {
-        match self {
-            Self::F32(data) => bytemuck::cast_slice(data),
-            Self::Bf16(data) | Self::F16(data) => bytemuck::cast_slice(data),
-        }
-    }
-
-    fn as_bytes_mut(&mut self) -> &mut [u8] {
-        match self {
-            Self::F32(data) => bytemuck::cast_slice_mut(data),
-            Self::Bf16(data) | Self::F16(data) => bytemuck::cast_slice_mut(data),
-        }
-    }
-}
-
-/// Where an element is. Offsets and lengths are in elements.
-#[derive(Clone, Copy, Debug)]
-struct Geometry {
-    layers: usize,
-    blocks: usize,
-    kv_heads: usize,
-    head_dim: usize,
-}
-
-/// A stretch that is contiguous in the pool and in canonical order.
-struct Run {
-    pool: usize,
-    payload: usize,
-    len: usize,
-}
-
-impl Geometry {
-    fn offset(
-        &self,
-        layer: usize,
-        block: BlockId,
-        plane: Plane,
-        kv_head: usize,
-        slot: usize,
-    ) -> usize {
-        let page = (layer * self.blocks + block.index()) * 2 + plane as usize;
-        ((page * self.kv_heads + kv_head) * BLOCK_TOKENS + slot) * self.head_dim
-    }
-
-    fn each_run(
-        &self,
-        blocks: &[BlockId],
-        first_token: usize,
-        tokens: usize,
-        layer: usize,
-        mut each: impl FnMut(Run),
-    ) {
-        for plane in [Plane::K, Plane::V] {
-            for kv_head in 0..self.kv_heads {
-                let mut done = 0;
-                while done < tokens {
-                    let position = first_token + done;
-                    let slot = position % BLOCK_TOKENS;
-                    let count = (BLOCK_TOKENS - slot).min(tokens - done);
-                    let block = blocks[position / BLOCK_TOKENS];
-                    let head = plane as usize * self.kv_heads + kv_head;
-                    each(Run {
-                        pool: self.offset(layer, block, plane, kv_head, slot),
-                        payload: (head * tokens + done) * self.head_dim,
-                        len: count * self.head_dim,
-                    });
-                    done += count;
-                }
-            }
-        }
     }
 }
 
@@ -489,4 +584,7 @@ pub enum KvError {
         /// Bytes of the range.
         expected: usize,
     },
+    /// Pages cannot be brought to memory, or out of it.
+    #[error("pages cannot be moved")]
+    Paging(#[source] PagingError),
 }

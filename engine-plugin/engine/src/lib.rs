@@ -52,3 +52,4 @@ pub use model::{
     BeforeLayer, Fate, ForwardError, LoadError, Logits, LogitsWanted, Model, Pages, Positions,
     Scratch, Step,
 };
+pub use paging::{Backing, Pager, PagerStats, PagingError, Replacement, ScratchFile, Stalls};

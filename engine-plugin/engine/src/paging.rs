@@ -1,4 +1,49 @@
-//! Long contexts without all of their KV: which pages are worth attending to.
+//! Long contexts whose KV does not fit into memory.
+//!
+//! [`crate::KvPool::paged`] makes a pool of as many blocks as the longest contexts need, of
+//! which a fixed number of frames is in memory and the rest in a scratch file. The parts:
+//! [`mod@file`] is the scratch file, `io` the threads that read and write it, `frames` the memory
+//! and what gives way in it, `pager` the table that ties them together.
+//!
+//! ```text
+//! model.forward(…, |before| {
+//!     before.pages[step] = chosen;               brought before the layer attends
+//!     before.expected[step] = Some(predicted);   read ahead while it computes
+//! })
+//! pool.park(blocks)                              later steps bring back what they need
+//! ```
+//!
+//! # Units
+//!
+//! A *piece* is one KV head of one layer of one block: `[K, V][token][head_dim]`, 4 KiB for 64
+//! dimensions in 16 bits. It is the smallest thing that moves, because pages are chosen by KV
+//! head. A *frame* is memory for one piece. Both are padded to [`file::SECTOR_BYTES`], the unit
+//! of direct I/O: pools of less than 4 KiB a piece waste the rest, in memory and on disk.
+//!
+//! # Movement
+//!
+//! Attention of a layer starts when all pieces that it reads are in memory, and waits for no
+//! other. What the next layer is expected to read is read ahead while this layer computes.
+//! Pieces of a head adjoin in the file as the blocks do in the pool; those that adjoin move in
+//! one operation of up to 1 MiB. Reads land in the frames themselves; writes are copied, so
+//! that a page may be read while it is written behind. Loading only the pieces that matter, by
+//! head, and one layer ahead, follows LeoAM (arXiv 2506.20187); parking that moves only what
+//! changed, in groups, FastSwitch (arXiv 2411.18424, section 3).
+//!
+//! # Failure
+//!
+//! Every piece has a checksum, kept in memory, which every read is held against: bytes that
+//! are not those written are an error, never an answer. What cannot be written stays in memory
+//! and is tried again when its frame is needed. Errors name the block, so that the sequence
+//! that needs it fails and others go on.
+//!
+//! # Costs
+//!
+//! 16 bytes of table a piece and 56 a frame: 0.4 % of the KV, and 1.4 % of what is in memory,
+//! at 4 KiB a piece. A request costs a look into the table for each piece that is wanted.
+//! Threads instead of `io_uring`: see `io.rs`.
+//!
+//! # Which pages
 //!
 //! Decoding a token reads all K and V of its sequence, of which attention makes little use.
 //! [`Digests`] stay in memory when pages do not; a [`Selector`] judges pages by them and the
@@ -17,7 +62,7 @@
 //! What is never read may be anywhere: the blocks that the page table names for pages that
 //! are not chosen need not hold them. Nothing here does I/O, nor knows where pages are.
 //!
-//! # What is always read
+//! ## What is always read
 //!
 //! Pages without a digest, that is the last one that is not full yet; the first pages and the
 //! most recent ones ([`Options::sinks`], [`Options::recent`]); all pages in the first layers,
@@ -25,7 +70,7 @@
 //! see few pages anyway. They count against the budget. With a budget of everything, the
 //! result has the bits of full attention.
 //!
-//! # Costs
+//! ## What a choice costs
 //!
 //! Digests take 5.7 % of K and V in f16 ([`Digests::bytes`]). A choice looks at the box of every
 //! group, and at all tokens of the groups that it opens, once a query: most, where attention is
@@ -34,16 +79,95 @@
 //!
 //! Units: scores are logits, `query · key / sqrt(head_dim)`; budgets are shares of a
 //! sequence's pages, which is its bytes.
+//!
+//! # Not here
+//!
+//! The engine's own loop attends to all pages: it neither chooses nor parks yet. Pieces are not
+//! compressed on disk.
 
 mod digest;
 mod estimate;
+pub mod file;
+mod foresight;
+pub(crate) mod frames;
+mod io;
+pub(crate) mod pager;
 mod refine;
 mod select;
+mod stats;
 mod vote;
+
+use rustix::io::Errno;
+
+use crate::kv::BlockId;
 
 pub use digest::{Detail, Digests, GROUP_PAGES};
 pub use estimate::page_weights;
+pub use file::{Backing, ScratchFile};
+pub use frames::Replacement;
+pub use pager::Pager;
 pub use select::{Options, Rule, Selector, Vote};
+pub use stats::{PagerStats, Stalls};
+
+/// Why pages cannot be brought to memory, or out of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum PagingError {
+    /// Too little memory for what is read at once.
+    #[error(
+        "{needed} pieces of a layer are read at once, and there are frames for {frames}: give the pool more frames, choose fewer pages or batch fewer sequences"
+    )]
+    Frames {
+        /// Pieces read by one layer of a batch.
+        needed: usize,
+        /// Pieces that fit into memory.
+        frames: usize,
+    },
+    /// More pieces than a table holds.
+    #[error("a pool of {0} pieces is too large: make it of fewer blocks")]
+    TooLarge(usize),
+    /// The scratch file cannot be made.
+    #[error("no scratch file can be made: give a directory of a local disk that can be written")]
+    Create(#[source] Errno),
+    /// The system grants no threads for reading and writing.
+    #[error("the system grants no threads to read and write pages")]
+    Threads(#[source] Errno),
+    /// The disk is full. What could not be written is in memory still.
+    #[error("the disk of the scratch file is full: free space there, or give the pool more frames")]
+    Full,
+    /// The disk cannot be written. What could not be written is in memory still.
+    #[error("a page could not be written to the scratch file: check its disk")]
+    Write(#[source] Errno),
+    /// A page cannot be read.
+    #[error("layer {layer} of {block:?} cannot be read from the scratch file: check its disk")]
+    Read {
+        /// The page.
+        block: BlockId,
+        /// The layer.
+        layer: usize,
+        /// The cause.
+        #[source]
+        source: Errno,
+    },
+    /// What was read is not what was written.
+    #[error("layer {layer} of {block:?} is corrupt in the scratch file: compute it again")]
+    Corrupt {
+        /// The page.
+        block: BlockId,
+        /// The layer.
+        layer: usize,
+    },
+}
+
+impl PagingError {
+    /// The page whose sequence cannot go on; `None` where any may make room.
+    pub fn block(&self) -> Option<BlockId> {
+        match self {
+            Self::Read { block, .. } | Self::Corrupt { block, .. } => Some(*block),
+            _ => None,
+        }
+    }
+}
 
 #[cfg(test)]
 mod tests;

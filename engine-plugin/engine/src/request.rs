@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use kvasir_types::Level;
 
+use crate::paging::PagingError;
 use crate::sampling::SamplingParams;
 
 /// One sequence to continue.
@@ -134,6 +135,11 @@ pub enum RequestError {
     /// The model produced a value that is not a number.
     #[error("the model's output is not finite; the checkpoint or its precision is at fault")]
     NotFinite,
+    /// The KV of this request cannot be kept or read back; others go on.
+    #[error(
+        "the KV of this request cannot be moved; try again, and see to the scratch file's disk"
+    )]
+    Pages(#[source] PagingError),
     /// The batch this request was part of failed; the log says why.
     #[error("the engine failed on this request; its log says why")]
     Internal,

@@ -102,7 +102,7 @@ impl ApiError {
                 | RequestError::TooLong { .. } => StatusCode::BAD_REQUEST,
                 RequestError::Overloaded { .. } => StatusCode::TOO_MANY_REQUESTS,
                 RequestError::ShuttingDown => StatusCode::SERVICE_UNAVAILABLE,
-                RequestError::NotFinite | RequestError::Internal => {
+                RequestError::NotFinite | RequestError::Pages(_) | RequestError::Internal => {
                     StatusCode::INTERNAL_SERVER_ERROR
                 }
             },

@@ -9,10 +9,11 @@ use super::step::{BeforeLayer, Fate, Pages, Positions, Step};
 use super::weights::{Layer, Linear};
 use crate::config::ModelConfig;
 use crate::kernels::{
-    AlignedBuf, AttentionShape, AttentionWork, Isa, QueryRange, Threads, add_bias, attend, matmul,
-    rms_norm, rms_norm_in_place, rotate, silu_mul,
+    AlignedBuf, AttentionShape, AttentionWork, Isa, KEY_TILE, QueryRange, Threads, add_bias,
+    attend, matmul, rms_norm, rms_norm_in_place, rotate, silu_mul,
 };
-use crate::kv::{KvError, KvPool};
+use crate::kv::{BLOCK_TOKENS, Demand, Demanded, KvError, KvPool};
+use crate::paging::PagingError;
 
 /// Logits of one batch.
 #[derive(Clone, Debug, PartialEq)]
@@ -111,9 +112,7 @@ pub(super) fn run(
     let rows = steps.iter().map(|step| step.tokens.len()).sum();
     scratch.reserve(&model.config, rows);
     let threads = scratch.threads.clone();
-    threads
-        .run(|| Batch::new(model, steps).run(pool, scratch, before_layer))
-        .ok_or(ForwardError::Stopped)
+    threads.run(|| Batch::new(model, steps).run(pool, scratch, before_layer))
 }
 
 fn check(model: &Model, pool: &KvPool, steps: &[Step<'_>]) -> Result<(), ForwardError> {
@@ -196,12 +195,13 @@ impl<'a> Batch<'a> {
         pool: &mut KvPool,
         scratch: &mut Scratch,
         before_layer: &mut (dyn FnMut(BeforeLayer<'_>) -> ControlFlow<()> + Send),
-    ) -> Option<Logits> {
+    ) -> Result<Logits, ForwardError> {
         let model = self.model;
         let config = &model.config;
         self.embed(scratch);
         let mut fates = Vec::new();
         let mut pages = vec![Pages::All; self.steps.len()];
+        let mut expected = vec![None; self.steps.len()];
         let mut rows = self.positions.len();
         for (index, layer) in model.weights.layers.iter().enumerate() {
             self.project_qkv(layer, scratch);
@@ -209,6 +209,7 @@ impl<'a> Batch<'a> {
             fates.clear();
             fates.resize(rows, Fate::GoesOn);
             pages.fill(Pages::All);
+            expected.fill(None);
             let before = BeforeLayer {
                 layer: index,
                 pool,
@@ -218,9 +219,13 @@ impl<'a> Batch<'a> {
                 steps: &self.ranges,
                 fates: &mut fates,
                 pages: &mut pages,
+                expected: &mut expected,
             };
             if before_layer(before).is_break() {
-                return None;
+                return Err(ForwardError::Stopped);
+            }
+            if pool.pager().is_some() {
+                self.bring(pool, index, &pages, &expected)?;
             }
             for (step, range) in self.ranges.iter().enumerate() {
                 fates[self.first_wanted(step)..range.end].fill(Fate::GoesOn);
@@ -236,7 +241,72 @@ impl<'a> Batch<'a> {
             }
             self.finish_layer(layer, scratch, rows);
         }
-        Some(self.logits(scratch, rows))
+        Ok(self.logits(scratch, rows))
+    }
+
+    /// Has all pages in memory that the layer reads and writes, and starts to read ahead what
+    /// the next one is expected to, be it the first layer of the next token.
+    fn bring(
+        &self,
+        pool: &mut KvPool,
+        layer: usize,
+        pages: &[Pages],
+        expected: &[Option<Pages>],
+    ) -> Result<(), ForwardError> {
+        let kv_heads = self.model.config.kv_heads;
+        let listed = |pages: &Pages, step: usize| {
+            pages.listed(kv_heads, &self.positions[self.ranges[step].clone()])
+        };
+        let lists: Vec<_> = pages
+            .iter()
+            .enumerate()
+            .map(|(step, pages)| listed(pages, step))
+            .collect();
+        let all: Vec<usize> = (0..self.steps.len()).collect();
+        pool.ensure(layer, &self.demands(layer, &lists, &all))
+            .map_err(|(step, source)| ForwardError::Paging { step, source })?;
+
+        let next = (layer + 1) % self.model.config.layers;
+        let lists: Vec<_> = expected
+            .iter()
+            .enumerate()
+            .map(|(step, pages)| listed(pages.as_ref()?, step))
+            .collect();
+        let is_expected = |&step: &usize| expected[step].is_some() || pages[step] == Pages::All;
+        let steps: Vec<usize> = all.into_iter().filter(is_expected).collect();
+        pool.prefetch(next, &self.demands(next, &lists, &steps));
+        Ok(())
+    }
+
+    /// What some steps read of a layer: as listed, by step, or everything that they see.
+    fn demands<'b>(
+        &'b self,
+        layer: usize,
+        lists: &'b [Option<Vec<Vec<u32>>>],
+        steps: &[usize],
+    ) -> Vec<Demand<'b>> {
+        let demand = |&step: &usize| Demand {
+            blocks: self.steps[step].blocks,
+            pages: match &lists[step] {
+                Some(lists) => Demanded::Listed(lists),
+                None => self.seen(layer, step),
+            },
+        };
+        steps.iter().map(demand).collect()
+    }
+
+    /// The pages that a step reads of a layer in which it attends to all.
+    fn seen(&self, layer: usize, step: usize) -> Demanded<'static> {
+        let positions = &self.positions[self.ranges[step].clone()];
+        let first = positions.first().copied().unwrap_or(0);
+        let end = positions.last().map_or(0, |&last| last + 1);
+        let from =
+            self.model.config.windows[layer].map_or(0, |window| (first + 1).saturating_sub(window));
+        Demanded::Range {
+            // Attention reads whole tiles.
+            first: from / KEY_TILE * (KEY_TILE / BLOCK_TOKENS),
+            end: end.div_ceil(BLOCK_TOKENS),
+        }
     }
 
     /// First row of a step whose logits are wanted; the end of its rows for none.
@@ -546,5 +616,16 @@ pub enum ForwardError {
         /// The cause.
         #[source]
         source: KvError,
+    },
+    /// Pages cannot be brought to memory. Those of the steps hold what they held, and K and V
+    /// of the steps' tokens for the layers before, so the batch may be run again without the
+    /// step at fault.
+    #[error("pages of a layer cannot be brought to memory")]
+    Paging {
+        /// The step whose page is at fault; `None` where any may make room.
+        step: Option<usize>,
+        /// The cause.
+        #[source]
+        source: PagingError,
     },
 }

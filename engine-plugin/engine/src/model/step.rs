@@ -60,6 +60,11 @@ pub struct BeforeLayer<'a> {
     pub fates: &'a mut [Fate],
     /// Which pages each step attends to in this layer; all until told otherwise.
     pub pages: &'a mut [Pages],
+    /// Which pages each step is expected to attend to in the next layer, and after the last
+    /// layer in the first one for the next token. They are read ahead while this layer
+    /// computes, if they are not in memory. None until told otherwise, but for steps that
+    /// attend to all pages: these are expected to do so again.
+    pub expected: &'a mut [Option<Pages>],
 }
 
 /// What becomes of a row in a layer.

@@ -348,7 +348,7 @@ impl EngineLoop {
                 sequence.position = from;
                 sequence.phase = Phase::Gathering(gathering);
             }
-            Err(error) => self.fail_all(&plan, &error),
+            Err(error) => self.fail(&plan, &error),
         }
         true
     }

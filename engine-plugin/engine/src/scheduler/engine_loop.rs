@@ -15,12 +15,11 @@ use metrics::gauge;
 use crate::blend::end_rows;
 use crate::cache::PoolBackend;
 use crate::kernels::Threads;
-use crate::kv::{BLOCK_TOKENS, BlockId, KvPool};
+use crate::kv::{BLOCK_TOKENS, KvPool};
 use crate::metrics::{FREE_BLOCKS, RUNNING, WAITING};
 use crate::model::{
     BeforeLayer, ForwardError, Logits, LogitsWanted, Model, Positions, Scratch, Step,
 };
-use crate::request::RequestError;
 
 use super::blending::Blender;
 use super::sequence::{Phase, Progress, Sequence};
@@ -59,7 +58,7 @@ pub(super) struct EngineLoop {
 
 /// Rows of one sequence in the next batch.
 pub(super) struct Planned {
-    sequence: usize,
+    pub(super) sequence: usize,
     from: usize,
     to: usize,
     wants_logits: bool,
@@ -111,7 +110,7 @@ impl EngineLoop {
     pub(super) fn calibrate(&mut self) {
         let started = Instant::now();
         for tokens in CALIBRATION_TOKENS {
-            let room = self.pool.blocks() * BLOCK_TOKENS;
+            let room = self.pool.layer_blocks() * BLOCK_TOKENS;
             let tokens = tokens.min(room).min(self.model.config().max_positions);
             let Some(blocks) = self.take_blocks(tokens.div_ceil(BLOCK_TOKENS)) else {
                 return;
@@ -192,7 +191,7 @@ impl EngineLoop {
     fn admit(&mut self) {
         while let Some(submission) = self.waiting.front() {
             let prompt_tokens = submission.request.prompt.len();
-            let limit = (self.pool.blocks() * BLOCK_TOKENS)
+            let limit = (self.pool.layer_blocks() * BLOCK_TOKENS)
                 .min(self.model.config().max_positions)
                 .min(prompt_tokens.saturating_add(submission.request.max_tokens));
             let Some(blocks) = self.take_blocks(limit.div_ceil(BLOCK_TOKENS)) else {
@@ -259,7 +258,7 @@ impl EngineLoop {
                 }
                 self.apply(&plan, &logits);
             }
-            Err(error) => self.fail_all(&plan, &error),
+            Err(error) => self.fail(&plan, &error),
         }
         true
     }
@@ -392,7 +391,7 @@ impl EngineLoop {
         self.end_all(ended);
     }
 
-    fn end_all(&mut self, mut sequences: Vec<usize>) {
+    pub(super) fn end_all(&mut self, mut sequences: Vec<usize>) {
         sequences.sort_unstable();
         for index in sequences.into_iter().rev() {
             self.end(index);
@@ -477,7 +476,7 @@ impl EngineLoop {
             // The prefix fell short, and the rest is computed; or somebody came, and
             // the layers that have landed stay.
             Err(ForwardError::Stopped) => {}
-            Err(error) => self.fail_all(&plan, &error),
+            Err(error) => self.fail(&plan, &error),
         }
         true
     }
@@ -543,11 +542,20 @@ impl EngineLoop {
         let Some(prompt) = &sequence.prompt else {
             return;
         };
-        let backend = PoolBackend::new(&mut self.pool, &layout);
+        let first = chunk * prompt.chunk_tokens();
         let layers: Result<Vec<Bytes>, _> = (0..layout.layers())
             .map(|layer| {
                 let mut payload = vec![0u8; layout.layer_bytes()];
-                backend
+                let tokens = prompt.chunk_tokens();
+                // Faster together; what cannot be brought is read one by one.
+                let one = usize::from(layer);
+                let brought = self
+                    .pool
+                    .bring(&sequence.blocks, first, tokens, one..one + 1);
+                if let Err(error) = brought {
+                    tracing::debug!(%error, chunk, "a chunk is read page by page");
+                }
+                PoolBackend::new(&mut self.pool, &layout)
                     .read_layer(&sequence.blocks, chunk, LayerIdx(layer), &mut payload)
                     .map(|()| Bytes::from(payload))
             })
@@ -563,7 +571,7 @@ impl EngineLoop {
                 let copy = ChunkCopy {
                     key,
                     layout,
-                    start: (chunk * prompt.chunk_tokens()) as u64,
+                    start: first as u64,
                     layers,
                     hints,
                 };
@@ -589,30 +597,6 @@ impl EngineLoop {
             self.give_back(&sequence.blocks);
         } else {
             sequence.phase = Phase::Draining;
-        }
-    }
-
-    pub(super) fn fail_all(&mut self, plan: &[Planned], error: &ForwardError) {
-        tracing::error!(%error, "a batch failed");
-        let failed: Vec<usize> = plan.iter().map(|planned| planned.sequence).collect();
-        for &index in &failed {
-            self.running[index].fail(RequestError::Internal);
-        }
-        self.end_all(failed);
-    }
-
-    pub(super) fn take_blocks(&mut self, count: usize) -> Option<Vec<BlockId>> {
-        if self.pool.free_blocks() < count {
-            return None;
-        }
-        (0..count).map(|_| self.pool.alloc()).collect()
-    }
-
-    pub(super) fn give_back(&mut self, blocks: &[BlockId]) {
-        for &block in blocks {
-            if let Err(error) = self.pool.free(block) {
-                tracing::error!(%error, "a page was given back twice");
-            }
         }
     }
 

@@ -23,6 +23,7 @@
 mod blending;
 mod compile;
 mod engine_loop;
+mod pages;
 mod sequence;
 
 use std::ops::Range;
@@ -40,11 +41,13 @@ use crate::cache;
 use crate::kernels::Threads;
 use crate::kv::{BLOCK_TOKENS, KvDtype, KvPool};
 use crate::model::Model;
+use crate::paging::{PagingError, Replacement};
 use crate::request::{Event, GenerateRequest, RequestError};
 
 use engine_loop::EngineLoop;
 
 pub use blending::BlendConfig;
+pub use pages::PagingConfig;
 
 /// How the engine spends memory and time.
 #[derive(Clone, Debug)]
@@ -62,6 +65,8 @@ pub struct EngineConfig {
     pub threads: usize,
     /// How chunks are reused at any position. Default: not at all.
     pub blend: Option<BlendConfig>,
+    /// Keeps KV in memory only in part. Default: all of it. Not together with `blend`.
+    pub paging: Option<PagingConfig>,
 }
 
 impl EngineConfig {
@@ -79,6 +84,7 @@ impl EngineConfig {
             max_waiting: Self::MAX_WAITING,
             threads: std::thread::available_parallelism().map_or(1, usize::from),
             blend: None,
+            paging: None,
         }
     }
 }
@@ -124,6 +130,12 @@ pub enum StartError {
         "the plugin's chunks have another layout than this engine's pages; derive the namespace from the same model and KV type"
     )]
     Layout,
+    /// Blending compares with KV that must be in memory.
+    #[error("blending needs all KV in memory: turn off blending or paging")]
+    BlendPaged,
+    /// The pages cannot be made.
+    #[error("the KV pool cannot be made")]
+    Paging(#[source] PagingError),
     /// No thread to schedule on.
     #[error("the system grants no thread to schedule on")]
     EngineThread(#[source] std::io::Error),
@@ -162,10 +174,22 @@ impl Engine {
         let threads = Threads::new(config.threads).map_err(StartError::ComputeThreads)?;
         let (commands, submissions) = sync_mpsc::channel();
         let waiting = Arc::new(AtomicUsize::new(0));
-        let pool = KvPool::new(model.config(), config.blocks, config.kv_dtype);
+        let pool = match &config.paging {
+            None => KvPool::new(model.config(), config.blocks, config.kv_dtype),
+            Some(_) if config.blend.is_some() => return Err(StartError::BlendPaged),
+            Some(PagingConfig { frames, backing }) => KvPool::paged(
+                model.config(),
+                config.blocks,
+                config.kv_dtype,
+                *frames,
+                Replacement::default(),
+                Arc::clone(backing),
+            )
+            .map_err(StartError::Paging)?,
+        };
         let limits = Limits {
             vocabulary: model.config().vocab_size,
-            sequence_tokens: (config.blocks * BLOCK_TOKENS).min(model.config().max_positions),
+            sequence_tokens: (pool.layer_blocks() * BLOCK_TOKENS).min(model.config().max_positions),
         };
         let ready = Arc::new(AtomicBool::new(false));
         let handle = EngineHandle {

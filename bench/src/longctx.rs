@@ -1,0 +1,207 @@
+//! `longctx`: decoding over contexts whose KV is mostly on disk.
+//!
+//! A model of random weights, queries and keys scaled so that attention is skewed; memory for a
+//! tenth of the KV, the rest in a scratch file read with direct I/O. Rows, in ms a token, `N`
+//! being tokens of context, `p50` and `p99` each; the longest context has rows without `N` too:
+//!
+//! - `ours/p50/N`: chosen pages, read one layer ahead where the token before chose them;
+//!   `limit` is loading all, `ratio` how many times sooner ours is;
+//! - `load_all/p50/N`: all pages, every token; these too are read one layer ahead;
+//! - `lru/p50/N`: the same choice, read on demand, the least recently used page giving way;
+//! - `full_memory/p50/N`: the same choice over a pool in memory;
+//! - `METHOD/disk_bytes/N`: bytes from disk a token; `METHOD/hits/N`: share of wanted pieces
+//!   that were in memory; `METHOD/stall_CAUSE/N`: what a token waited for, in ms;
+//! - `ours/mass/N`: share of attention that the chosen pages have of full attention's;
+//! - `rss/N`: resident memory with the pool less that without, in MB; `limit` is what its
+//!   frames and buffers may take.
+//!
+//! Pages are chosen by the upper bounds of their keys' boxes, of which little comes where
+//! attention is that of random weights: `mass` says how much.
+//!
+//! `…/batch4/N` is four sequences of N tokens, a token of each.
+//!
+//! Contexts are not prefilled at their length, which takes hours: chunks of 512 tokens are
+//! computed alone, and their keys turned to where they lie, as blending does.
+
+mod bed;
+mod choice;
+
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use kvasir_engine::{KvPool, Model, Pager, PagerStats, Replacement, ScratchFile, Threads};
+
+use crate::checkpoint::{self, Shape};
+use crate::report::{Report, Row, percentile};
+use bed::{Bed, Method};
+
+const SHAPE: Shape = Shape {
+    positions: 1 << 18,
+    ..Shape::SERVING
+};
+
+/// By how much projections to queries and keys are scaled.
+const SKEW: f32 = 4.0;
+
+/// What to read.
+#[derive(Clone, Debug, clap::Args)]
+pub(crate) struct Options {
+    /// Share of the pages that is read.
+    #[arg(long, default_value_t = 0.1)]
+    share: f32,
+    /// Directory of the scratch file. Default: that of temporary files.
+    #[arg(long)]
+    scratch: Option<std::path::PathBuf>,
+}
+
+pub(crate) fn run(options: &Options, quick: bool) -> anyhow::Result<Report> {
+    let mut report = Report::new("longctx");
+    report.set("share", f64::from(options.share));
+    report.set("skew", f64::from(SKEW));
+    let dir = tempfile::tempdir()?;
+    eprintln!(
+        "writing a random checkpoint of {} M parameters; {} to go",
+        SHAPE.parameters() / 1_000_000,
+        if quick { "a minute" } else { "ten minutes" }
+    );
+    checkpoint::write_scaled(dir.path(), &SHAPE, SKEW)?;
+    let model = Model::load(dir.path())?;
+    let cases: &[(usize, usize)] = if quick {
+        &[(8, 1)]
+    } else {
+        &[(32, 4), (32, 1), (128, 1)]
+    };
+    for &(thousands, sequences) in cases {
+        let mut name = format!("{thousands}k");
+        if sequences > 1 {
+            name = format!("batch{sequences}/{name}");
+        }
+        let case = Case {
+            model: &model,
+            options,
+            tokens: thousands * 1024,
+            sequences,
+            quick,
+        };
+        case.measure(&name, &mut report)?;
+        if (thousands, sequences) == cases[cases.len() - 1] {
+            report.repeat_without(&format!("/{name}"));
+        }
+    }
+    Ok(report)
+}
+
+/// One length of context.
+struct Case<'a> {
+    model: &'a Model,
+    options: &'a Options,
+    tokens: usize,
+    sequences: usize,
+    quick: bool,
+}
+
+impl Case<'_> {
+    fn measure(&self, name: &str, report: &mut Report) -> anyhow::Result<()> {
+        let threads = Threads::new(std::thread::available_parallelism()?.get())?;
+        let steps = if self.quick { 12 } else { 40 };
+        let mut bed = Bed::new(self.model, self.tokens, self.sequences, &threads)?;
+        let mut full = bed.decode(Method::Chosen { ahead: false }, self.options.share, steps)?;
+        push(report, "full_memory", name, &mut full.times, None);
+
+        let lru = bed.copied(|blocks| self.paged(&bed, blocks, Replacement::LeastRecent))?;
+        let before = resident_bytes()?;
+        let ours = bed.copied(|blocks| self.paged(&bed, blocks, Replacement::Clock))?;
+        let taken = resident_bytes()? - before;
+        let cap = ours.pager().map_or(0, Pager::resident_bytes);
+        #[expect(clippy::cast_precision_loss, reason = "bytes of memory")]
+        let (taken, cap) = (taken as f64 / 1e6, cap as f64 / 1e6);
+        report.push(Row::new(format!("rss/{name}"), taken, "MB").against(cap, taken / cap));
+        drop(bed.replace(ours));
+        let steps_all = if self.quick { 3 } else { 6 };
+        let mut all = bed.decode(Method::All, 1.0, steps_all)?;
+        push(report, "load_all", name, &mut all.times, None);
+        costs(report, "load_all", name, &all.stats, all.times.len());
+        let limit = [0.5, 0.99].map(|share| percentile(&mut all.times, share));
+
+        let mut ours = bed.decode(Method::Chosen { ahead: true }, self.options.share, steps)?;
+        push(report, "ours", name, &mut ours.times, Some(limit));
+        costs(report, "ours", name, &ours.stats, ours.times.len());
+        let mass = bed.mass(self.options.share)?;
+        report.push(Row::new(format!("ours/mass/{name}"), mass, "share").against(0.9, mass / 0.9));
+
+        drop(bed.replace(lru));
+        let mut lru = bed.decode(Method::Chosen { ahead: false }, self.options.share, steps)?;
+        push(report, "lru", name, &mut lru.times, Some(limit));
+        costs(report, "lru", name, &lru.stats, lru.times.len());
+        Ok(())
+    }
+
+    /// A pool with memory for a tenth of its pieces.
+    fn paged(
+        &self,
+        bed: &Bed<'_>,
+        blocks: usize,
+        replacement: Replacement,
+    ) -> anyhow::Result<KvPool> {
+        let config = self.model.config();
+        let directory = self
+            .options
+            .scratch
+            .clone()
+            .unwrap_or_else(std::env::temp_dir);
+        let file = ScratchFile::create(&directory)?;
+        let bytes = bed.pool().bytes() / 10;
+        let frames = KvPool::frames_in(config, bed::DTYPE, bytes);
+        Ok(KvPool::paged(
+            config,
+            blocks,
+            bed::DTYPE,
+            frames,
+            replacement,
+            Arc::new(file),
+        )?)
+    }
+}
+
+fn push(report: &mut Report, method: &str, name: &str, times: &mut [f64], limit: Option<[f64; 2]>) {
+    for (index, (rank, share)) in [("p50", 0.5), ("p99", 0.99)].into_iter().enumerate() {
+        let value = percentile(times, share);
+        let row = Row::new(format!("{method}/{rank}/{name}"), value, "ms");
+        report.push(match limit {
+            Some(limit) => row.against(limit[index], limit[index] / value),
+            None => row,
+        });
+    }
+}
+
+#[expect(clippy::cast_precision_loss, reason = "counts of a short run")]
+fn costs(report: &mut Report, method: &str, name: &str, stats: &PagerStats, tokens: usize) {
+    let tokens = tokens as f64;
+    let mut row = |what: &str, value: f64, unit: &'static str| {
+        report.push(Row::new(format!("{method}/{what}/{name}"), value, unit));
+    };
+    row("disk_bytes", stats.read_bytes as f64 / tokens / 1e6, "MB");
+    row("disk_reads", stats.reads as f64 / tokens, "reads");
+    let wanted = stats.hits + stats.late + stats.misses;
+    row("hits", stats.hits as f64 / wanted.max(1) as f64, "share");
+    row("late", stats.late as f64 / wanted.max(1) as f64, "share");
+    row("ahead_unused", stats.ahead_unused as f64 / tokens, "pieces");
+    let stalls = stats.stalls;
+    for (cause, time) in [
+        ("read", stalls.read),
+        ("late", stalls.late),
+        ("frame", stalls.frame),
+        ("write", stalls.write),
+    ] {
+        let value = time.as_secs_f64() * 1e3 / tokens;
+        row(&format!("stall_{cause}"), value, "ms");
+    }
+}
+
+/// Resident memory of this process.
+fn resident_bytes() -> anyhow::Result<u64> {
+    let status = std::fs::read_to_string("/proc/self/status")?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let kib = line.and_then(|line| line.trim().split(' ').next()?.parse::<u64>().ok());
+    Ok(kib.context("/proc/self/status has no VmRSS")? * 1024)
+}

@@ -1,0 +1,233 @@
+//! Models over a pool of which little is in memory: the same bits as with all of it.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test states its expectations by unwrapping"
+)]
+
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use kvasir_engine::{
+    BLOCK_TOKENS, BlockId, ForwardError, KvDtype, KvPool, LogitsWanted, Model, Pages, PagingError,
+    Positions, Replacement, Scratch, ScratchFile, Step, Threads,
+};
+
+/// Tokens of a sequence, at most.
+const TOKENS: usize = 176;
+const SEQUENCES: usize = 3;
+
+fn fixtures() -> Vec<(String, Model)> {
+    let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("fixtures");
+    let mut dirs: Vec<PathBuf> = std::fs::read_dir(&root)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(|dir| dir.join("reference.safetensors").exists())
+        .collect();
+    dirs.sort();
+    let load = |dir: PathBuf| {
+        let name = dir.file_name().unwrap().to_string_lossy().into_owned();
+        (name, Model::load(&dir).unwrap())
+    };
+    dirs.into_iter().map(load).collect()
+}
+
+fn paged(model: &Model, dtype: KvDtype, frames: usize) -> KvPool {
+    let directory = tempfile::tempdir().unwrap();
+    let file = Arc::new(ScratchFile::create(directory.path()).unwrap());
+    let blocks = SEQUENCES * TOKENS / BLOCK_TOKENS;
+    let replacement = Replacement::Clock;
+    KvPool::paged(model.config(), blocks, dtype, frames, replacement, file).unwrap()
+}
+
+fn whole(model: &Model, dtype: KvDtype) -> KvPool {
+    KvPool::new(model.config(), SEQUENCES * TOKENS / BLOCK_TOKENS, dtype)
+}
+
+/// Frames for one layer of `sequences` whole sequences.
+fn frames(model: &Model, sequences: usize) -> usize {
+    sequences * TOKENS / BLOCK_TOKENS * model.config().kv_heads
+}
+
+/// Sequences over a pool, and how they choose pages.
+struct Run<'a> {
+    model: &'a Model,
+    pool: KvPool,
+    scratch: Scratch,
+    tables: Vec<Vec<BlockId>>,
+    choice: fn(&Model, usize) -> Pages,
+}
+
+impl<'a> Run<'a> {
+    fn new(model: &'a Model, mut pool: KvPool, choice: fn(&Model, usize) -> Pages) -> Self {
+        // Pages of all sequences interleaved.
+        let mut tables = vec![Vec::new(); SEQUENCES];
+        for _ in 0..TOKENS / BLOCK_TOKENS {
+            for table in tables.iter_mut().rev() {
+                table.push(pool.alloc().unwrap());
+            }
+        }
+        Self {
+            model,
+            pool,
+            scratch: Scratch::new(Threads::new(2).unwrap()),
+            tables,
+            choice,
+        }
+    }
+
+    fn step(&mut self, batch: &[(usize, usize, &[u32])]) -> Result<Vec<f32>, ForwardError> {
+        let steps: Vec<Step<'_>> = batch
+            .iter()
+            .map(|&(sequence, position, tokens)| Step {
+                tokens,
+                positions: Positions::From(position),
+                blocks: &self.tables[sequence],
+                logits: LogitsWanted::All,
+            })
+            .collect();
+        let (model, choice) = (self.model, self.choice);
+        let logits = model.forward(&mut self.pool, &mut self.scratch, &steps, &mut |before| {
+            let next = (before.layer + 1) % model.config().layers;
+            for pages in before.pages.iter_mut() {
+                *pages = choice(model, before.layer);
+            }
+            for expected in before.expected.iter_mut() {
+                *expected = Some(choice(model, next));
+            }
+            ControlFlow::Continue(())
+        })?;
+        Ok((0..steps.len())
+            .flat_map(|step| logits.rows(step).flatten().copied().collect::<Vec<_>>())
+            .collect())
+    }
+
+    /// Prefill in parts, each beside others, then tokens of all sequences together.
+    fn story(&mut self, tokens: &[u32]) -> Vec<f32> {
+        let mut logits = Vec::new();
+        let mut at = 0;
+        for part in [70, 50, 30] {
+            for sequence in 0..SEQUENCES {
+                let beside = (sequence + 1) % SEQUENCES;
+                let mut batch = vec![(sequence, at, &tokens[at..at + part])];
+                if sequence == 1 {
+                    // Computed twice, which changes nothing.
+                    batch.push((beside, 0, &tokens[..20]));
+                }
+                logits.extend(self.step(&batch).unwrap());
+            }
+            at += part;
+        }
+        for position in at..at + 20 {
+            let token = &tokens[position..=position];
+            let batch = [0, 1, 2].map(|sequence| (sequence, position, token));
+            logits.extend(self.step(&batch).unwrap());
+        }
+        logits
+    }
+}
+
+fn tokens(model: &Model) -> Vec<u32> {
+    let vocabulary = u32::try_from(model.config().vocab_size).unwrap();
+    (0..200).map(|i| (i * i + 7 * i + 3) % vocabulary).collect()
+}
+
+const ALL: fn(&Model, usize) -> Pages = |_, _| Pages::All;
+
+/// Other pages in each layer and for each head.
+const SOME: fn(&Model, usize) -> Pages = |model, layer| {
+    let layer = u32::try_from(layer).unwrap();
+    let list = |head| {
+        (0..11)
+            .filter(|page| (page + layer + head) % 3 != 1)
+            .collect()
+    };
+    let heads = u32::try_from(model.config().kv_heads).unwrap();
+    Pages::Chosen((0..heads).map(list).collect())
+};
+
+/// Whether all pages are chosen or some, with frames for no more than one layer of a batch: not
+/// a bit of any logits changes, and pages do come and go.
+#[test]
+fn a_pool_on_disk_gives_the_same_bits() {
+    for (name, model) in fixtures() {
+        let tokens = tokens(&model);
+        for dtype in [KvDtype::F32, KvDtype::Bf16, KvDtype::F16] {
+            for choice in [ALL, SOME] {
+                let expected = Run::new(&model, whole(&model, dtype), choice).story(&tokens);
+                let pool = paged(&model, dtype, frames(&model, SEQUENCES));
+                let mut run = Run::new(&model, pool, choice);
+                assert!(run.story(&tokens) == expected, "{name}: {dtype:?}");
+                let stats = run.pool.pager().unwrap().stats();
+                assert!(
+                    stats.evictions > 0 && stats.read_bytes > 0,
+                    "{name}: {stats:?}"
+                );
+            }
+        }
+    }
+}
+
+/// A sequence that is parked between any two tokens, others running meanwhile, goes on as if it
+/// had not been; a park moves what is new since the last one.
+#[test]
+fn parked_and_resumed_is_uninterrupted() {
+    for (name, model) in fixtures() {
+        let config = model.config();
+        let tokens = tokens(&model);
+        let decode = |parks: bool| {
+            let mut run = Run::new(&model, paged(&model, KvDtype::Bf16, frames(&model, 2)), ALL);
+            let mut logits = run.step(&[(0, 0, &tokens[..100])]).unwrap();
+            let table = run.tables[0].clone();
+            for position in 100..130 {
+                if parks {
+                    let bytes = run.pool.park(&table).unwrap();
+                    let page =
+                        run.pool.pager().unwrap().frame_bytes() * config.layers * config.kv_heads;
+                    // One new token: its page, where it was all of them at first. Less, if
+                    // others took the frames before.
+                    let most = if position == 100 { 7 } else { 1 };
+                    assert!(bytes <= (most * page) as u64, "{name}: {bytes}");
+                    assert_eq!(run.pool.park(&table).unwrap(), 0, "{name}");
+                }
+                run.step(&[(1, position - 100, &tokens[..1])]).unwrap();
+                logits.extend(
+                    run.step(&[(0, position, &tokens[position..=position])])
+                        .unwrap(),
+                );
+            }
+            logits
+        };
+        assert!(decode(true) == decode(false), "{name}");
+    }
+}
+
+/// Too few frames for a layer is an error that says so, before anything is computed wrongly;
+/// fewer sequences, or fewer pages, still run.
+#[test]
+fn too_few_frames_are_an_error() {
+    let (_, model) = fixtures().remove(0);
+    let heads = model.config().kv_heads;
+    let tokens = tokens(&model);
+    let mut run = Run::new(&model, paged(&model, KvDtype::F32, 4 * heads), ALL);
+    run.step(&[(0, 0, &tokens[..64])]).unwrap();
+    let refused = run.step(&[(0, 64, &tokens[64..65])]).unwrap_err();
+    let expected = PagingError::Frames {
+        needed: 5 * heads,
+        frames: 4 * heads,
+    };
+    assert!(
+        matches!(&refused, ForwardError::Paging { step: None, source } if *source == expected),
+        "{refused:?}"
+    );
+    let few = run.step(&[(1, 0, &tokens[..64])]);
+    assert!(few.is_ok(), "{few:?}");
+    run.choice = |model, _| Pages::Chosen(vec![vec![0, 1, 3]; model.config().kv_heads]);
+    let chosen = run.step(&[(0, 64, &tokens[64..65])]).unwrap();
+    let mut same = Run::new(&model, whole(&model, KvDtype::F32), run.choice);
+    same.choice = ALL;
+    same.step(&[(0, 0, &tokens[..64])]).unwrap();
+    same.choice = run.choice;
+    assert_eq!(same.step(&[(0, 64, &tokens[64..65])]).unwrap(), chosen);
+}
