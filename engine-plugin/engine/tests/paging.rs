@@ -332,6 +332,7 @@ fn needles_are_found_and_odd_pages_read() {
                 steps: std::slice::from_ref(&(0..1)),
                 fates: &mut [Fate::GoesOn],
                 pages: &mut [Pages::All],
+                expected: &mut [None],
             };
             match selector.choose(&before, 0, &digests, &blocks) {
                 Pages::Chosen(pages) => pages,
