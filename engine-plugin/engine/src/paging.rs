@@ -53,14 +53,13 @@
 //! ```text
 //! digests.extend(pool, blocks, tokens)            after prefill, and every 16 tokens
 //! model.forward(…, |before| {
-//!     let pages = selector.choose(&before, step, &digests, blocks);
-//!     // here whoever moves pages has them come, into the blocks of the table
-//!     before.pages[step] = pages;
+//!     before.pages[step] = selector.choose(&before, step, &digests, blocks);
 //! })
 //! ```
 //!
-//! What is never read may be anywhere: the blocks that the page table names for pages that
-//! are not chosen need not hold them. Nothing here does I/O, nor knows where pages are.
+//! Choosing does no I/O and does not know where pages are; [`crate::Model::forward`] brings what was
+//! chosen. [`Digests::extend`] reads pages where they are: of a paged pool, [`crate::KvPool::bring`]
+//! them first.
 //!
 //! ## What is always read
 //!
