@@ -115,7 +115,7 @@ struct Digested {
 }
 
 impl Digested {
-    fn of(reader: &Reader, context: &Pages) -> anyhow::Result<Self> {
+    fn of(reader: &mut Reader, context: &Pages) -> anyhow::Result<Self> {
         Ok(Self {
             tokens: reader.digests(context, Detail::Tokens)?,
             means: reader.digests(context, Detail::Mean)?,
@@ -205,7 +205,7 @@ pub(crate) fn run(options: &Options, quick: bool) -> anyhow::Result<Report> {
                     .collect();
                 asked += questions.len();
                 let pages = reader.prefill(&tokens)?;
-                let digests = Digested::of(&reader, &pages)?;
+                let digests = Digested::of(&mut reader, &pages)?;
                 let tails: Vec<Vec<u32>> = questions
                     .iter()
                     .map(|(prompt, answer)| [&prompt[..], answer].concat())

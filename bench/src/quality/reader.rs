@@ -371,9 +371,9 @@ impl Reader {
     }
 
     /// Digests of the full pages of a context.
-    pub(crate) fn digests(&self, context: &Pages, detail: Detail) -> anyhow::Result<Digests> {
+    pub(crate) fn digests(&mut self, context: &Pages, detail: Detail) -> anyhow::Result<Digests> {
         let mut digests = Digests::new(self.config(), detail);
-        digests.extend(&self.pool, &context.blocks, context.tokens)?;
+        digests.extend(&mut self.pool, &context.blocks, context.tokens)?;
         Ok(digests)
     }
 

@@ -39,7 +39,7 @@ pub(super) fn run(ways: &[Way], quick: bool, report: &mut Report) -> anyhow::Res
         checkpoint::write_scaled(dir.path(), &SHAPE, scale)?;
         let mut reader = Reader::load(dir.path(), context + 64)?;
         let pages = reader.prefill(&text[..context])?;
-        let digests = Digested::of(&reader, &pages)?;
+        let digests = Digested::of(&mut reader, &pages)?;
         let mut masses = Masses::new(ways, SHAPE.layers);
         let tails = [text[context..].to_vec()];
         masses.measure(&mut reader, &pages, &digests, &tails, ways)?;

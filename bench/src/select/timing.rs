@@ -94,14 +94,15 @@ impl Bed {
             pool.write_layer(&blocks, topic * TOPIC_TOKENS, TOPIC_TOKENS, 0, &payload)?;
         }
         rows.resize(config.qkv_width(), 0.0);
-        let digested = |detail| -> anyhow::Result<Digests> {
+        let mut digested = |detail| -> anyhow::Result<Digests> {
             let mut digests = Digests::new(config, detail);
-            digests.extend(&pool, &blocks, tokens)?;
+            digests.extend(&mut pool, &blocks, tokens)?;
             Ok(digests)
         };
+        let (places, means) = (digested(Detail::Tokens)?, digested(Detail::Mean)?);
         Ok(Self {
-            tokens: digested(Detail::Tokens)?,
-            means: digested(Detail::Mean)?,
+            tokens: places,
+            means,
             pool,
             blocks,
             rows,

@@ -58,8 +58,7 @@
 //! ```
 //!
 //! Choosing does no I/O and does not know where pages are; [`crate::Model::forward`] brings what was
-//! chosen. [`Digests::extend`] reads pages where they are: of a paged pool, [`crate::KvPool::bring`]
-//! them first.
+//! chosen.
 //!
 //! ## What is always read
 //!

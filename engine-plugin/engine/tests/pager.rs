@@ -9,6 +9,7 @@ use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use kvasir_engine::paging::{Detail, Digests};
 use kvasir_engine::{
     BLOCK_TOKENS, BlockId, ForwardError, KvDtype, KvPool, LogitsWanted, Model, Pages, PagingError,
     Positions, Replacement, Scratch, ScratchFile, Step, Threads,
@@ -230,4 +231,32 @@ fn too_few_frames_are_an_error() {
     same.step(&[(0, 0, &tokens[..64])]).unwrap();
     same.choice = run.choice;
     assert_eq!(same.step(&[(0, 64, &tokens[64..65])]).unwrap(), chosen);
+}
+
+/// Digests of pages of which few are in memory are those of all in memory, grown at once or by
+/// parts.
+#[test]
+fn digests_of_a_paged_pool_are_the_same() {
+    for (name, model) in fixtures() {
+        let tokens = tokens(&model);
+        let frames = frames(&model, 1);
+        let [at_once, by_parts] = [false, true].map(|is_paged| {
+            let pool = if is_paged {
+                paged(&model, KvDtype::F16, frames)
+            } else {
+                whole(&model, KvDtype::F16)
+            };
+            let mut run = Run::new(&model, pool, ALL);
+            run.step(&[(0, 0, &tokens[..170])]).unwrap();
+            run.pool.park(&run.tables[0]).unwrap();
+            let mut digests = Digests::new(model.config(), Detail::Tokens);
+            let parts: &[usize] = if is_paged { &[40, 130, 170] } else { &[170] };
+            for &part in parts {
+                digests.extend(&mut run.pool, &run.tables[0], part).unwrap();
+            }
+            digests
+        });
+        assert!(at_once == by_parts, "{name}");
+        assert_eq!(at_once.pages(), 10, "{name}");
+    }
 }

@@ -92,11 +92,13 @@ impl<'a> Bed<'a> {
         logits.unwrap().last(0).unwrap().to_vec()
     }
 
-    fn digests(&self, rule: Rule) -> Digests {
+    fn digests(&mut self, rule: Rule) -> Digests {
         let detail = rule.detail().unwrap_or_default();
         let mut digests = Digests::new(self.model.config(), detail);
         let tokens = self.tokens.len();
-        digests.extend(&self.pool, &self.blocks, tokens).unwrap();
+        digests
+            .extend(&mut self.pool, &self.blocks, tokens)
+            .unwrap();
         digests
     }
 }
@@ -315,7 +317,7 @@ fn needles_are_found_and_odd_pages_read() {
     for rule in RULES {
         let detail = rule.detail().unwrap_or_default();
         let mut digests = Digests::new(config, detail);
-        digests.extend(&pool, &blocks, tokens).unwrap();
+        digests.extend(&mut pool, &blocks, tokens).unwrap();
         let options = Options {
             rule,
             share: 0.031_25,

@@ -137,39 +137,49 @@ impl Digests {
     }
 
     /// Adds the pages up to position `tokens` that are full and not there yet, from the
-    /// blocks that hold them. A last group that was not full is made anew, so up to
-    /// [`GROUP_PAGES`] pages before must still be in their blocks. Costs a pass over keys.
+    /// blocks that hold them; a paged pool brings them, a layer of a group at a time. A last group that
+    /// was not full is made anew, so up to [`GROUP_PAGES`] pages before must still be in their
+    /// blocks. Costs a pass over keys.
     ///
     /// # Errors
     ///
-    /// When `blocks` does not cover the tokens; nothing is added then.
+    /// When `blocks` does not cover the tokens: nothing is added then. When a group cannot be
+    /// brought: those before it are added.
     ///
     /// # Panics
     ///
     /// When the pool was made for another model.
     pub fn extend(
         &mut self,
-        pool: &KvPool,
+        pool: &mut KvPool,
         blocks: &[BlockId],
         tokens: usize,
     ) -> Result<(), KvError> {
         let full = tokens / BLOCK_TOKENS;
         pool.check_table(blocks, full * BLOCK_TOKENS)?;
         let page = BLOCK_TOKENS * self.dim;
-        let mut keys = vec![0.0; GROUP_PAGES * page];
+        // Of a group in all layers: `[layer][kv_head][page]`. Nothing is changed before they
+        // are there.
+        let mut keys = Vec::new();
         while self.pages < full {
-            let group = self.open_group(full);
-            let blocks = &blocks[group.first..][..group.pages];
+            let first = self.open().map_or(self.pages, |group| group.first);
+            let blocks = &blocks[first..full.min(first + GROUP_PAGES)];
+            keys.clear();
             for layer in 0..self.layers {
+                pool.bring(blocks, 0, blocks.len() * BLOCK_TOKENS, layer..layer + 1)?;
                 for kv_head in 0..self.kv_heads {
-                    for (&block, keys) in blocks.iter().zip(keys.chunks_exact_mut(page)) {
+                    for &block in blocks {
+                        let at = keys.len();
+                        keys.resize(at + page, 0.0);
                         let block = pool.head_block(layer, block, Plane::K, kv_head);
-                        block.widen(self.dim, keys, self.dim);
+                        block.widen(self.dim, &mut keys[at..], self.dim);
                     }
-                    let head = &mut self.heads[layer * self.kv_heads + kv_head];
-                    let keys = &keys[..blocks.len() * page];
-                    head.code(group.first, keys, self.dim, self.detail);
                 }
+            }
+            let group = self.open_group(full);
+            let of_heads = keys.chunks_exact(blocks.len() * page);
+            for (head, keys) in self.heads.iter_mut().zip(of_heads) {
+                head.code(group.first, keys, self.dim, self.detail);
             }
         }
         Ok(())
@@ -262,12 +272,16 @@ impl Digests {
         &self.heads[layer * self.kv_heads + kv_head]
     }
 
+    /// The last group, if more pages may be of it.
+    fn open(&self) -> Option<Group> {
+        let last = self.groups.last().copied();
+        last.filter(|group| self.is_open && group.pages < GROUP_PAGES)
+    }
+
     /// The group that the next pages are of, with as many of those before `full` as fit.
     fn open_group(&mut self, full: usize) -> Group {
         let padded = self.padded();
-        let is_open = self.is_open;
-        let open = self.groups.last().copied();
-        let mut group = match open.filter(|group| is_open && group.pages < GROUP_PAGES) {
+        let mut group = match self.open() {
             Some(group) => group,
             None => {
                 let group = Group {

@@ -42,10 +42,10 @@ impl Bed {
         }
     }
 
-    fn digests(&self, detail: Detail) -> Digests {
+    fn digests(&mut self, detail: Detail) -> Digests {
         let mut digests = Digests::new(&self.config, detail);
         digests
-            .extend(&self.pool, &self.blocks, self.keys.len())
+            .extend(&mut self.pool, &self.blocks, self.keys.len())
             .unwrap();
         digests
     }
@@ -100,7 +100,7 @@ proptest! {
             true => hard_keys(pages, dim, size, &mut state),
             false => (0..pages * 16).map(|_| numbers(dim, size, &mut state)).collect(),
         };
-        let bed = Bed::new(dim, keys);
+        let mut bed = Bed::new(dim, keys);
         let query = numbers(dim, 2.0, &mut state);
         for detail in [Detail::Tokens, Detail::Mean, Detail::Deviation] {
             let digests = bed.digests(detail);
@@ -200,7 +200,7 @@ proptest! {
             let middle = numbers(dim, 1.5, &mut topic);
             middle.iter().map(|x| x + 0.5 * noise(&mut state)).collect()
         });
-        let bed = Bed::new(dim, keys.collect());
+        let mut bed = Bed::new(dim, keys.collect());
         let digests = bed.digests(Detail::Tokens);
         let mut turned = still(&digests, &numbers(queries * dim, 1.5, &mut state));
         turned.queries = queries;
@@ -242,7 +242,7 @@ fn the_walk_opens_few_groups_of_a_skewed_head() {
         let middle = &middles[token / 128];
         middle.iter().map(|x| x + 0.3 * noise(&mut state)).collect()
     });
-    let bed = Bed::new(dim, keys.collect());
+    let mut bed = Bed::new(dim, keys.collect());
     let digests = bed.digests(Detail::Tokens);
     let turned = still(&digests, &middles[17]);
     let mut judge = Judge::new(&digests, digests.head(0, 0), &turned);
@@ -256,20 +256,20 @@ fn digests_take_a_sixteenth_at_most_and_grow_page_by_page() {
     for dim in [64, 128] {
         let mut state = 5;
         let keys: Vec<Vec<f32>> = (0..4096).map(|_| numbers(dim, 1.0, &mut state)).collect();
-        let bed = Bed::new(dim, keys);
+        let mut bed = Bed::new(dim, keys);
         let whole = bed.digests(Detail::Tokens);
         assert_eq!(whole.pages(), 256);
         let kv = 2 * 2 * dim * 4096;
         assert!(whole.bytes() * 16 <= kv, "{} of {kv}", whole.bytes());
         let mut grown = Digests::new(&bed.config, Detail::Tokens);
         for tokens in [3, 40, 41, 100, 1000, 1007, 4095] {
-            grown.extend(&bed.pool, &bed.blocks, tokens).unwrap();
+            grown.extend(&mut bed.pool, &bed.blocks, tokens).unwrap();
             assert_eq!(grown.pages(), tokens / 16);
             assert!(grown.bytes() * 15 <= 4 * dim * tokens.max(128) * 4);
         }
-        grown.extend(&bed.pool, &bed.blocks, 4096).unwrap();
+        grown.extend(&mut bed.pool, &bed.blocks, 4096).unwrap();
         assert_eq!(grown, whole);
-        let short = grown.extend(&bed.pool, &bed.blocks, 4112);
+        let short = grown.extend(&mut bed.pool, &bed.blocks, 4112);
         assert!(short.is_err());
         assert_eq!(grown, whole);
     }
@@ -285,7 +285,7 @@ fn odd_pages_are_listed_apart() {
             .collect();
         keys[5 * 16 + 3][7] = odd;
         keys[18 * 16][0] = odd;
-        let bed = Bed::new(dim, keys);
+        let mut bed = Bed::new(dim, keys);
         let digests = bed.digests(Detail::Tokens);
         assert_eq!(digests.head(0, 0).odd, [5, 18]);
         let query = numbers(dim, 1.0, &mut state);
@@ -324,7 +324,7 @@ fn weights_are_estimated_from_tokens() {
         let towards = query.iter().zip(&sizes).map(|(q, it)| size * it * q / 0.6);
         keys[page * 16 + 7] = towards.collect();
     }
-    let bed = Bed::new(dim, keys);
+    let mut bed = Bed::new(dim, keys);
     let digests = bed.digests(Detail::Tokens);
     let turned = still(&digests, &query);
     let mut judge = Judge::new(&digests, digests.head(0, 0), &turned);
