@@ -101,12 +101,32 @@ impl Shape {
 
 /// Writes `config.json` and `model.safetensors` (f32) into `dir`.
 pub(crate) fn write(dir: &Path, shape: &Shape) -> anyhow::Result<()> {
-    write_scaled(dir, shape, 1.0)
+    write_with(dir, shape, Attention::default())
 }
 
-/// As [`write()`], with projections to queries and keys `scale` times as large: attention of
-/// such a model is skewed, where a random model's is nearly even.
-pub(crate) fn write_scaled(dir: &Path, shape: &Shape, scale: f32) -> anyhow::Result<()> {
+/// What queries and keys of a random model are like.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Attention {
+    /// By how much their projections are scaled: attention of such a model is skewed, where a
+    /// random model's is nearly even.
+    pub(crate) scale: f32,
+    /// Keys are projected as the queries of their group are on average. So tokens attend to
+    /// those like them, as they do in trained models; without, to others that have nothing in
+    /// common but chance.
+    pub(crate) is_tied: bool,
+}
+
+impl Default for Attention {
+    fn default() -> Self {
+        Self {
+            scale: 1.0,
+            is_tied: false,
+        }
+    }
+}
+
+/// As [`write()`], with such attention.
+pub(crate) fn write_with(dir: &Path, shape: &Shape, attention: Attention) -> anyhow::Result<()> {
     let config = json!({
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -128,10 +148,10 @@ pub(crate) fn write_scaled(dir: &Path, shape: &Shape, scale: f32) -> anyhow::Res
     });
     std::fs::write(dir.join("config.json"), config.to_string())?;
     let path = dir.join("model.safetensors");
-    write_tensors(&path, shape, scale).with_context(|| format!("writing {}", path.display()))
+    write_tensors(&path, shape, attention).with_context(|| format!("writing {}", path.display()))
 }
 
-fn write_tensors(path: &Path, shape: &Shape, scale: f32) -> anyhow::Result<()> {
+fn write_tensors(path: &Path, shape: &Shape, attention: Attention) -> anyhow::Result<()> {
     let tensors = shape.tensors();
     let mut header = serde_json::Map::new();
     let mut offset = 0usize;
@@ -149,25 +169,56 @@ fn write_tensors(path: &Path, shape: &Shape, scale: f32) -> anyhow::Result<()> {
     out.write_all(&(header.len() as u64).to_le_bytes())?;
     out.write_all(&header)?;
     let mut rng = ChaCha8Rng::seed_from_u64(7);
+    // Those to the queries of a layer, for its keys.
+    let mut queries = Vec::new();
     for (name, dimensions) in &tensors {
-        let scale = match name.contains("q_proj") || name.contains("k_proj") {
-            true => scale,
+        let is_query = name.contains("q_proj");
+        let scale = match is_query || name.contains("k_proj") {
+            true => attention.scale,
             false => 1.0,
         };
         let count: usize = dimensions.iter().product();
         // Norms are one; matrices uniform with the variance of a trained model's start.
         let spread = if dimensions.len() == 1 { 0.0 } else { 0.035 };
-        for _ in 0..count {
-            #[expect(clippy::cast_precision_loss, reason = "24 random bits fit an f32")]
-            let unit = (rng.next_u32() >> 8) as f32 / (1u32 << 24) as f32;
-            let value = if spread == 0.0 {
-                1.0
-            } else {
-                (unit * 2.0 - 1.0) * spread * scale
-            };
+        let mut values: Vec<f32> = (0..count)
+            .map(|_| {
+                #[expect(clippy::cast_precision_loss, reason = "24 random bits fit an f32")]
+                let unit = (rng.next_u32() >> 8) as f32 / (1u32 << 24) as f32;
+                if spread == 0.0 {
+                    1.0
+                } else {
+                    (unit * 2.0 - 1.0) * spread * scale
+                }
+            })
+            .collect();
+        if attention.is_tied && name.contains("k_proj") {
+            average(&queries, shape, &mut values);
+        }
+        for value in &values {
             out.write_all(&value.to_le_bytes())?;
+        }
+        if is_query {
+            queries = values;
         }
     }
     out.flush()?;
     Ok(())
+}
+
+/// Makes `keys`, `[kv_heads][dim][hidden]`, the sum of their groups' heads in `queries`, at the
+/// variance of one.
+fn average(queries: &[f32], shape: &Shape, keys: &mut [f32]) {
+    let (head, group) = (
+        shape.head_dim() * shape.hidden,
+        shape.heads / shape.kv_heads,
+    );
+    #[expect(clippy::cast_precision_loss, reason = "a few heads")]
+    let scale = 1.0 / (group as f32).sqrt();
+    let groups = queries.chunks_exact(group * head);
+    for (keys, queries) in keys.chunks_exact_mut(head).zip(groups) {
+        for (index, key) in keys.iter_mut().enumerate() {
+            let sum: f32 = queries.iter().skip(index).step_by(head).sum();
+            *key = sum * scale;
+        }
+    }
 }

@@ -24,14 +24,14 @@
 //! computed alone, and their keys turned to where they lie, as blending does.
 
 mod bed;
-mod choice;
 
 use std::sync::Arc;
 
 use anyhow::Context as _;
+use kvasir_engine::paging::Rule;
 use kvasir_engine::{KvPool, Model, Pager, PagerStats, Replacement, ScratchFile, Threads};
 
-use crate::checkpoint::{self, Shape};
+use crate::checkpoint::{self, Attention, Shape};
 use crate::report::{Report, Row, percentile};
 use bed::{Bed, Method};
 
@@ -40,15 +40,28 @@ const SHAPE: Shape = Shape {
     ..Shape::SERVING
 };
 
-/// By how much projections to queries and keys are scaled.
-const SKEW: f32 = 4.0;
-
 /// What to read.
 #[derive(Clone, Debug, clap::Args)]
 pub(crate) struct Options {
     /// Share of the pages that is read.
     #[arg(long, default_value_t = 0.1)]
     share: f32,
+    /// By how much projections to queries and keys are scaled.
+    #[arg(long, default_value_t = 4.0)]
+    skew: f32,
+    /// Queries and keys have nothing in common: tokens do not attend to those like them.
+    #[arg(long)]
+    untied: bool,
+    /// Measures how much attention the chosen pages have, and no times.
+    #[arg(long)]
+    mass_only: bool,
+    /// Thousands of tokens of context; 32 and 128 when left out.
+    #[arg(long, value_delimiter = ',')]
+    lengths: Vec<usize>,
+    /// Sequences of the first length that are decoded together, besides one alone; with
+    /// --quick, none.
+    #[arg(long, default_value_t = 4)]
+    batch: usize,
     /// Directory of the scratch file. Default: that of temporary files.
     #[arg(long)]
     scratch: Option<std::path::PathBuf>,
@@ -57,21 +70,28 @@ pub(crate) struct Options {
 pub(crate) fn run(options: &Options, quick: bool) -> anyhow::Result<Report> {
     let mut report = Report::new("longctx");
     report.set("share", f64::from(options.share));
-    report.set("skew", f64::from(SKEW));
+    report.set("skew", f64::from(options.skew));
     let dir = tempfile::tempdir()?;
     eprintln!(
         "writing a random checkpoint of {} M parameters; {} to go",
         SHAPE.parameters() / 1_000_000,
         if quick { "a minute" } else { "ten minutes" }
     );
-    checkpoint::write_scaled(dir.path(), &SHAPE, SKEW)?;
-    let model = Model::load(dir.path())?;
-    let cases: &[(usize, usize)] = if quick {
-        &[(8, 1)]
-    } else {
-        &[(32, 4), (32, 1), (128, 1)]
+    let attention = Attention {
+        scale: options.skew,
+        is_tied: !options.untied,
     };
-    for &(thousands, sequences) in cases {
+    checkpoint::write_with(dir.path(), &SHAPE, attention)?;
+    let model = Model::load(dir.path())?;
+    let mut lengths = options.lengths.clone();
+    if lengths.is_empty() {
+        lengths = if quick { vec![8] } else { vec![32, 128] };
+    }
+    let mut cases: Vec<(usize, usize)> = lengths.iter().map(|&length| (length, 1)).collect();
+    if options.batch > 1 && !quick {
+        cases.insert(0, (lengths[0], options.batch));
+    }
+    for &(thousands, sequences) in &cases {
         let mut name = format!("{thousands}k");
         if sequences > 1 {
             name = format!("batch{sequences}/{name}");
@@ -107,7 +127,13 @@ impl Case<'_> {
         let mut bed = Bed::new(self.model, self.tokens, self.sequences, &threads)?;
         let mut full = bed.decode(Method::Chosen { ahead: false }, self.options.share, steps)?;
         push(report, "full_memory", name, &mut full.times, None);
+        let [mass, most] = bed.masses([Rule::default(), Rule::Oracle], self.options.share)?;
+        report.push(Row::new(format!("ours/mass/{name}"), mass, "share").against(0.9, mass / 0.9));
+        report.push(Row::new(format!("oracle/mass/{name}"), most, "share"));
 
+        if self.options.mass_only {
+            return Ok(());
+        }
         let lru = bed.copied(|blocks| self.paged(&bed, blocks, Replacement::LeastRecent))?;
         let before = resident_bytes()?;
         let ours = bed.copied(|blocks| self.paged(&bed, blocks, Replacement::Clock))?;
@@ -126,8 +152,8 @@ impl Case<'_> {
         let mut ours = bed.decode(Method::Chosen { ahead: true }, self.options.share, steps)?;
         push(report, "ours", name, &mut ours.times, Some(limit));
         costs(report, "ours", name, &ours.stats, ours.times.len());
-        let mass = bed.mass(self.options.share)?;
-        report.push(Row::new(format!("ours/mass/{name}"), mass, "share").against(0.9, mass / 0.9));
+        let choosing = percentile(&mut ours.choosing, 0.5);
+        report.push(Row::new(format!("ours/choosing/{name}"), choosing, "ms"));
 
         drop(bed.replace(lru));
         let mut lru = bed.decode(Method::Chosen { ahead: false }, self.options.share, steps)?;

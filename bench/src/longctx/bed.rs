@@ -1,10 +1,10 @@
 //! Sequences with long contexts over one pool.
 
 use std::ops::ControlFlow;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use half::f16;
 use kvasir_engine::cache::{self, PoolBackend, Turns};
+use kvasir_engine::paging::{Digests, Options, Rule, Selector, page_weights};
 use kvasir_engine::{
     BLOCK_TOKENS, BlockId, KvDtype, KvPool, LogitsWanted, Model, PagerStats, Pages, Positions,
     Scratch, Step, Threads,
@@ -14,8 +14,6 @@ use kvasir_types::LayerIdx;
 use rand::{Rng as _, SeedableRng as _};
 use rand_chacha::ChaCha8Rng;
 
-use super::choice::Boxes;
-
 pub(super) const DTYPE: KvDtype = KvDtype::F16;
 
 /// Tokens that are computed together.
@@ -23,6 +21,10 @@ const CHUNK_TOKENS: usize = 512;
 /// Tokens from the same few words.
 const TOPIC_TOKENS: usize = 128;
 const TOPIC_WORDS: u32 = 24;
+/// Tokens decoded before the clock is looked at.
+const WARM: usize = 3;
+/// Tokens along which mass is measured.
+const MASS_TOKENS: usize = 4;
 /// Tokens for which there is room behind the contexts.
 const ROOM_TOKENS: usize = 256;
 
@@ -41,6 +43,8 @@ pub(super) enum Method {
 pub(super) struct Decoded {
     /// Of each token, in ms.
     pub(super) times: Vec<f64>,
+    /// What of it went into choosing pages.
+    pub(super) choosing: Vec<f64>,
     pub(super) stats: PagerStats,
 }
 
@@ -50,10 +54,9 @@ pub(super) struct Bed<'a> {
     scratch: Scratch,
     pool: KvPool,
     tables: Vec<Vec<BlockId>>,
-    boxes: Vec<Boxes>,
+    /// Of the contexts, by sequence.
+    digests: Vec<Digests>,
     context: usize,
-    /// Tokens behind the contexts so far.
-    decoded: usize,
 }
 
 impl<'a> Bed<'a> {
@@ -75,13 +78,16 @@ impl<'a> Bed<'a> {
             scratch: Scratch::new(threads.clone()),
             pool,
             tables,
-            boxes: (0..sequences)
-                .map(|_| Boxes::new(config, context))
-                .collect(),
+            digests: Vec::new(),
             context,
-            decoded: 0,
         };
         bed.fill()?;
+        let detail = Options::default().rule.detail().unwrap_or_default();
+        for table in &bed.tables {
+            let mut digests = Digests::new(config, detail);
+            digests.extend(&mut bed.pool, table, context)?;
+            bed.digests.push(digests);
+        }
         Ok(bed)
     }
 
@@ -125,16 +131,6 @@ impl<'a> Bed<'a> {
                     PoolBackend::new(&mut self.pool, &layout)
                         .with_turns(&mut turns)
                         .write_moved(table, placement, index, &payload)?;
-                    self.pool.read_layer(
-                        table,
-                        placement.first,
-                        CHUNK_TOKENS,
-                        layer,
-                        &mut payload,
-                    )?;
-                    let keys = widen(&payload[..payload.len() / 2]);
-                    let page = placement.first / BLOCK_TOKENS;
-                    self.boxes[sequence].note(layer, page, &keys);
                 }
             }
             progress.inc(1);
@@ -169,40 +165,42 @@ impl<'a> Bed<'a> {
 
     /// Goes on with another pool from the contexts, and gives the one before back.
     pub(super) fn replace(&mut self, pool: KvPool) -> KvPool {
-        self.decoded = 0;
         std::mem::replace(&mut self.pool, pool)
     }
 
-    /// Decodes tokens of all sequences together, the first few without a clock.
+    /// Decodes tokens of all sequences together behind their contexts, the first few without a
+    /// clock.
     pub(super) fn decode(
         &mut self,
         method: Method,
         share: f32,
         steps: usize,
     ) -> anyhow::Result<Decoded> {
-        const WARM: usize = 3;
-        let layers = self.model.config().layers;
-        let mut rng = ChaCha8Rng::seed_from_u64(23);
-        let tokens = text(&mut rng, self.model.config().vocab_size, steps + WARM);
-        self.decoded = 0;
-        // By sequence and layer, what was chosen last.
-        let mut last: Vec<Vec<Option<Pages>>> = vec![vec![None; layers]; self.tables.len()];
+        let mut tail = Tail::new(self, share);
         let mut times = Vec::new();
+        let mut choosing = Vec::new();
         let mut before_stats = PagerStats::default();
-        for (index, token) in tokens.iter().enumerate() {
+        for (index, token) in self.tail_text(WARM + steps).into_iter().enumerate() {
             if index == WARM {
                 before_stats = self.stats();
             }
             let begun = Instant::now();
-            self.step(*token, method, share, &mut last)?;
+            self.step(token, method, &mut tail)?;
             if index >= WARM {
                 times.push(begun.elapsed().as_secs_f64() * 1e3);
+                choosing.push(tail.choosing.as_secs_f64() * 1e3);
             }
         }
         Ok(Decoded {
             times,
+            choosing,
             stats: self.stats().since(&before_stats),
         })
+    }
+
+    fn tail_text(&self, tokens: usize) -> Vec<u32> {
+        let mut rng = ChaCha8Rng::seed_from_u64(23);
+        text(&mut rng, self.model.config().vocab_size, tokens)
     }
 
     fn stats(&self) -> PagerStats {
@@ -212,14 +210,8 @@ impl<'a> Bed<'a> {
             .unwrap_or_default()
     }
 
-    fn step(
-        &mut self,
-        token: u32,
-        method: Method,
-        share: f32,
-        last: &mut [Vec<Option<Pages>>],
-    ) -> anyhow::Result<()> {
-        let position = self.context + self.decoded;
+    fn step(&mut self, token: u32, method: Method, tail: &mut Tail) -> anyhow::Result<()> {
+        let position = self.context + tail.decoded;
         let steps: Vec<Step<'_>> = self
             .tables
             .iter()
@@ -230,97 +222,114 @@ impl<'a> Bed<'a> {
                 logits: LogitsWanted::Last,
             })
             .collect();
-        let config = self.model.config();
-        let width = config.heads * config.head_dim;
-        let boxes = &self.boxes;
+        let layers = self.model.config().layers;
+        let tables = &self.tables;
+        tail.choosing = Duration::ZERO;
         self.model
             .forward(&mut self.pool, &mut self.scratch, &steps, &mut |before| {
                 let Method::Chosen { ahead } = method else {
                     return ControlFlow::Continue(());
                 };
-                let next = (before.layer + 1) % config.layers;
-                for (sequence, rows) in before.steps.iter().enumerate() {
-                    let queries = &before.rows[rows.start * before.stride..][..width];
-                    let chosen = boxes[sequence].choose(before.layer, queries, position, share);
-                    before.pages[sequence] = Pages::Chosen(chosen);
+                let begun = Instant::now();
+                let next = (before.layer + 1) % layers;
+                for (sequence, table) in tables.iter().enumerate() {
+                    let (selector, last) = &mut tail.choices[sequence];
+                    let digests = &tail.digests[sequence];
+                    let chosen = selector.choose(&before, sequence, digests, table);
+                    before.pages[sequence] = chosen.clone();
                     if ahead {
-                        before.expected[sequence] = last[sequence][next].clone();
+                        before.expected[sequence] = last[next].clone();
                     }
-                    last[sequence][before.layer] = Some(before.pages[sequence].clone());
+                    last[before.layer] = Some(chosen);
                 }
+                tail.choosing += begun.elapsed();
                 ControlFlow::Continue(())
             })?;
-        self.decoded += 1;
+        tail.decoded += 1;
+        for (digests, table) in tail.digests.iter_mut().zip(tables) {
+            digests.extend(&mut self.pool, table, position + 1)?;
+        }
         Ok(())
     }
 
-    /// Share of attention that the chosen pages of the first sequence have, over layers and
-    /// query heads, for one token.
-    pub(super) fn mass(&mut self, share: f32) -> anyhow::Result<f64> {
-        let config = self.model.config().clone();
-        let (dim, width) = (config.head_dim, config.heads * config.head_dim);
-        let position = self.context;
+    /// Share of attention that the pages chosen by `rules` have, over layers, query heads, and
+    /// a few tokens of the first sequence, which attend to everything. The pool is in memory.
+    pub(super) fn masses<const N: usize>(
+        &mut self,
+        rules: [Rule; N],
+        share: f32,
+    ) -> anyhow::Result<[f64; N]> {
+        let config = self.model.config();
+        let mut selectors = rules.map(|rule| Selector::new(self.model, selection(rule, share)));
+        let mut sums = [0.0; N];
+        let (table, digests) = (&self.tables[0], &self.digests[0]);
         let group = config.heads / config.kv_heads;
-        let mut masses = Vec::new();
-        let mut keys = vec![0; self.pool.layer_bytes(CHUNK_TOKENS)];
-        let (boxes, table, context) = (&self.boxes[0], &self.tables[0], self.context);
-        let mut failed = None;
-        let step = Step {
-            tokens: &[1],
-            positions: Positions::From(position),
-            blocks: table,
-            logits: LogitsWanted::Last,
+        for (index, token) in self.tail_text(MASS_TOKENS).into_iter().enumerate() {
+            let step = Step {
+                tokens: &[token],
+                positions: Positions::From(self.context + index),
+                blocks: table,
+                logits: LogitsWanted::None,
+            };
+            self.model
+                .forward(&mut self.pool, &mut self.scratch, &[step], &mut |before| {
+                    let weights = page_weights(config, &before, 0, table);
+                    for (selector, sum) in selectors.iter_mut().zip(&mut sums) {
+                        let Pages::Chosen(chosen) = selector.choose(&before, 0, digests, table)
+                        else {
+                            *sum += weights.len() as f64;
+                            continue;
+                        };
+                        for (head, weights) in weights.iter().enumerate() {
+                            let pages = chosen[head / group].iter();
+                            let mass: f32 = pages.map(|&page| weights[page as usize]).sum();
+                            *sum += f64::from(mass);
+                        }
+                    }
+                    ControlFlow::Continue(())
+                })?;
+        }
+        #[expect(
+            clippy::cast_precision_loss,
+            reason = "layers times heads times tokens"
+        )]
+        let count = (config.layers * config.heads * MASS_TOKENS) as f64;
+        Ok(sums.map(|sum| sum / count))
+    }
+}
+
+fn selection(rule: Rule, share: f32) -> Options {
+    Options {
+        rule,
+        share,
+        ..Options::default()
+    }
+}
+
+/// What is decoded behind the contexts.
+#[derive(Debug)]
+struct Tail {
+    decoded: usize,
+    digests: Vec<Digests>,
+    /// By sequence: what chooses, and what was chosen last in each layer.
+    choices: Vec<(Selector, Vec<Option<Pages>>)>,
+    /// How long choosing took for the last token.
+    choosing: Duration,
+}
+
+impl Tail {
+    fn new(bed: &Bed<'_>, share: f32) -> Self {
+        let layers = bed.model.config().layers;
+        let choice = |_: &Digests| {
+            let selector = Selector::new(bed.model, selection(Rule::default(), share));
+            (selector, vec![None; layers])
         };
-        self.model
-            .forward(&mut self.pool, &mut self.scratch, &[step], &mut |before| {
-                let queries = &before.rows[..width];
-                let chosen = boxes.choose(before.layer, queries, position, share);
-                // By head: the exponents of all tokens, in order.
-                let mut logits = vec![Vec::with_capacity(context); config.heads];
-                for first in (0..context).step_by(CHUNK_TOKENS) {
-                    let layer = before.layer;
-                    let read = before
-                        .pool
-                        .bring(table, first, CHUNK_TOKENS, layer..layer + 1)
-                        .and_then(|()| {
-                            before
-                                .pool
-                                .read_layer(table, first, CHUNK_TOKENS, layer, &mut keys)
-                        });
-                    if let Err(error) = read {
-                        failed = Some(error);
-                        return ControlFlow::Break(());
-                    }
-                    let keys = widen(&keys[..keys.len() / 2]);
-                    for (head, logits) in logits.iter_mut().enumerate() {
-                        let query = &queries[head * dim..][..dim];
-                        let keys = &keys[head / group * CHUNK_TOKENS * dim..][..CHUNK_TOKENS * dim];
-                        #[expect(clippy::cast_precision_loss, reason = "a head dimension")]
-                        let scale = 1.0 / (dim as f32).sqrt();
-                        logits.extend(keys.chunks_exact(dim).map(|key| {
-                            key.iter().zip(query).map(|(a, b)| a * b).sum::<f32>() * scale
-                        }));
-                    }
-                }
-                for (head, logits) in logits.iter().enumerate() {
-                    let top = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-                    let weight = |logit: &f32| f64::from((logit - top).exp());
-                    let all: f64 = logits.iter().map(weight).sum();
-                    let of_page = |&page: &u32| -> f64 {
-                        let at = page as usize * BLOCK_TOKENS;
-                        let tokens = logits.iter().skip(at).take(BLOCK_TOKENS);
-                        tokens.map(weight).sum()
-                    };
-                    let held: f64 = chosen[head / group].iter().map(of_page).sum();
-                    masses.push(held / all);
-                }
-                before.pages[0] = Pages::Chosen(chosen);
-                ControlFlow::Continue(())
-            })
-            .map_err(|error| failed.map_or_else(|| error.into(), anyhow::Error::from))?;
-        #[expect(clippy::cast_precision_loss, reason = "layers times heads")]
-        let mean = masses.iter().sum::<f64>() / masses.len() as f64;
-        Ok(mean)
+        Self {
+            decoded: 0,
+            digests: bed.digests.clone(),
+            choices: bed.digests.iter().map(choice).collect(),
+            choosing: Duration::ZERO,
+        }
     }
 }
 
@@ -337,12 +346,5 @@ fn text(rng: &mut ChaCha8Rng, vocabulary: usize, tokens: usize) -> Vec<u32> {
             }
             words[rng.random_range(0..words.len())]
         })
-        .collect()
-}
-
-fn widen(bytes: &[u8]) -> Vec<f32> {
-    let elements = bytes.as_chunks().0.iter();
-    elements
-        .map(|&bits| f16::from_le_bytes(bits).to_f32())
         .collect()
 }

@@ -10,7 +10,7 @@ use rand_chacha::ChaCha8Rng;
 
 use super::mass::Masses;
 use super::{Digested, Way};
-use crate::checkpoint::{self, Shape};
+use crate::checkpoint::{self, Attention, Shape};
 use crate::quality::reader::Reader;
 use crate::report::Report;
 
@@ -36,7 +36,11 @@ pub(super) fn run(ways: &[Way], quick: bool, report: &mut Report) -> anyhow::Res
     for (name, scale) in [("flat", 1.0), ("skewed", SKEW)] {
         eprintln!("reading {context} tokens with random weights, {name}");
         let dir = tempfile::tempdir()?;
-        checkpoint::write_scaled(dir.path(), &SHAPE, scale)?;
+        let attention = Attention {
+            scale,
+            is_tied: false,
+        };
+        checkpoint::write_with(dir.path(), &SHAPE, attention)?;
         let mut reader = Reader::load(dir.path(), context + 64)?;
         let pages = reader.prefill(&text[..context])?;
         let digests = Digested::of(&mut reader, &pages)?;

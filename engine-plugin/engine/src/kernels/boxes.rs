@@ -18,9 +18,6 @@ pub(crate) const CODE_ROWS: usize = 3;
 /// Tokens of a page.
 const TOKENS: usize = 16;
 
-/// Codes of 2 bits in a word.
-pub(crate) const CODES: usize = 16;
-
 /// What is known of `query · key` for all keys in a box, but for a common `base`.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(crate) struct Reach {
@@ -31,10 +28,6 @@ pub(crate) struct Reach {
     /// The product with the third row of codes; with their magnitudes in `third_size`.
     pub(crate) third: f32,
     pub(crate) third_size: f32,
-    /// Sum over channels of the squared difference of the two ends' products.
-    pub(crate) spread: f32,
-    /// The same, of each channel its share.
-    pub(crate) part: f32,
 }
 
 /// A query in the units of one box.
@@ -106,7 +99,7 @@ fn reach_body(codes: &[u8], weights: &[f32], out: &mut [Reach]) {
     for (codes, out) in codes.chunks_exact(CODE_ROWS * width).zip(out) {
         let (low, rest) = codes.split_at(width);
         let (high, third) = rest.split_at(width);
-        let [mut upper, mut lower, mut mean, mut spread, mut size] = [[0.0f32; LANES]; 5];
+        let [mut upper, mut lower, mut mean, mut size] = [[0.0f32; LANES]; 4];
         let ends = low
             .as_chunks::<LANES>()
             .0
@@ -127,7 +120,6 @@ fn reach_body(codes: &[u8], weights: &[f32], out: &mut [Reach]) {
                 let third = f32::from(third[lane]);
                 mean[lane] = weight.mul_add(third, mean[lane]);
                 size[lane] = weight.abs().mul_add(third, size[lane]);
-                spread[lane] = (b - a).mul_add(b - a, spread[lane]);
             }
         }
         *out = Reach {
@@ -135,120 +127,200 @@ fn reach_body(codes: &[u8], weights: &[f32], out: &mut [Reach]) {
             lower: sum_lanes(lower),
             third: sum_lanes(mean),
             third_size: sum_lanes(size),
-            spread: sum_lanes(spread),
-            part: 0.0,
         };
     }
 }
 
 dispatch! {
-    /// As [`reach`], of codes of 4 bits, lower ends in the lower half: `[page][channel]`.
-    /// Without a third row.
-    pub(crate) fn reach_packed(
-        codes: &[u8], weights: &[f32], shares: &[f32], out: &mut [Reach],
-    ) = reach_packed_body
+    /// As [`reach`], of one page with codes of 4 bits, lower ends in the lower half, for
+    /// several queries: `[query][channel]`. Quarters of the ends' differences go to `quarters`;
+    /// `third` is the product with the middle less the sum of these.
+    pub(crate) fn reach_ends(
+        codes: &[u8], weights: &[f32], quarters: &mut [f32], out: &mut [Reach],
+    ) = reach_ends_body
 }
 
 #[inline(always)]
-fn reach_packed_body(codes: &[u8], weights: &[f32], shares: &[f32], out: &mut [Reach]) {
-    let shares = shares.as_chunks::<LANES>().0;
-    let weights = weights.as_chunks::<LANES>().0;
-    for (codes, out) in codes.chunks_exact(LANES * weights.len()).zip(out) {
-        let [mut upper, mut lower, mut spread, mut part] = [[0.0f32; LANES]; 4];
-        let codes = codes.as_chunks::<LANES>().0.iter();
-        for ((codes, weights), shares) in codes.zip(weights).zip(shares) {
+fn reach_ends_body(codes: &[u8], weights: &[f32], quarters: &mut [f32], out: &mut [Reach]) {
+    let width = codes.len();
+    let codes = codes.as_chunks::<LANES>().0;
+    let queries = weights
+        .chunks_exact(width)
+        .zip(quarters.chunks_exact_mut(width));
+    for ((weights, quarters), out) in queries.zip(out) {
+        let [mut upper, mut lower, mut sum] = [[0.0f32; LANES]; 3];
+        let weights = weights.as_chunks::<LANES>().0.iter();
+        let quarters = quarters.as_chunks_mut::<LANES>().0.iter_mut();
+        for ((codes, weights), quarters) in codes.iter().zip(weights).zip(quarters) {
             for lane in 0..LANES {
                 let a = weights[lane] * f32::from(codes[lane] & 15);
                 let b = weights[lane] * f32::from(codes[lane] >> 4);
                 upper[lane] += if a > b { a } else { b };
                 lower[lane] += if a > b { b } else { a };
-                let square = (b - a) * (b - a);
-                spread[lane] += square;
-                part[lane] = shares[lane].mul_add(square, part[lane]);
+                quarters[lane] = (b - a) / 4.0;
+                sum[lane] += quarters[lane];
             }
         }
+        let (upper, lower) = (sum_lanes(upper), sum_lanes(lower));
         *out = Reach {
-            upper: sum_lanes(upper),
-            lower: sum_lanes(lower),
-            spread: sum_lanes(spread),
-            part: sum_lanes(part),
-            ..Reach::default()
+            upper,
+            lower,
+            third: f32::midpoint(upper, lower) - sum_lanes(sum),
+            third_size: 0.0,
         };
     }
 }
 
-/// Adds to each token of a page its codes, from their middle, times the channels' weights.
-/// Codes have 2 bits; a word has those of a token in 16 channels, the first lowest:
-/// `[16 channels][token]`.
-pub(crate) fn add_tokens(isa: Isa, words: &[u32], weights: &[f32], out: &mut [f32; TOKENS]) {
+/// By query and token of a page, the sum of the query's quarters in the channels where the
+/// token's bit is set: `signs` has a word a channel, with a bit for each token.
+pub(crate) fn add_signs(isa: Isa, signs: &[u16], quarters: &[f32], out: &mut [[f32; TOKENS]]) {
     match isa.kind() {
         // SAFETY: an `Isa` of this kind exists only after detection.
         #[cfg(target_arch = "x86_64")]
-        Kind::Avx512 => unsafe { add_tokens_avx512(words, weights, out) },
-        _ => add_tokens_compiled(isa, words, weights, out),
+        Kind::Avx512 => unsafe { add_signs_avx512(signs, quarters, out) },
+        _ => add_signs_compiled(isa, signs, quarters, out),
     }
 }
 
 dispatch! {
-    fn add_tokens_compiled(
-        words: &[u32], weights: &[f32], out: &mut [f32; TOKENS],
-    ) = add_tokens_body
-}
-
-/// What compilers do not find in [`add_tokens_body`]: one token a lane.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f")]
-fn add_tokens_avx512(words: &[u32], weights: &[f32], out: &mut [f32; TOKENS]) {
-    use std::arch::x86_64::{
-        _mm512_and_si512, _mm512_castps_si512, _mm512_cvtepi32_ps, _mm512_fmadd_ps,
-        _mm512_set1_epi32, _mm512_set1_ps, _mm512_srli_epi32, _mm512_sub_ps,
-    };
-    let (two_bits, middle) = (_mm512_set1_epi32(3), _mm512_set1_ps(1.5));
-    let mut sums = vector::load(out);
-    let blocks = words.as_chunks::<TOKENS>().0.iter();
-    for (words, weights) in blocks.zip(weights.chunks(CODES)) {
-        let mut left = _mm512_castps_si512(vector::load(&words.map(f32::from_bits)));
-        for &weight in weights {
-            let code = _mm512_cvtepi32_ps(_mm512_and_si512(left, two_bits));
-            sums = _mm512_fmadd_ps(_mm512_sub_ps(code, middle), _mm512_set1_ps(weight), sums);
-            left = _mm512_srli_epi32::<2>(left);
-        }
-    }
-    vector::store(out, sums);
+    fn add_signs_compiled(
+        signs: &[u16], quarters: &[f32], out: &mut [[f32; TOKENS]],
+    ) = add_signs_body
 }
 
 #[inline(always)]
-fn add_tokens_body(words: &[u32], weights: &[f32], out: &mut [f32; TOKENS]) {
-    let blocks = words.as_chunks::<TOKENS>().0.iter();
-    for (words, weights) in blocks.zip(weights.chunks(CODES)) {
-        let (mut left, mut sums) = (*words, *out);
-        for &weight in weights {
-            for lane in 0..TOKENS {
-                #[expect(clippy::cast_precision_loss, reason = "two bits")]
-                let code = (left[lane] & 3).cast_signed() as f32 - 1.5;
-                sums[lane] = code.mul_add(weight, sums[lane]);
-                left[lane] >>= 2;
+fn add_signs_body(signs: &[u16], quarters: &[f32], out: &mut [[f32; TOKENS]]) {
+    for (quarters, out) in quarters.chunks_exact(signs.len()).zip(out) {
+        let [mut even, mut odd] = [[0.0; TOKENS]; 2];
+        let pairs = signs.as_chunks::<2>().0.iter();
+        for (signs, quarters) in pairs.zip(quarters.as_chunks::<2>().0) {
+            for token in 0..TOKENS {
+                let is_set = |sign: u16| (sign >> token) & 1 == 1;
+                even[token] += if is_set(signs[0]) { quarters[0] } else { 0.0 };
+                odd[token] += if is_set(signs[1]) { quarters[1] } else { 0.0 };
             }
         }
-        *out = sums;
+        for token in 0..TOKENS {
+            out[token] = even[token] + odd[token];
+        }
+    }
+}
+
+/// What compilers do not find in [`add_signs_body`]: a token's bit is its lane's mask.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+fn add_signs_avx512(signs: &[u16], quarters: &[f32], out: &mut [[f32; TOKENS]]) {
+    let (fours, rest) = out.as_chunks_mut::<4>();
+    let (front, back) = quarters.split_at(4 * fours.len() * signs.len());
+    for (quarters, out) in front.chunks_exact(4 * signs.len()).zip(fours) {
+        add_signs_together(signs, quarters, out);
+    }
+    for (quarters, out) in back.chunks_exact(signs.len()).zip(rest) {
+        add_signs_together(signs, quarters, std::array::from_mut(out));
+    }
+}
+
+/// Of `N` queries at once: each mask is loaded once.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn add_signs_together<const N: usize>(
+    signs: &[u16],
+    quarters: &[f32],
+    out: &mut [[f32; TOKENS]; N],
+) {
+    use std::arch::x86_64::{_mm512_add_ps, _mm512_mask_add_ps, _mm512_set1_ps, _mm512_setzero_ps};
+    let [mut even, mut odd] = [[_mm512_setzero_ps(); N]; 2];
+    let queries: [&[f32]; N] =
+        std::array::from_fn(|query| &quarters[query * signs.len()..][..signs.len()]);
+    for (pair, signs) in signs.as_chunks::<2>().0.iter().enumerate() {
+        for (query, quarters) in queries.iter().enumerate() {
+            let quarters = |at: usize| _mm512_set1_ps(quarters[2 * pair + at]);
+            even[query] = _mm512_mask_add_ps(even[query], signs[0], even[query], quarters(0));
+            odd[query] = _mm512_mask_add_ps(odd[query], signs[1], odd[query], quarters(1));
+        }
+    }
+    for ((out, even), odd) in out.iter_mut().zip(even).zip(odd) {
+        vector::store(out, _mm512_add_ps(even, odd));
     }
 }
 
 dispatch! {
-    /// The logarithm of the mean of exponentials.
-    pub(crate) fn log_mean(logits: &[f32; TOKENS], out: &mut f32) = log_mean_body
+    /// Makes of `third`, by query, the logarithm of the mean weight of the page's tokens, which
+    /// have it and twice their sums in their logits.
+    pub(crate) fn log_means(sums: &[[f32; TOKENS]], out: &mut [Reach]) = log_means_body
 }
 
 #[inline(always)]
-fn log_mean_body(logits: &[f32; TOKENS], out: &mut f32) {
-    let top = max_lanes(*logits);
-    let mut weights = [0.0; TOKENS];
-    for (weight, &logit) in weights.iter_mut().zip(logits) {
-        *weight = exp(logit - top);
+fn log_means_body(sums: &[[f32; TOKENS]], out: &mut [Reach]) {
+    for (sums, out) in sums.iter().zip(out) {
+        let mut logits = [0.0; TOKENS];
+        for (logit, &sum) in logits.iter_mut().zip(sums) {
+            *logit = 2.0f32.mul_add(sum, out.third);
+        }
+        let top = max_lanes(logits);
+        let mut weights = [0.0; TOKENS];
+        for (weight, &logit) in weights.iter_mut().zip(&logits) {
+            *weight = exp(logit - top);
+        }
+        #[expect(clippy::cast_precision_loss, reason = "a page has few tokens")]
+        let tokens = TOKENS as f32;
+        out.third = top + (sum_lanes(weights) / tokens).ln();
     }
-    #[expect(clippy::cast_precision_loss, reason = "a page has few tokens")]
-    let tokens = TOKENS as f32;
-    *out = top + (sum_lanes(weights) / tokens).ln();
+}
+
+dispatch! {
+    /// The logarithm of the sum of exponentials.
+    pub(crate) fn log_sum(logits: &[f32], out: &mut f32) = log_sum_body
+}
+
+#[inline(always)]
+fn log_sum_body(logits: &[f32], out: &mut f32) {
+    let (chunks, rest) = logits.as_chunks::<LANES>();
+    let mut tops = [f32::NEG_INFINITY; LANES];
+    for chunk in chunks {
+        for lane in 0..LANES {
+            tops[lane] = if chunk[lane] > tops[lane] {
+                chunk[lane]
+            } else {
+                tops[lane]
+            };
+        }
+    }
+    let top = rest.iter().copied().fold(max_lanes(tops), f32::max);
+    let mut sums = [0.0; LANES];
+    for chunk in chunks {
+        for lane in 0..LANES {
+            sums[lane] += exp(chunk[lane] - top);
+        }
+    }
+    let rest: f32 = rest.iter().map(|logit| exp(logit - top)).sum();
+    *out = top + (sum_lanes(sums) + rest).ln();
+}
+
+dispatch! {
+    /// Adds to each score the weight of its logit.
+    pub(crate) fn add_weights(logits: &[f32], total: f32, scores: &mut [f32]) = add_weights_body
+}
+
+#[inline(always)]
+fn add_weights_body(logits: &[f32], total: f32, scores: &mut [f32]) {
+    for (score, logit) in scores.iter_mut().zip(logits) {
+        *score += exp(logit - total);
+    }
+}
+
+dispatch! {
+    /// Raises each score to the weight of its logit.
+    pub(crate) fn max_weights(logits: &[f32], total: f32, scores: &mut [f32]) = max_weights_body
+}
+
+#[inline(always)]
+fn max_weights_body(logits: &[f32], total: f32, scores: &mut [f32]) {
+    for (score, logit) in scores.iter_mut().zip(logits) {
+        let weight = exp(logit - total);
+        *score = if weight > *score { weight } else { *score };
+    }
 }
 
 dispatch! {
@@ -314,39 +386,50 @@ mod tests {
             let (low, step) = (bits(floats(width)), bits(floats(width)));
             let codes: Vec<u8> = floats(pages * CODE_ROWS * width)
                 .into_iter().map(|value| value.to_bits().to_le_bytes()[1]).collect();
-            let words: Vec<u32> = floats(width).into_iter().map(f32::to_bits).collect();
+            let queries = floats(6 * width);
+            let signs: Vec<u16> = floats(width)
+                .into_iter().map(|value| (value.to_bits() >> 4) as u16).collect();
+            let one: Vec<u8> = floats(width)
+                .into_iter().map(|value| value.to_bits().to_le_bytes()[1]).collect();
             let run = |isa: Option<Isa>| {
                 let mut weights = vec![0.0; width];
                 let mut weighed = Weighed::default();
                 let mut reached = vec![Reach::default(); pages];
-                let mut packed = vec![Reach::default(); pages];
-                let mut tokens = [0.5; TOKENS];
+                let mut ends = [Reach::default(); 6];
+                let (mut quarters, mut sums) = (vec![0.0; 6 * width], [[0.0; TOKENS]; 6]);
                 match isa {
                     Some(isa) => {
                         weigh(isa, &low, &step, 255.0, &query, &mut weights, &mut weighed);
                         reach(isa, &codes, &weights, &mut reached);
-                        reach_packed(isa, &codes, &weights, &query, &mut packed);
-                        add_tokens(isa, &words, &weights, &mut tokens);
+                        reach_ends(isa, &one, &queries, &mut quarters, &mut ends);
+                        add_signs(isa, &signs, &quarters, &mut sums);
                     }
                     None => {
                         weigh_body(&low, &step, 255.0, &query, &mut weights, &mut weighed);
                         reach_body(&codes, &weights, &mut reached);
-                        reach_packed_body(&codes, &weights, &query, &mut packed);
-                        add_tokens_body(&words, &weights, &mut tokens);
+                        reach_ends_body(&one, &queries, &mut quarters, &mut ends);
+                        add_signs_body(&signs, &quarters, &mut sums);
                     }
                 }
-                let (mut mean, mut dot) = (0.0, [0.0; 1]);
+                let (mut dot, mut sum) = ([0.0; 1], 0.0);
+                let [mut added, mut raised] = [(); 2].map(|()| vec![0.1; width]);
                 match isa {
                     Some(isa) => {
-                        log_mean(isa, &tokens, &mut mean);
+                        log_means(isa, &sums, &mut ends);
                         dots(isa, &weights, &query, &mut dot);
+                        log_sum(isa, &queries[3..], &mut sum);
+                        add_weights(isa, &query, 1.5, &mut added);
+                        max_weights(isa, &query, 1.5, &mut raised);
                     }
                     None => {
-                        log_mean_body(&tokens, &mut mean);
+                        log_means_body(&sums, &mut ends);
                         dots_body(&weights, &query, &mut dot);
+                        log_sum_body(&queries[3..], &mut sum);
+                        add_weights_body(&query, 1.5, &mut added);
+                        max_weights_body(&query, 1.5, &mut raised);
                     }
                 }
-                (weights, weighed, reached, packed, (tokens, mean, dot))
+                (weights, weighed, reached, ends, (quarters, sums, dot), (sum, added, raised))
             };
             for isa in Isa::available() {
                 prop_assert_eq!(run(Some(isa)), run(None));

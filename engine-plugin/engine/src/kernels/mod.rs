@@ -28,7 +28,8 @@ pub use matmul::K_CHUNK;
 
 pub(crate) use attention::{AttentionShape, AttentionWork, QueryRange, attend};
 pub(crate) use boxes::{
-    CODE_ROWS, CODES, Reach, Weighed, add_tokens, dots, log_mean, reach, reach_packed, weigh, widen,
+    CODE_ROWS, Reach, Weighed, add_signs, add_weights, dots, log_means, log_sum, max_weights,
+    reach, reach_ends, weigh, widen,
 };
 pub(crate) use elementwise::{LANES, add_bias, rms_norm, rms_norm_in_place, silu_mul};
 pub(crate) use matmul::{PANEL, PackedMatrix, matmul};

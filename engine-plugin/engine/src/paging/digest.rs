@@ -6,13 +6,11 @@
 //! |---|---|---|
 //! | lower ends of a group's box, and steps | `[group][channel]` each | f16 |
 //! | ends of a page's box | `[page][channel]` | 2 x 4 bits, in the group's steps |
-//! | in which quarter of its page's box a token's key is | `[page][fine channel / 16][token]` | 16 x 2 bits |
+//! | in which half of its page's box a token's key is | `[page][channel]` | 16 x 1 bit |
 //!
-//! The last is of the half of the channels in which keys of a page differ most: fine ones,
-//! the same for all pages of a group. It tells a page with one key that a query looks for
-//! from one whose box only happens to be large. All in all that is, a page and channel, one
-//! byte, two for its tokens and 6 / [`GROUP_PAGES`] for the group, beside 64 of K and V in
-//! f16: 5.7 %.
+//! The last tells a page with one key that a query looks for from one whose box only happens to
+//! be large. All in all that is, a page and channel, one byte, two for its tokens and
+//! 4 / [`GROUP_PAGES`] for the group, beside 64 of K and V in f16: 5.5 %.
 //!
 //! Ends are rounded outward, at every stage, so a box holds all its keys and bounds from it
 //! are safe.
@@ -36,7 +34,7 @@
 use half::f16;
 
 use crate::config::ModelConfig;
-use crate::kernels::{CODE_ROWS, CODES, LANES, widen};
+use crate::kernels::{CODE_ROWS, LANES, widen};
 use crate::kv::{BLOCK_TOKENS, BlockId, KvError, KvPool, Plane};
 
 /// Pages of a full group: boxes of 128 tokens.
@@ -112,10 +110,8 @@ pub(super) struct Head {
     pub(super) step: Vec<u16>,
     /// `[page][row][channel]`.
     pub(super) codes: Vec<u8>,
-    /// `[group][fine channel]`: which they are.
-    pub(super) fine: Vec<u16>,
-    /// `[page][16 fine channels][token]`: 2 bits a channel.
-    pub(super) tokens: Vec<u32>,
+    /// `[page][channel]`: a bit for each token, set in the upper half.
+    pub(super) signs: Vec<u16>,
     /// Pages that no box holds, ascending.
     pub(super) odd: Vec<u32>,
 }
@@ -221,8 +217,7 @@ impl Digests {
             let base = u32::try_from(self.pages).unwrap_or(u32::MAX);
             let odd = other.odd.iter().map(|page| page.saturating_add(base));
             head.odd.extend(odd);
-            head.fine.extend_from_slice(&other.fine);
-            head.tokens.extend_from_slice(&other.tokens);
+            head.signs.extend_from_slice(&other.signs);
         }
         self.pages += chunk.pages;
         self.is_open = false;
@@ -236,9 +231,9 @@ impl Digests {
     /// Bytes that they take in memory.
     pub fn bytes(&self) -> usize {
         let heads = self.heads.iter().map(|head| {
-            2 * (head.low.len() + head.step.len() + head.fine.len())
+            2 * (head.low.len() + head.step.len() + head.signs.len())
                 + head.codes.len()
-                + 4 * (head.odd.len() + head.tokens.len())
+                + 4 * head.odd.len()
         });
         heads.sum::<usize>() + size_of_val(&self.groups[..]) + size_of_val(&self.moves[..])
     }
@@ -248,12 +243,7 @@ impl Digests {
         self.detail
     }
 
-    /// Channels of a head.
-    pub(super) fn dim(&self) -> usize {
-        self.dim
-    }
-
-    /// The same, padded to whole lanes.
+    /// Channels of a head, padded to whole lanes.
     pub(super) fn padded(&self) -> usize {
         self.dim.next_multiple_of(LANES)
     }
@@ -307,23 +297,12 @@ impl Digests {
     }
 }
 
-/// Channels of which tokens have codes of their own.
-pub(super) const fn fine_channels(dim: usize) -> usize {
-    dim / 2
-}
-
-/// Words that the tokens of a page take.
-pub(super) const fn token_words(dim: usize) -> usize {
-    fine_channels(dim).div_ceil(CODES) * BLOCK_TOKENS
-}
-
 impl Head {
     /// Codes the last group, whose pages have these keys; codes that are there of its first
     /// pages are lost.
     fn code(&mut self, first: usize, keys: &[f32], dim: usize, detail: Detail) {
         let padded = dim.next_multiple_of(LANES);
         let group = self.low.len() - padded;
-        let fine = fine_channels(dim);
         let width = detail.rows() * padded;
         let pages = keys.len() / (BLOCK_TOKENS * dim);
         self.codes.truncate(first * width);
@@ -338,8 +317,10 @@ impl Head {
             }
             rows.push(is_whole.then(|| summarise(keys, dim, detail)));
         }
-        // By channel, how much keys of a page differ.
-        let mut widths = vec![0.0; dim];
+        if detail == Detail::Tokens {
+            self.signs.truncate(first * padded);
+            self.signs.resize((first + pages) * padded, 0);
+        }
         for channel in 0..dim {
             let ends = rows
                 .iter()
@@ -352,53 +333,27 @@ impl Head {
             self.low[group + channel] = scale.low;
             self.step[group + channel] = scale.step;
             let pages = self.codes[first * width..].chunks_exact_mut(width);
-            for (codes, rows) in pages.zip(&rows) {
+            for (page, (codes, rows)) in pages.zip(&rows).enumerate() {
                 let Some(rows) = rows else { continue };
                 let low = scale.below(rows[channel]);
                 let high = scale.above(rows[dim + channel]);
                 if detail == Detail::Tokens {
                     codes[channel] = low | high << 4;
-                    widths[channel] += (scale.value(high) - scale.value(low)).powi(2);
+                    let middle = f32::midpoint(scale.value(low), scale.value(high));
+                    let keys = keys[page * BLOCK_TOKENS * dim..][..BLOCK_TOKENS * dim]
+                        .iter()
+                        .skip(channel)
+                        .step_by(dim);
+                    let bits = keys
+                        .zip(0u32..)
+                        .map(|(&key, token)| u16::from(key > middle) << token);
+                    self.signs[(first + page) * padded + channel] =
+                        bits.fold(0, |all, bit| all | bit);
                 } else {
                     codes[channel] = low;
                     codes[padded + channel] = high;
                     let third = rows[2 * dim + channel];
                     codes[2 * padded + channel] = scale.nearest(third, detail);
-                }
-            }
-        }
-        if detail != Detail::Tokens {
-            return;
-        }
-        let mut channels: Vec<u16> = (0..dim).filter_map(|it| u16::try_from(it).ok()).collect();
-        let width_of = |channel: &u16| widths[*channel as usize];
-        channels.sort_by(|a, b| width_of(b).total_cmp(&width_of(a)));
-        channels.truncate(fine);
-        channels.sort_unstable();
-        self.fine.truncate(group / padded * fine);
-        self.fine.extend(&channels);
-        let width = token_words(dim);
-        self.tokens.truncate(first * width);
-        self.tokens.resize((first + pages) * width, 0);
-        let words = self.tokens[first * width..].chunks_exact_mut(width);
-        let keys = keys.chunks_exact(BLOCK_TOKENS * dim);
-        for ((keys, words), codes) in keys
-            .zip(words)
-            .zip(self.codes[first * padded..].chunks_exact(padded))
-        {
-            for (index, &channel) in channels.iter().enumerate() {
-                let channel = channel as usize;
-                let scale = Scale {
-                    low: self.low[group + channel],
-                    step: self.step[group + channel],
-                    steps: detail.steps(),
-                };
-                let low = scale.value(codes[channel] & 15);
-                let quarter = (scale.value(codes[channel] >> 4) - low) / 4.0;
-                let block = &mut words[index / CODES * BLOCK_TOKENS..][..BLOCK_TOKENS];
-                for (word, key) in block.iter_mut().zip(keys.iter().skip(channel).step_by(dim)) {
-                    let code = u32::from(whole((key - low) / quarter, 3));
-                    *word |= code << (2 * (index % CODES));
                 }
             }
         }

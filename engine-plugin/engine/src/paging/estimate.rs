@@ -58,11 +58,8 @@ impl Keys<'_> {
     pub(super) fn exact(&self, queries: &[Vec<f32>]) -> Estimates {
         let mut found = self.listed(queries.len());
         let logits = self.logits(queries);
-        for page in 0..self.pages {
-            for logits in &logits {
-                let page = &logits[page * BLOCK_TOKENS..][..BLOCK_TOKENS];
-                found.logits.push(log_sum(page));
-            }
+        for (found, logits) in found.logits.iter_mut().zip(&logits) {
+            found.extend(logits.chunks_exact(BLOCK_TOKENS).map(log_sum));
         }
         found
     }
@@ -79,7 +76,7 @@ impl Keys<'_> {
         let mut found = self.listed(1);
         let pages = votes.chunks_exact(BLOCK_TOKENS);
         let best = pages.map(|page| page.iter().copied().fold(0.0, f32::max));
-        found.logits.extend(best.map(f32::ln));
+        found.logits[0].extend(best.map(f32::ln));
         found
     }
 
@@ -196,7 +193,7 @@ pub(super) fn recency(pages: usize) -> Estimates {
         .extend(0..u32::try_from(pages).unwrap_or(u32::MAX));
     #[expect(clippy::cast_precision_loss, reason = "a rank is enough")]
     let logits = (0..pages).map(|page| page as f32 - pages as f32);
-    found.logits.extend(logits);
+    found.logits[0].extend(logits);
     found
 }
 
@@ -204,7 +201,7 @@ pub(super) fn recency(pages: usize) -> Estimates {
 pub(super) fn random(pages: usize, seed: u64) -> Estimates {
     let mut found = recency(pages);
     let mut state = seed;
-    for logit in &mut found.logits {
+    for logit in &mut found.logits[0] {
         state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = state;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);

@@ -4,22 +4,15 @@
 //! best page could weigh, until none that is left could hold a page that is wanted. So where
 //! attention is skewed, most of a context is rejected by its groups.
 
-use super::digest::{Detail, Digests, GROUP_PAGES, Group, Head, fine_channels, token_words};
+use super::digest::{Detail, Digests, GROUP_PAGES, Group, Head};
 use super::select::Vote;
 use super::vote::Estimates;
-use crate::kernels::{Isa, Reach, Weighed, add_tokens, log_mean, reach, reach_packed, weigh};
+use crate::kernels::{Isa, Reach, Weighed, add_signs, log_means, reach, reach_ends, weigh};
 use crate::kv::BLOCK_TOKENS;
 
 /// Rounds after which all groups that could matter are opened; half of them are in those
 /// before, after which more is known about what the others have to beat.
 const ROUNDS: usize = 3;
-
-/// Variance of a page's keys, as a share of the squared width of their box, about: of sixteen
-/// draws of a normal distribution it is 0.08.
-const BOX_VARIANCE: f32 = 0.09;
-
-/// The same of keys about the middle of the quarter that they are in: a uniform distribution's.
-const QUARTER_VARIANCE: f32 = 1.0 / (12.0 * 16.0);
 
 /// Queries of one KV head as each move of pages wants them: `[move][query][padded]`, scaled.
 #[derive(Debug)]
@@ -45,17 +38,13 @@ pub(super) struct Bounds {
     /// With the mean of the keys; what the mean box reaches above its middle; or the
     /// logarithm of the mean weight of the keys as far as they are known.
     pub(super) third: f32,
-    /// Of what is not known of keys.
-    pub(super) variance: f32,
 }
 
 impl Bounds {
-    /// The logarithm of the mean weight of the page's keys, were what is not known of them
-    /// normally distributed, independently in each channel: a variance adds half of itself.
-    /// Never outside the bounds.
+    /// The logarithm of the mean weight of the page's keys, as far as they are known; never
+    /// outside the bounds.
     pub(super) fn expected(&self) -> f32 {
-        let expected = self.third + self.variance / 2.0;
-        expected.clamp(self.lower, self.upper.max(self.lower))
+        self.third.min(self.upper).max(self.lower)
     }
 
     /// How high the mean box reaches; of digests with deviations.
@@ -72,39 +61,28 @@ pub(super) struct Judge<'a> {
     groups: &'a [Group],
     turned: &'a Turned,
     detail: Detail,
-    fine: usize,
-    words: usize,
+    /// Of the group at hand: `[query][channel]`, and what they come to in a page.
     weights: Vec<f32>,
-    /// The group that the next two are of.
-    at: Option<usize>,
-    /// By channel, the variance of what is not known of keys as a share of their page's squared
-    /// width.
-    shares: Vec<f32>,
-    /// Steps that a quarter of a page's box is wide: `[page][fine channel]`.
+    weighed: Vec<(Weighed, f32)>,
     quarters: Vec<f32>,
-    /// Weights of the group's fine channels, and what they come to in a page.
-    fine_weights: Vec<f32>,
-    page_weights: Vec<f32>,
-    reached: [Reach; GROUP_PAGES],
+    sums: Vec<[f32; BLOCK_TOKENS]>,
+    reached: Vec<Reach>,
 }
 
 impl<'a> Judge<'a> {
     pub(super) fn new(digests: &'a Digests, head: &'a Head, turned: &'a Turned) -> Self {
+        let (width, queries) = (turned.padded, turned.queries);
         Self {
             isa: Isa::detect(),
             head,
             groups: digests.groups(),
             turned,
             detail: digests.detail(),
-            fine: fine_channels(digests.dim()),
-            words: token_words(digests.dim()),
-            weights: vec![0.0; turned.padded],
-            at: None,
-            shares: Vec::new(),
-            quarters: Vec::new(),
-            fine_weights: Vec::new(),
-            page_weights: Vec::new(),
-            reached: [Reach::default(); GROUP_PAGES],
+            weights: vec![0.0; queries * width],
+            weighed: Vec::with_capacity(queries),
+            quarters: vec![0.0; queries * width],
+            sums: vec![[0.0; BLOCK_TOKENS]; queries],
+            reached: vec![Reach::default(); queries.max(GROUP_PAGES)],
         }
     }
 
@@ -117,7 +95,7 @@ impl<'a> Judge<'a> {
             &self.head.step[group * padded..][..padded],
             f32::from(self.detail.steps()),
             self.turned.get(self.groups[group].moved, query),
-            &mut self.weights,
+            &mut self.weights[query * padded..][..padded],
             &mut weighed,
         );
         // Of sums in lanes; what rounding takes from a sum is a share of its magnitudes.
@@ -136,67 +114,54 @@ impl<'a> Judge<'a> {
         )
     }
 
-    /// The same of each of its pages, by `each`: page of the sequence, bounds.
-    pub(super) fn pages(&mut self, group: usize, query: usize, mut each: impl FnMut(u32, Bounds)) {
-        let (weighed, slack) = self.weigh(group, query);
+    /// The same of each of its pages, by `each`: page of the group, query, bounds.
+    pub(super) fn pages(&mut self, group: usize, mut each: impl FnMut(usize, usize, Bounds)) {
         let Group { first, pages, .. } = self.groups[group];
-        let width = self.detail.rows() * self.turned.padded;
+        let padded = self.turned.padded;
+        let width = self.detail.rows() * padded;
         let codes = &self.head.codes[first * width..][..pages * width];
-        let reached = &mut self.reached[..pages];
-        if self.detail == Detail::Tokens {
-            let channels = &self.head.fine[group * self.fine..][..self.fine];
-            if self.at != Some(group) {
-                self.at = Some(group);
-                self.shares.clear();
-                self.shares.resize(self.turned.padded, BOX_VARIANCE);
-                self.quarters.clear();
-                for &channel in channels {
-                    self.shares[channel as usize] = QUARTER_VARIANCE;
-                }
-                for codes in codes.chunks_exact(width) {
-                    self.quarters.extend(channels.iter().map(|&channel| {
-                        let code = codes[channel as usize];
-                        f32::from((code >> 4) - (code & 15)) / 4.0
-                    }));
+        let bounds_of = |reached: &Reach, weighed: &Weighed, slack: f32| Bounds {
+            upper: weighed.base + reached.upper + slack,
+            lower: weighed.base + reached.lower - slack,
+            middle: weighed.base + f32::midpoint(reached.upper, reached.lower),
+            third: weighed.base + reached.third,
+        };
+        if self.detail != Detail::Tokens {
+            for query in 0..self.turned.queries {
+                let (weighed, slack) = self.weigh(group, query);
+                let reached = &mut self.reached[..pages];
+                reach(
+                    self.isa,
+                    codes,
+                    &self.weights[query * padded..][..padded],
+                    reached,
+                );
+                for (page, reached) in reached.iter().enumerate() {
+                    let mut bounds = bounds_of(reached, &weighed, slack);
+                    if self.detail == Detail::Deviation {
+                        bounds.third = reached.third_size;
+                    }
+                    each(page, query, bounds);
                 }
             }
-            self.fine_weights.clear();
-            let weights = channels
-                .iter()
-                .map(|&channel| self.weights[channel as usize]);
-            self.fine_weights.extend(weights);
-            reach_packed(self.isa, codes, &self.weights, &self.shares, reached);
-        } else {
-            reach(self.isa, codes, &self.weights, reached);
+            return;
         }
-        for (index, reached) in self.reached[..pages].iter().enumerate() {
-            let base = weighed.base;
-            let mut bounds = Bounds {
-                upper: base + reached.upper + slack,
-                lower: base + reached.lower - slack,
-                middle: base + f32::midpoint(reached.upper, reached.lower),
-                variance: reached.spread * BOX_VARIANCE,
-                third: base,
-            };
-            bounds.third = match self.detail {
-                Detail::Mean => base + reached.third,
-                Detail::Deviation => reached.third_size,
-                Detail::Tokens => {
-                    bounds.variance = reached.part;
-                    let quarters = self.quarters[index * self.fine..][..self.fine].iter();
-                    let weights = quarters.zip(&self.fine_weights);
-                    self.page_weights.clear();
-                    self.page_weights
-                        .extend(weights.map(|(quarter, weight)| quarter * weight));
-                    let mut tokens = [bounds.middle; BLOCK_TOKENS];
-                    let words = &self.head.tokens[(first + index) * self.words..][..self.words];
-                    add_tokens(self.isa, words, &self.page_weights, &mut tokens);
-                    let mut mean = 0.0;
-                    log_mean(self.isa, &tokens, &mut mean);
-                    mean
-                }
-            };
-            each(u32::try_from(first + index).unwrap_or(u32::MAX), bounds);
+        self.weighed.clear();
+        for query in 0..self.turned.queries {
+            let weighed = self.weigh(group, query);
+            self.weighed.push(weighed);
+        }
+        let signs = self.head.signs[first * padded..].chunks_exact(padded);
+        for (page, (codes, signs)) in codes.chunks_exact(width).zip(signs).enumerate() {
+            let reached = &mut self.reached[..self.weighed.len()];
+            reach_ends(self.isa, codes, &self.weights, &mut self.quarters, reached);
+            add_signs(self.isa, signs, &self.quarters, &mut self.sums);
+            log_means(self.isa, &self.sums, reached);
+            for (query, (reached, (weighed, slack))) in
+                reached.iter().zip(&self.weighed).enumerate()
+            {
+                each(page, query, bounds_of(reached, weighed, *slack));
+            }
         }
     }
 
@@ -211,41 +176,33 @@ impl<'a> Judge<'a> {
 
     /// Adds the pages of a group.
     fn open(&mut self, group: usize, found: &mut Estimates, rule: impl Fn(&Bounds) -> f32) {
-        let queries = self.turned.queries;
-        let from = found.logits.len();
+        let from = found.pages.len();
         let pages = self.groups[group].pages;
-        found.logits.resize(from + pages * queries, 0.0);
+        for logits in &mut found.logits {
+            logits.resize(from + pages, 0.0);
+        }
         let first = u32::try_from(self.groups[group].first).unwrap_or(u32::MAX);
         found.pages.extend((first..).take(pages));
-        for query in 0..queries {
-            let mut page = from + query;
-            self.pages(group, query, |_, bounds| {
-                found.logits[page] = rule(&bounds);
-                page += queries;
-            });
-        }
+        self.pages(group, |page, query, bounds| {
+            found.logits[query][from + page] = rule(&bounds);
+        });
     }
 
     /// Estimates of those pages that are among the `want` best, and of others in their
     /// groups. With a target of `mass`, of enough pages to know that it is reached.
     pub(super) fn best(&mut self, want: usize, mass: Option<f32>, vote: Vote) -> Estimates {
         let queries = self.turned.queries;
-        let mut uppers = Vec::with_capacity(self.groups.len() * queries);
-        for group in 0..self.groups.len() {
-            for query in 0..queries {
-                let (upper, _) = self.group(group, query);
-                uppers.push(upper);
+        let mut uppers = vec![vec![0.0; self.groups.len()]; queries];
+        for (query, uppers) in uppers.iter_mut().enumerate() {
+            for (group, upper) in uppers.iter_mut().enumerate() {
+                (*upper, _) = self.group(group, query);
             }
         }
         let mut found = Estimates::new(queries);
         let mut left: Vec<usize> = (0..self.groups.len()).collect();
         // What weights are relative to: first the best groups' bounds, then what was found.
-        let mut totals = vec![f32::NEG_INFINITY; queries];
-        for row in uppers.chunks_exact(queries) {
-            for (total, upper) in totals.iter_mut().zip(row) {
-                *total = total.max(*upper);
-            }
-        }
+        let best = |uppers: &Vec<f32>| uppers.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let mut totals: Vec<f32> = uppers.iter().map(best).collect();
         let mut keys: Vec<(f32, usize)> = Vec::new();
         let mut rounds = 0;
         while !left.is_empty() && want > 0 {
@@ -256,10 +213,8 @@ impl<'a> Judge<'a> {
                 most = mass.map_or(0.0, |mass| (1.0 - mass) / 4.0);
             }
             keys.clear();
-            keys.extend(left.iter().map(|&group| {
-                let row = &uppers[group * queries..][..queries];
-                (vote.weigh(row, &totals), group)
-            }));
+            let scores = vote.scores(&uppers, &totals);
+            keys.extend(left.iter().map(|&group| (scores[group], group)));
             keys.sort_unstable_by(|a, b| b.0.total_cmp(&a.0));
             let mut matter = keys.partition_point(|(key, _)| *key > bar);
             if mass.is_some() {
@@ -293,7 +248,7 @@ impl<'a> Judge<'a> {
             let weights = left.iter().map(|&group| {
                 #[expect(clippy::cast_precision_loss, reason = "a group has few pages")]
                 let pages = self.groups[group].pages as f32;
-                pages * (uppers[group * queries + query] - totals[query]).exp()
+                pages * (uppers[query][group] - totals[query]).exp()
             });
             *rest = weights.sum();
         }

@@ -16,9 +16,9 @@ use crate::rope::Frequencies;
 pub enum Rule {
     /// All are read.
     All,
-    /// Ours. Ranks pages by their expected weight, `q · mean + variance / 2`, the variance
-    /// being taken from the box and the whole kept inside its bounds; opens groups best
-    /// first, and only those whose upper bound is high enough.
+    /// Ours. Ranks pages by what their tokens weigh as far as these are known, kept inside the
+    /// bounds of the page's box; opens groups best first, and only those whose upper bound is
+    /// high enough.
     #[default]
     Bounds,
     /// The upper bound of each page's box: Quest, arXiv 2406.10774.
@@ -227,7 +227,7 @@ impl Selector {
                 let most = if options.is_shared { 2 } else { 1 } * room(kv_head);
                 let estimates = self.estimate(digests, &keys, &queries[kv_head], most, draw);
                 let certain = &certain[kv_head];
-                Ballot::new(&estimates, options.vote, |page| {
+                Ballot::new(&estimates, options.vote, most, |page| {
                     page as usize >= digested || certain.contains(&page)
                 })
             })

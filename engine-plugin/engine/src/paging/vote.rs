@@ -1,14 +1,14 @@
 //! From what each query makes of each page to which pages a KV head reads.
 
 use super::select::Vote;
+use crate::kernels::{Isa, add_weights, log_sum, max_weights};
 
 /// What pages may weigh, for a few queries of one KV head.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Estimates {
-    pub(super) queries: usize,
     pub(super) pages: Vec<u32>,
-    /// `[page][query]`: logarithms of weights before normalisation.
-    pub(super) logits: Vec<f32>,
+    /// `[query][page]`: logarithms of weights before normalisation.
+    pub(super) logits: Vec<Vec<f32>>,
     /// By query, what all pages that are not listed may weigh, as a share of those that are.
     pub(super) rest: Vec<f32>,
 }
@@ -16,34 +16,26 @@ pub(super) struct Estimates {
 impl Estimates {
     pub(super) fn new(queries: usize) -> Self {
         Self {
-            queries,
+            pages: Vec::new(),
+            logits: vec![Vec::new(); queries],
             rest: vec![0.0; queries],
-            ..Self::default()
         }
     }
 
     /// By query, the logarithm of what all listed pages weigh.
     pub(super) fn totals(&self) -> Vec<f32> {
-        let mut tops = vec![f32::NEG_INFINITY; self.queries];
-        for row in self.logits.chunks_exact(self.queries) {
-            for (top, logit) in tops.iter_mut().zip(row) {
-                *top = top.max(*logit);
-            }
-        }
-        let mut sums = vec![0.0; self.queries];
-        for row in self.logits.chunks_exact(self.queries) {
-            for ((sum, logit), top) in sums.iter_mut().zip(row).zip(&tops) {
-                *sum += (logit - top).exp();
-            }
-        }
-        let totals = tops.iter().zip(&sums).map(|(top, sum)| top + sum.ln());
-        totals.collect()
+        let isa = Isa::detect();
+        let total = |logits: &Vec<f32>| {
+            let mut total = 0.0;
+            log_sum(isa, logits, &mut total);
+            total
+        };
+        self.logits.iter().map(total).collect()
     }
 
     /// Score of each page.
     pub(super) fn scores(&self, totals: &[f32], vote: Vote) -> Vec<f32> {
-        let rows = self.logits.chunks_exact(self.queries);
-        rows.map(|row| vote.weigh(row, totals)).collect()
+        vote.scores(&self.logits, totals)
     }
 
     /// The `want`-th highest score; below all for fewer pages.
@@ -58,58 +50,70 @@ impl Estimates {
 }
 
 impl Vote {
-    /// What the queries together make of a page: of its shares of their weights.
-    pub(super) fn weigh(self, logits: &[f32], totals: &[f32]) -> f32 {
-        let shares = logits.iter().zip(totals);
-        let shares = shares.map(|(logit, total)| (logit - total).exp());
-        match self {
-            Self::Soft => shares.sum(),
-            Self::Max => shares.fold(0.0, f32::max),
+    /// What the queries together make of each page, `[query][page]`: of its shares of their
+    /// weights.
+    pub(super) fn scores(self, logits: &[Vec<f32>], totals: &[f32]) -> Vec<f32> {
+        let isa = Isa::detect();
+        let mut scores = vec![0.0; logits.first().map_or(0, Vec::len)];
+        for (logits, &total) in logits.iter().zip(totals) {
+            match self {
+                Self::Soft => add_weights(isa, logits, total, &mut scores),
+                Self::Max => max_weights(isa, logits, total, &mut scores),
+            }
         }
+        scores
     }
 }
 
 /// A KV head's pages, best first, and how much to take of them.
 #[derive(Debug)]
 pub(super) struct Ballot {
-    /// Score and page, by falling scores; those that are read in any case are not among them.
-    ranked: Vec<(f32, u32)>,
+    /// By falling scores; those that are read in any case are not among them.
+    ranked: Vec<Ranked>,
     /// Mean share of the weights that pages have which are read in any case.
     certain: f32,
-    /// Mean share of each ranked page.
-    shares: Vec<f32>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Ranked {
+    score: f32,
+    page: u32,
+    /// Mean share of the weights.
+    share: f32,
 }
 
 impl Ballot {
-    pub(super) fn new(estimates: &Estimates, vote: Vote, is_certain: impl Fn(u32) -> bool) -> Self {
-        let totals = estimates.totals();
+    /// Of `most` pages that are not certain.
+    pub(super) fn new(
+        estimates: &Estimates,
+        vote: Vote,
+        most: usize,
+        is_certain: impl Fn(u32) -> bool,
+    ) -> Self {
+        let mut totals = estimates.totals();
+        let scores = estimates.scores(&totals, vote);
         #[expect(clippy::cast_precision_loss, reason = "queries are few")]
-        let queries = estimates.queries as f32;
-        let share = |row: &[f32]| -> f32 {
-            let each = row.iter().zip(&totals).zip(&estimates.rest);
-            each.map(|((logit, total), rest)| (logit - total).exp() / (1.0 + rest))
-                .sum::<f32>()
-                / queries
-        };
+        let queries = totals.len() as f32;
+        for (total, rest) in totals.iter_mut().zip(&estimates.rest) {
+            *total += (queries * (1.0 + rest)).ln();
+        }
+        let shares = estimates.scores(&totals, Vote::Soft);
         let mut certain = 0.0;
-        let mut ranked = Vec::with_capacity(estimates.pages.len());
-        let rows = estimates.logits.chunks_exact(estimates.queries);
-        for (&page, row) in estimates.pages.iter().zip(rows) {
+        let mut ranked = Vec::with_capacity(scores.len());
+        for ((&page, score), share) in estimates.pages.iter().zip(scores).zip(shares) {
             if is_certain(page) {
-                certain += share(row);
+                certain += share;
             } else {
-                ranked.push((vote.weigh(row, &totals), page, share(row)));
+                ranked.push(Ranked { score, page, share });
             }
         }
-        ranked.sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
-        Self {
-            shares: ranked.iter().map(|(_, _, share)| *share).collect(),
-            ranked: ranked
-                .into_iter()
-                .map(|(score, page, _)| (score, page))
-                .collect(),
-            certain,
+        let order = |a: &Ranked, b: &Ranked| b.score.total_cmp(&a.score).then(a.page.cmp(&b.page));
+        if most < ranked.len() {
+            ranked.select_nth_unstable_by(most, order);
+            ranked.truncate(most);
         }
+        ranked.sort_unstable_by(order);
+        Self { ranked, certain }
     }
 
     /// Pages until the budget is spent, or the target of mass reached.
@@ -117,9 +121,9 @@ impl Ballot {
         let budget = budget.min(self.ranked.len());
         let Some(mass) = mass else { return budget };
         let mut sum = self.certain;
-        let before = self.shares.iter().take_while(|&&share| {
+        let before = self.ranked.iter().take_while(|it| {
             let is_short = sum < mass;
-            sum += share;
+            sum += it.share;
             is_short
         });
         before.count().min(budget)
@@ -141,7 +145,7 @@ pub(super) fn elect(
         let mut all: Vec<(f32, usize)> = Vec::with_capacity(total);
         for (head, (ballot, length)) in ballots.iter().zip(&lengths).enumerate() {
             let scores = ballot.ranked[..*length].iter();
-            all.extend(scores.map(|(score, _)| (*score, head)));
+            all.extend(scores.map(|it| (it.score, head)));
         }
         all.sort_by(|a, b| b.0.total_cmp(&a.0));
         lengths.fill(0);
@@ -152,7 +156,7 @@ pub(super) fn elect(
     let taken = ballots.iter().zip(lengths);
     let pages = taken.map(|(ballot, length)| {
         let pages = ballot.ranked[..length].iter();
-        pages.map(|(_, page)| *page).collect()
+        pages.map(|it| it.page).collect()
     });
     pages.collect()
 }
