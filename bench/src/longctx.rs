@@ -33,7 +33,7 @@ use kvasir_engine::{KvPool, Model, Pager, PagerStats, Replacement, ScratchFile, 
 
 use crate::checkpoint::{self, Attention, Shape};
 use crate::report::{Report, Row, percentile};
-use bed::{Bed, Method};
+use bed::{Ahead, Bed, Method};
 
 const SHAPE: Shape = Shape {
     positions: 1 << 18,
@@ -125,7 +125,7 @@ impl Case<'_> {
         let threads = Threads::new(std::thread::available_parallelism()?.get())?;
         let steps = if self.quick { 12 } else { 40 };
         let mut bed = Bed::new(self.model, self.tokens, self.sequences, &threads)?;
-        let mut full = bed.decode(Method::Chosen { ahead: false }, self.options.share, steps)?;
+        let mut full = bed.decode(Method::Chosen(Ahead::Nothing), self.options.share, steps)?;
         push(report, "full_memory", name, &mut full.times, None);
         let [mass, most] = bed.masses([Rule::default(), Rule::Oracle], self.options.share)?;
         report.push(Row::new(format!("ours/mass/{name}"), mass, "share").against(0.9, mass / 0.9));
@@ -149,14 +149,24 @@ impl Case<'_> {
         costs(report, "load_all", name, &all.stats, all.times.len());
         let limit = [0.5, 0.99].map(|share| percentile(&mut all.times, share));
 
-        let mut ours = bed.decode(Method::Chosen { ahead: true }, self.options.share, steps)?;
+        let mut ours = bed.decode(Method::Chosen(Ahead::Last), self.options.share, steps)?;
         push(report, "ours", name, &mut ours.times, Some(limit));
         costs(report, "ours", name, &ours.stats, ours.times.len());
+        let method = Method::Chosen(Ahead::Foreseen);
+        let mut foreseen = bed.decode(method, self.options.share, steps)?;
+        push(report, "foreseen", name, &mut foreseen.times, Some(limit));
+        costs(
+            report,
+            "foreseen",
+            name,
+            &foreseen.stats,
+            foreseen.times.len(),
+        );
         let choosing = percentile(&mut ours.choosing, 0.5);
         report.push(Row::new(format!("ours/choosing/{name}"), choosing, "ms"));
 
         drop(bed.replace(lru));
-        let mut lru = bed.decode(Method::Chosen { ahead: false }, self.options.share, steps)?;
+        let mut lru = bed.decode(Method::Chosen(Ahead::Nothing), self.options.share, steps)?;
         push(report, "lru", name, &mut lru.times, Some(limit));
         costs(report, "lru", name, &lru.stats, lru.times.len());
         Ok(())

@@ -13,11 +13,14 @@
 //!   `SELECTOR/TASK/em_loss@F` what that gets more, paired, with its interval;
 //! - `MODEL/SELECTOR/…`: mass and recall over 32k tokens of text without meaning, of models of
 //!   random weights; see [`long`];
+//! - `ahead/foreseen@F`: share of the pages that `bounds` chooses which the layer before had
+//!   foreseen, by its own input; `ahead/last@F`: which were chosen for the token before;
 //! - `digest/share`: bytes of digests, of those of K and V in f16; `time/…`: see [`timing`];
 //! - `bar/…`: what a rule should do, `ratio` 1.0 or more where `bounds` does it.
 //!
 //! All rules agree on everything but how pages are judged.
 
+mod ahead;
 mod long;
 mod mass;
 mod timing;

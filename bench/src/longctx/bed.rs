@@ -32,10 +32,17 @@ const ROOM_TOKENS: usize = 256;
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Method {
     All,
-    Chosen {
-        /// What the token before chose is read one layer ahead.
-        ahead: bool,
-    },
+    Chosen(Ahead),
+}
+
+/// What is read one layer ahead.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Ahead {
+    Nothing,
+    /// What the token before chose.
+    Last,
+    /// What the queries of the layer before foresee.
+    Foreseen,
 }
 
 /// What decoding some tokens took.
@@ -227,7 +234,7 @@ impl<'a> Bed<'a> {
         tail.choosing = Duration::ZERO;
         self.model
             .forward(&mut self.pool, &mut self.scratch, &steps, &mut |before| {
-                let Method::Chosen { ahead } = method else {
+                let Method::Chosen(ahead) = method else {
                     return ControlFlow::Continue(());
                 };
                 let begun = Instant::now();
@@ -237,9 +244,13 @@ impl<'a> Bed<'a> {
                     let digests = &tail.digests[sequence];
                     let chosen = selector.choose(&before, sequence, digests, table);
                     before.pages[sequence] = chosen.clone();
-                    if ahead {
-                        before.expected[sequence] = last[next].clone();
-                    }
+                    before.expected[sequence] = match ahead {
+                        Ahead::Nothing => None,
+                        Ahead::Last => last[next].clone(),
+                        Ahead::Foreseen => selector
+                            .foresee(&before, sequence, digests, table)
+                            .or_else(|| last[next].clone()),
+                    };
                     last[before.layer] = Some(chosen);
                 }
                 tail.choosing += begun.elapsed();

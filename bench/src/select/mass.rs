@@ -5,6 +5,7 @@ use kvasir_engine::model::BeforeLayer;
 use kvasir_engine::paging::{Selector, page_weights};
 use kvasir_engine::{BlockId, Pages as Chosen};
 
+use super::ahead::{Ahead, Followed};
 use super::{Digested, Way};
 use crate::quality::reader::{Pages, Reader};
 use crate::report::{Report, Row};
@@ -15,6 +16,7 @@ pub(super) struct Masses {
     ways: Vec<Way>,
     layers: usize,
     sums: Vec<Sums>,
+    ahead: Ahead,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -31,6 +33,7 @@ impl Masses {
             ways: ways.to_vec(),
             layers,
             sums: vec![Sums::default(); ways.len() * layers],
+            ahead: Ahead::default(),
         }
     }
 
@@ -51,7 +54,14 @@ impl Masses {
                 tails.iter().map(selector).collect()
             })
             .collect();
+        let mut followed: Vec<Followed> = tails
+            .iter()
+            .map(|_| Followed::new(reader.model()))
+            .collect();
         reader.follow(context, tails, &mut |tail, before, step, blocks| {
+            let followed = &mut followed[tail];
+            self.ahead
+                .add(followed, before, step, &digests.tokens, blocks);
             let mut of_way = selectors.iter_mut().map(|tails| &mut tails[tail]);
             self.add(&config, before, step, blocks, digests, &mut of_way);
             Chosen::All
@@ -121,6 +131,7 @@ impl Masses {
     }
 
     pub(super) fn report(&self, prefix: &str, report: &mut Report) {
+        self.ahead.report(prefix, report);
         for (index, way) in self.ways.iter().enumerate() {
             let oracle = self.ways.iter().position(|other| {
                 other.name == "oracle" && other.share.to_bits() == way.share.to_bits()

@@ -142,6 +142,7 @@ impl Bed {
                 fates: &mut [Fate::GoesOn],
                 pages: &mut [Pages::All],
                 expected: &mut [None],
+                next: None,
             };
             let begun = Instant::now();
             let chosen = selector.choose(&before, 0, digests, &self.blocks);

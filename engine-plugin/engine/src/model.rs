@@ -15,12 +15,14 @@ use crate::config::{ConfigError, ModelConfig};
 use crate::kv::KvPool;
 use crate::rope::Frequencies;
 
+mod foresee;
 mod forward;
 mod step;
 #[cfg(test)]
 mod tests;
 mod weights;
 
+pub use foresee::NextLayer;
 pub use forward::{ForwardError, Logits, Scratch};
 pub use step::{BeforeLayer, Fate, LogitsWanted, Pages, Positions, Step};
 

@@ -335,6 +335,7 @@ fn needles_are_found_and_odd_pages_read() {
                 fates: &mut [Fate::GoesOn],
                 pages: &mut [Pages::All],
                 expected: &mut [None],
+                next: None,
             };
             match selector.choose(&before, 0, &digests, &blocks) {
                 Pages::Chosen(pages) => pages,

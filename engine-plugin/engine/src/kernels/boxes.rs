@@ -18,6 +18,9 @@ pub(crate) const CODE_ROWS: usize = 3;
 /// Tokens of a page.
 const TOKENS: usize = 16;
 
+/// Sums of channels that do not wait for each other.
+const CHAINS: usize = 4;
+
 /// What is known of `query · key` for all keys in a box, but for a common `base`.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(crate) struct Reach {
@@ -191,17 +194,19 @@ dispatch! {
 #[inline(always)]
 fn add_signs_body(signs: &[u16], quarters: &[f32], out: &mut [[f32; TOKENS]]) {
     for (quarters, out) in quarters.chunks_exact(signs.len()).zip(out) {
-        let [mut even, mut odd] = [[0.0; TOKENS]; 2];
-        let pairs = signs.as_chunks::<2>().0.iter();
-        for (signs, quarters) in pairs.zip(quarters.as_chunks::<2>().0) {
-            for token in 0..TOKENS {
-                let is_set = |sign: u16| (sign >> token) & 1 == 1;
-                even[token] += if is_set(signs[0]) { quarters[0] } else { 0.0 };
-                odd[token] += if is_set(signs[1]) { quarters[1] } else { 0.0 };
+        let mut sums = [[0.0; TOKENS]; CHAINS];
+        let signs = signs.as_chunks::<CHAINS>().0.iter();
+        for (signs, quarters) in signs.zip(quarters.as_chunks::<CHAINS>().0) {
+            for ((sums, sign), quarter) in sums.iter_mut().zip(signs).zip(quarters) {
+                for (token, sum) in sums.iter_mut().enumerate() {
+                    let is_set = (sign >> token) & 1 == 1;
+                    *sum += if is_set { *quarter } else { 0.0 };
+                }
             }
         }
+        let [a, b, c, d] = sums;
         for token in 0..TOKENS {
-            out[token] = even[token] + odd[token];
+            out[token] = (a[token] + b[token]) + (c[token] + d[token]);
         }
     }
 }
@@ -211,38 +216,41 @@ fn add_signs_body(signs: &[u16], quarters: &[f32], out: &mut [[f32; TOKENS]]) {
 #[target_feature(enable = "avx512f")]
 fn add_signs_avx512(signs: &[u16], quarters: &[f32], out: &mut [[f32; TOKENS]]) {
     let (fours, rest) = out.as_chunks_mut::<4>();
-    let (front, back) = quarters.split_at(4 * fours.len() * signs.len());
-    for (quarters, out) in front.chunks_exact(4 * signs.len()).zip(fours) {
-        add_signs_together(signs, quarters, out);
-    }
-    for (quarters, out) in back.chunks_exact(signs.len()).zip(rest) {
-        add_signs_together(signs, quarters, std::array::from_mut(out));
-    }
+    let (threes, rest) = rest.as_chunks_mut::<3>();
+    let (twos, ones) = rest.as_chunks_mut::<2>();
+    let quarters = add_signs_together(signs, quarters, fours);
+    let quarters = add_signs_together(signs, quarters, threes);
+    let quarters = add_signs_together(signs, quarters, twos);
+    add_signs_together(signs, quarters, ones.as_chunks_mut::<1>().0);
 }
 
-/// Of `N` queries at once: each mask is loaded once.
+/// `N` queries at a time, for each of which a mask is loaded once. Returns what is left.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f")]
 #[inline]
-fn add_signs_together<const N: usize>(
+fn add_signs_together<'a, const N: usize>(
     signs: &[u16],
-    quarters: &[f32],
-    out: &mut [[f32; TOKENS]; N],
-) {
+    quarters: &'a [f32],
+    out: &mut [[[f32; TOKENS]; N]],
+) -> &'a [f32] {
     use std::arch::x86_64::{_mm512_add_ps, _mm512_mask_add_ps, _mm512_set1_ps, _mm512_setzero_ps};
-    let [mut even, mut odd] = [[_mm512_setzero_ps(); N]; 2];
-    let queries: [&[f32]; N] =
-        std::array::from_fn(|query| &quarters[query * signs.len()..][..signs.len()]);
-    for (pair, signs) in signs.as_chunks::<2>().0.iter().enumerate() {
-        for (query, quarters) in queries.iter().enumerate() {
-            let quarters = |at: usize| _mm512_set1_ps(quarters[2 * pair + at]);
-            even[query] = _mm512_mask_add_ps(even[query], signs[0], even[query], quarters(0));
-            odd[query] = _mm512_mask_add_ps(odd[query], signs[1], odd[query], quarters(1));
+    let (quarters, rest) = quarters.split_at(out.len() * N * signs.len());
+    for (quarters, out) in quarters.chunks_exact(N * signs.len()).zip(out) {
+        let mut sums = [[_mm512_setzero_ps(); CHAINS]; N];
+        let queries: [&[[f32; CHAINS]]; N] =
+            std::array::from_fn(|at| quarters[at * signs.len()..].as_chunks().0);
+        for (at, signs) in signs.as_chunks::<CHAINS>().0.iter().enumerate() {
+            for (sums, query) in sums.iter_mut().zip(queries) {
+                for ((sum, &sign), &quarter) in sums.iter_mut().zip(signs).zip(&query[at]) {
+                    *sum = _mm512_mask_add_ps(*sum, sign, *sum, _mm512_set1_ps(quarter));
+                }
+            }
+        }
+        for (out, [a, b, c, d]) in out.iter_mut().zip(sums) {
+            vector::store(out, _mm512_add_ps(_mm512_add_ps(a, b), _mm512_add_ps(c, d)));
         }
     }
-    for ((out, even), odd) in out.iter_mut().zip(even).zip(odd) {
-        vector::store(out, _mm512_add_ps(even, odd));
-    }
+    rest
 }
 
 dispatch! {
@@ -374,7 +382,9 @@ mod tests {
     proptest! {
         /// Every instruction set gives the bits of the scalar code.
         #[test]
-        fn instruction_sets_agree(chunks in 1usize..9, pages in 0usize..9, seed: u64) {
+        fn instruction_sets_agree(
+            chunks in 1usize..9, pages in 0usize..9, count in 1usize..9, seed: u64,
+        ) {
             let (mut state, width) = (seed, chunks * LANES);
             let mut floats = |count: usize| -> Vec<f32> {
                 (0..count).map(|_| 4.0 * noise(&mut state)).collect()
@@ -386,17 +396,17 @@ mod tests {
             let (low, step) = (bits(floats(width)), bits(floats(width)));
             let codes: Vec<u8> = floats(pages * CODE_ROWS * width)
                 .into_iter().map(|value| value.to_bits().to_le_bytes()[1]).collect();
-            let queries = floats(6 * width);
+            let queries = floats(count * width);
             let signs: Vec<u16> = floats(width)
-                .into_iter().map(|value| (value.to_bits() >> 4) as u16).collect();
+                .into_iter().map(|value| f16::from_f32(value).to_bits()).collect();
             let one: Vec<u8> = floats(width)
                 .into_iter().map(|value| value.to_bits().to_le_bytes()[1]).collect();
             let run = |isa: Option<Isa>| {
                 let mut weights = vec![0.0; width];
                 let mut weighed = Weighed::default();
                 let mut reached = vec![Reach::default(); pages];
-                let mut ends = [Reach::default(); 6];
-                let (mut quarters, mut sums) = (vec![0.0; 6 * width], [[0.0; TOKENS]; 6]);
+                let mut ends = vec![Reach::default(); count];
+                let (mut quarters, mut sums) = (vec![0.0; count * width], vec![[0.0; TOKENS]; count]);
                 match isa {
                     Some(isa) => {
                         weigh(isa, &low, &step, 255.0, &query, &mut weights, &mut weighed);

@@ -146,6 +146,18 @@ pub(crate) fn matmul(
         });
 }
 
+/// The first outputs of one row, as many as `y` has, to rounding.
+///
+/// # Panics
+///
+/// When `x` is not as long as a row, or `y` longer than the outputs.
+pub(crate) fn matmul_row(isa: Isa, w: &PackedMatrix, x: &[f32], y: &mut [f32]) {
+    assert!(x.len() == w.inputs && y.len() <= w.outputs, "one row");
+    y.par_chunks_mut(PANEL).enumerate().for_each(|(index, y)| {
+        single_row(isa, w.panel(index), x, y, false);
+    });
+}
+
 /// `y`, of which each worker writes the columns of one panel.
 struct Columns {
     start: *mut f32,

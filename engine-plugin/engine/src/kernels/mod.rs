@@ -32,7 +32,7 @@ pub(crate) use boxes::{
     reach, reach_ends, weigh, widen,
 };
 pub(crate) use elementwise::{LANES, add_bias, rms_norm, rms_norm_in_place, silu_mul};
-pub(crate) use matmul::{PANEL, PackedMatrix, matmul};
+pub(crate) use matmul::{PANEL, PackedMatrix, matmul, matmul_row};
 
 /// A growable buffer that starts on a cache line, so that vector loads of it
 /// never straddle two.

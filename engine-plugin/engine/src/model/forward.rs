@@ -5,6 +5,7 @@ use std::ops::{ControlFlow, Range};
 use rayon::prelude::*;
 
 use super::Model;
+use super::foresee::NextLayer;
 use super::step::{BeforeLayer, Fate, Pages, Positions, Step};
 use super::weights::{Layer, Linear};
 use crate::config::ModelConfig;
@@ -220,6 +221,13 @@ impl<'a> Batch<'a> {
                 fates: &mut fates,
                 pages: &mut pages,
                 expected: &mut expected,
+                next: model.weights.layers.get(index + 1).map(|layer| NextLayer {
+                    config,
+                    layer,
+                    isa: scratch.isa,
+                    stream: &scratch.stream,
+                    angles: &scratch.angles,
+                }),
             };
             if before_layer(before).is_break() {
                 return Err(ForwardError::Stopped);

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use super::foresee::NextLayer;
 use crate::kv::{BLOCK_TOKENS, BlockId, KvPool};
 
 /// Tokens of one sequence.
@@ -65,6 +66,8 @@ pub struct BeforeLayer<'a> {
     /// computes, if they are not in memory. None until told otherwise, but for steps that
     /// attend to all pages: these are expected to do so again.
     pub expected: &'a mut [Option<Pages>],
+    /// From what the next layer's queries are foreseen; none before the last layer.
+    pub next: Option<NextLayer<'a>>,
 }
 
 /// What becomes of a row in a layer.

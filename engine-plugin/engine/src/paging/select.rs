@@ -7,7 +7,7 @@ use super::estimate::{self, Keys};
 use super::refine::{Bounds, Judge, Turned};
 use super::vote::{Ballot, Estimates, elect};
 use crate::kernels::{Isa, rotate};
-use crate::kv::{BLOCK_TOKENS, BlockId};
+use crate::kv::{BLOCK_TOKENS, BlockId, KvPool};
 use crate::model::{BeforeLayer, Model, Pages};
 use crate::rope::Frequencies;
 
@@ -137,6 +137,17 @@ pub struct Selector {
     draws: u64,
 }
 
+/// What a choice is made from.
+#[derive(Clone, Copy, Debug)]
+struct Look<'a> {
+    layer: usize,
+    /// Of the step: `[row][stride]`, query heads first.
+    rows: &'a [f32],
+    stride: usize,
+    pool: &'a KvPool,
+    blocks: &'a [BlockId],
+}
+
 /// A choice that may be taken again.
 #[derive(Debug)]
 struct Last {
@@ -185,15 +196,57 @@ impl Selector {
         digests: &Digests,
         blocks: &[BlockId],
     ) -> Pages {
+        let stride = before.stride;
+        let look = Look {
+            layer: before.layer,
+            rows: &before.rows[before.steps[step].start * stride..]
+                [..before.steps[step].len() * stride],
+            stride,
+            pool: before.pool,
+            blocks,
+        };
+        let positions = &before.positions[before.steps[step].clone()];
+        self.pages(&look, positions, digests)
+    }
+
+    /// The pages that a step is expected to choose in the next layer, for
+    /// [`BeforeLayer::expected`]: the choice of [`queries`](crate::model::NextLayer::queries), which costs as much as
+    /// the one at hand. `None` before the last layer, and by rules that need keys.
+    ///
+    /// # Panics
+    ///
+    /// As [`Self::choose`].
+    pub fn foresee(
+        &mut self,
+        before: &BeforeLayer<'_>,
+        step: usize,
+        digests: &Digests,
+        blocks: &[BlockId],
+    ) -> Option<Pages> {
+        if self.options.rule.needs_keys() {
+            return None;
+        }
         let rows = before.steps[step].clone();
+        let queries = before.next?.queries(rows.clone());
+        let look = Look {
+            layer: before.layer + 1,
+            rows: &queries,
+            stride: self.heads * self.dim,
+            pool: before.pool,
+            blocks,
+        };
+        Some(self.pages(&look, &before.positions[rows], digests))
+    }
+
+    fn pages(&mut self, look: &Look<'_>, positions: &[usize], digests: &Digests) -> Pages {
         let options = self.options;
-        let Some(last) = rows.clone().last() else {
+        let Some(&last) = positions.last() else {
             return Pages::All;
         };
-        let total = before.positions[last] / BLOCK_TOKENS + 1;
+        let total = last / BLOCK_TOKENS + 1;
         if options.rule == Rule::All
-            || before.layer < options.exact_layers
-            || self.windows[before.layer].is_some()
+            || look.layer < options.exact_layers
+            || self.windows[look.layer].is_some()
         {
             return Pages::All;
         }
@@ -201,15 +254,15 @@ impl Selector {
         let budget = budget(options.share, total);
         let certain = self.certain(
             digests,
-            before.layer,
+            look.layer,
             digested,
             (budget + digested).saturating_sub(total),
         );
         let room =
             |kv_head: usize| (budget + digested).saturating_sub(total + certain[kv_head].len());
-        let queries = |kv_head: usize| self.queries(before, rows.clone(), kv_head);
+        let queries = |kv_head: usize| self.queries(look, kv_head);
         let queries: Vec<Vec<Vec<f32>>> = (0..self.kv_heads).map(queries).collect();
-        if let Some(chosen) = self.again(before.layer, digested, &queries) {
+        if let Some(chosen) = self.again(look.layer, digested, &queries) {
             return Pages::Chosen(with_undigested(chosen, digested, total));
         }
         let draw = self.draws;
@@ -217,9 +270,9 @@ impl Selector {
             .into_par_iter()
             .map(|kv_head| {
                 let keys = Keys {
-                    pool: before.pool,
-                    blocks,
-                    layer: before.layer,
+                    pool: look.pool,
+                    blocks: look.blocks,
+                    layer: look.layer,
                     kv_head,
                     dim: self.dim,
                     pages: digested,
@@ -239,7 +292,7 @@ impl Selector {
             chosen.extend(certain);
         }
         if let Rule::Exact { .. } = options.rule {
-            self.last[before.layer] = Some(Last {
+            self.last[look.layer] = Some(Last {
                 queries: queries.into_iter().flatten().flatten().collect(),
                 pages: digested,
                 chosen: chosen.clone(),
@@ -275,21 +328,21 @@ impl Selector {
     }
 
     /// Scaled queries of one KV head: of all rows and all heads of its group.
-    fn queries(
-        &self,
-        before: &BeforeLayer<'_>,
-        rows: std::ops::Range<usize>,
-        kv_head: usize,
-    ) -> Vec<Vec<f32>> {
+    fn queries(&self, look: &Look<'_>, kv_head: usize) -> Vec<Vec<f32>> {
         let group = self.heads / self.kv_heads;
         #[expect(clippy::cast_precision_loss, reason = "head_dim is at most 512")]
         let scale = 1.0 / (self.dim as f32).sqrt();
-        let of_row = |row: usize| {
-            let heads = &before.rows[row * before.stride + kv_head * group * self.dim..];
-            let heads = heads[..group * self.dim].chunks_exact(self.dim);
-            heads.map(|query| query.iter().map(|q| q * scale).collect())
+        let of_row = |row: &[f32]| -> Vec<Vec<f32>> {
+            let heads =
+                row[kv_head * group * self.dim..][..group * self.dim].chunks_exact(self.dim);
+            heads
+                .map(|query| query.iter().map(|q| q * scale).collect())
+                .collect()
         };
-        rows.flat_map(of_row).collect()
+        look.rows
+            .chunks_exact(look.stride)
+            .flat_map(of_row)
+            .collect()
     }
 
     /// What the rule makes of the pages of a KV head.
