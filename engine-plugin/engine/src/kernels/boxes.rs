@@ -136,24 +136,34 @@ fn reach_body(codes: &[u8], weights: &[f32], out: &mut [Reach]) {
 
 dispatch! {
     /// As [`reach`], of one page with codes of 4 bits, lower ends in the lower half, for
-    /// several queries: `[query][channel]`. Quarters of the ends' differences go to `quarters`;
-    /// `third` is the product with the middle less the sum of these.
+    /// several queries: `[query][channel]`. What each bit of a token adds goes to `rows`, as long
+    /// as `weights`: of the first `coded` channels a quarter of the two ends' difference, then
+    /// of the first `twice` of them half of that; `third` is the product with the middle less
+    /// the sum of these.
     pub(crate) fn reach_ends(
-        codes: &[u8], weights: &[f32], quarters: &mut [f32], out: &mut [Reach],
+        codes: &[u8], weights: &[f32], coded: usize, twice: usize, rows: &mut [f32],
+        out: &mut [Reach],
     ) = reach_ends_body
 }
 
 #[inline(always)]
-fn reach_ends_body(codes: &[u8], weights: &[f32], quarters: &mut [f32], out: &mut [Reach]) {
+fn reach_ends_body(
+    codes: &[u8],
+    weights: &[f32],
+    coded: usize,
+    twice: usize,
+    rows: &mut [f32],
+    out: &mut [Reach],
+) {
     let width = codes.len();
     let codes = codes.as_chunks::<LANES>().0;
     let queries = weights
         .chunks_exact(width)
-        .zip(quarters.chunks_exact_mut(width));
-    for ((weights, quarters), out) in queries.zip(out) {
-        let [mut upper, mut lower, mut sum] = [[0.0f32; LANES]; 3];
+        .zip(rows.chunks_exact_mut(width));
+    for ((weights, rows), out) in queries.zip(out) {
+        let [mut upper, mut lower] = [[0.0f32; LANES]; 2];
         let weights = weights.as_chunks::<LANES>().0.iter();
-        let quarters = quarters.as_chunks_mut::<LANES>().0.iter_mut();
+        let quarters = rows.as_chunks_mut::<LANES>().0.iter_mut();
         for ((codes, weights), quarters) in codes.iter().zip(weights).zip(quarters) {
             for lane in 0..LANES {
                 let a = weights[lane] * f32::from(codes[lane] & 15);
@@ -161,7 +171,17 @@ fn reach_ends_body(codes: &[u8], weights: &[f32], quarters: &mut [f32], out: &mu
                 upper[lane] += if a > b { a } else { b };
                 lower[lane] += if a > b { b } else { a };
                 quarters[lane] = (b - a) / 4.0;
-                sum[lane] += quarters[lane];
+            }
+        }
+        let (quarters, rest) = rows.split_at_mut(coded);
+        for (row, quarter) in rest.iter_mut().zip(&quarters[..twice]) {
+            *row = quarter / 2.0;
+        }
+        rest[twice..].fill(0.0);
+        let mut sum = [0.0f32; LANES];
+        for rows in rows.as_chunks::<LANES>().0 {
+            for lane in 0..LANES {
+                sum[lane] += rows[lane];
             }
         }
         let (upper, lower) = (sum_lanes(upper), sum_lanes(lower));
@@ -174,33 +194,33 @@ fn reach_ends_body(codes: &[u8], weights: &[f32], quarters: &mut [f32], out: &mu
     }
 }
 
-/// By query and token of a page, the sum of the query's quarters in the channels where the
-/// token's bit is set: `signs` has a word a channel, with a bit for each token.
-pub(crate) fn add_signs(isa: Isa, signs: &[u16], quarters: &[f32], out: &mut [[f32; TOKENS]]) {
+/// By query and token of a page, the sum of the query's rows in which the token's bit is set:
+/// `signs` has a word a row, with a bit for each token.
+pub(crate) fn add_signs(isa: Isa, signs: &[u16], rows: &[f32], out: &mut [[f32; TOKENS]]) {
     match isa.kind() {
         // SAFETY: an `Isa` of this kind exists only after detection.
         #[cfg(target_arch = "x86_64")]
-        Kind::Avx512 => unsafe { add_signs_avx512(signs, quarters, out) },
-        _ => add_signs_compiled(isa, signs, quarters, out),
+        Kind::Avx512 => unsafe { add_signs_avx512(signs, rows, out) },
+        _ => add_signs_compiled(isa, signs, rows, out),
     }
 }
 
 dispatch! {
     fn add_signs_compiled(
-        signs: &[u16], quarters: &[f32], out: &mut [[f32; TOKENS]],
+        signs: &[u16], rows: &[f32], out: &mut [[f32; TOKENS]],
     ) = add_signs_body
 }
 
 #[inline(always)]
-fn add_signs_body(signs: &[u16], quarters: &[f32], out: &mut [[f32; TOKENS]]) {
-    for (quarters, out) in quarters.chunks_exact(signs.len()).zip(out) {
+fn add_signs_body(signs: &[u16], rows: &[f32], out: &mut [[f32; TOKENS]]) {
+    for (rows, out) in rows.chunks_exact(signs.len()).zip(out) {
         let mut sums = [[0.0; TOKENS]; CHAINS];
         let signs = signs.as_chunks::<CHAINS>().0.iter();
-        for (signs, quarters) in signs.zip(quarters.as_chunks::<CHAINS>().0) {
-            for ((sums, sign), quarter) in sums.iter_mut().zip(signs).zip(quarters) {
+        for (signs, rows) in signs.zip(rows.as_chunks::<CHAINS>().0) {
+            for ((sums, sign), row) in sums.iter_mut().zip(signs).zip(rows) {
                 for (token, sum) in sums.iter_mut().enumerate() {
                     let is_set = (sign >> token) & 1 == 1;
-                    *sum += if is_set { *quarter } else { 0.0 };
+                    *sum += if is_set { *row } else { 0.0 };
                 }
             }
         }
@@ -214,14 +234,14 @@ fn add_signs_body(signs: &[u16], quarters: &[f32], out: &mut [[f32; TOKENS]]) {
 /// What compilers do not find in [`add_signs_body`]: a token's bit is its lane's mask.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f")]
-fn add_signs_avx512(signs: &[u16], quarters: &[f32], out: &mut [[f32; TOKENS]]) {
+fn add_signs_avx512(signs: &[u16], rows: &[f32], out: &mut [[f32; TOKENS]]) {
     let (fours, rest) = out.as_chunks_mut::<4>();
     let (threes, rest) = rest.as_chunks_mut::<3>();
     let (twos, ones) = rest.as_chunks_mut::<2>();
-    let quarters = add_signs_together(signs, quarters, fours);
-    let quarters = add_signs_together(signs, quarters, threes);
-    let quarters = add_signs_together(signs, quarters, twos);
-    add_signs_together(signs, quarters, ones.as_chunks_mut::<1>().0);
+    let rows = add_signs_together(signs, rows, fours);
+    let rows = add_signs_together(signs, rows, threes);
+    let rows = add_signs_together(signs, rows, twos);
+    add_signs_together(signs, rows, ones.as_chunks_mut::<1>().0);
 }
 
 /// `N` queries at a time, for each of which a mask is loaded once. Returns what is left.
@@ -230,19 +250,19 @@ fn add_signs_avx512(signs: &[u16], quarters: &[f32], out: &mut [[f32; TOKENS]]) 
 #[inline]
 fn add_signs_together<'a, const N: usize>(
     signs: &[u16],
-    quarters: &'a [f32],
+    rows: &'a [f32],
     out: &mut [[[f32; TOKENS]; N]],
 ) -> &'a [f32] {
     use std::arch::x86_64::{_mm512_add_ps, _mm512_mask_add_ps, _mm512_set1_ps, _mm512_setzero_ps};
-    let (quarters, rest) = quarters.split_at(out.len() * N * signs.len());
-    for (quarters, out) in quarters.chunks_exact(N * signs.len()).zip(out) {
+    let (rows, rest) = rows.split_at(out.len() * N * signs.len());
+    for (rows, out) in rows.chunks_exact(N * signs.len()).zip(out) {
         let mut sums = [[_mm512_setzero_ps(); CHAINS]; N];
         let queries: [&[[f32; CHAINS]]; N] =
-            std::array::from_fn(|at| quarters[at * signs.len()..].as_chunks().0);
+            std::array::from_fn(|at| rows[at * signs.len()..].as_chunks().0);
         for (at, signs) in signs.as_chunks::<CHAINS>().0.iter().enumerate() {
             for (sums, query) in sums.iter_mut().zip(queries) {
-                for ((sum, &sign), &quarter) in sums.iter_mut().zip(signs).zip(&query[at]) {
-                    *sum = _mm512_mask_add_ps(*sum, sign, *sum, _mm512_set1_ps(quarter));
+                for ((sum, &sign), &row) in sums.iter_mut().zip(signs).zip(&query[at]) {
+                    *sum = _mm512_mask_add_ps(*sum, sign, *sum, _mm512_set1_ps(row));
                 }
             }
         }
@@ -396,6 +416,7 @@ mod tests {
             let (low, step) = (bits(floats(width)), bits(floats(width)));
             let codes: Vec<u8> = floats(pages * CODE_ROWS * width)
                 .into_iter().map(|value| value.to_bits().to_le_bytes()[1]).collect();
+            let coded = width - width / (2 + pages);
             let queries = floats(count * width);
             let signs: Vec<u16> = floats(width)
                 .into_iter().map(|value| f16::from_f32(value).to_bits()).collect();
@@ -406,19 +427,19 @@ mod tests {
                 let mut weighed = Weighed::default();
                 let mut reached = vec![Reach::default(); pages];
                 let mut ends = vec![Reach::default(); count];
-                let (mut quarters, mut sums) = (vec![0.0; count * width], vec![[0.0; TOKENS]; count]);
+                let (mut rows, mut sums) = (vec![0.0; count * width], vec![[0.0; TOKENS]; count]);
                 match isa {
                     Some(isa) => {
                         weigh(isa, &low, &step, 255.0, &query, &mut weights, &mut weighed);
                         reach(isa, &codes, &weights, &mut reached);
-                        reach_ends(isa, &one, &queries, &mut quarters, &mut ends);
-                        add_signs(isa, &signs, &quarters, &mut sums);
+                        reach_ends(isa, &one, &queries, coded, width - coded, &mut rows, &mut ends);
+                        add_signs(isa, &signs, &rows, &mut sums);
                     }
                     None => {
                         weigh_body(&low, &step, 255.0, &query, &mut weights, &mut weighed);
                         reach_body(&codes, &weights, &mut reached);
-                        reach_ends_body(&one, &queries, &mut quarters, &mut ends);
-                        add_signs_body(&signs, &quarters, &mut sums);
+                        reach_ends_body(&one, &queries, coded, width - coded, &mut rows, &mut ends);
+                        add_signs_body(&signs, &rows, &mut sums);
                     }
                 }
                 let (mut dot, mut sum) = ([0.0; 1], 0.0);
@@ -439,7 +460,7 @@ mod tests {
                         max_weights_body(&query, 1.5, &mut raised);
                     }
                 }
-                (weights, weighed, reached, ends, (quarters, sums, dot), (sum, added, raised))
+                (weights, weighed, reached, ends, (rows, sums, dot), (sum, added, raised))
             };
             for isa in Isa::available() {
                 prop_assert_eq!(run(Some(isa)), run(None));

@@ -6,11 +6,14 @@
 //! |---|---|---|
 //! | lower ends of a group's box, and steps | `[group][channel]` each | f16 |
 //! | ends of a page's box | `[page][channel]` | 2 x 4 bits, in the group's steps |
-//! | in which half of its page's box a token's key is | `[page][channel]` | 16 x 1 bit |
+//! | in which half or quarter of its page's box a token's key is | `[page][row]` | 16 x 1 bit |
+//! | channels by how much keys of a page differ in them | `[group][channel]` | u16 |
 //!
-//! The last tells a page with one key that a query looks for from one whose box only happens to
-//! be large. All in all that is, a page and channel, one byte, two for its tokens and
-//! 4 / [`GROUP_PAGES`] for the group, beside 64 of K and V in f16: 5.5 %.
+//! Bits of tokens tell a page with one key that a query looks for from one whose box only
+//! happens to be large. They are in as many rows as there are channels, and each is spent where
+//! it tells most: channels in which keys differ much get two, as many of those in which they
+//! differ least none. All in all that is, a page and channel, one byte, two for its tokens and
+//! 6 / [`GROUP_PAGES`] for the group, beside 64 of K and V in f16: 5.9 %.
 //!
 //! Ends are rounded outward, at every stage, so a box holds all its keys and bounds from it
 //! are safe.
@@ -39,6 +42,11 @@ use crate::kv::{BLOCK_TOKENS, BlockId, KvError, KvPool, Plane};
 
 /// Pages of a full group: boxes of 128 tokens.
 pub const GROUP_PAGES: usize = 8;
+
+/// Share of a channel's variance in a page that the first bit of its tokens tells, and that the
+/// second tells more: of a normal distribution, 0.64 and 0.24; less where boxes are rounded.
+const FIRST_BIT: f32 = 0.6;
+const SECOND_BIT: f32 = 0.24;
 
 /// The largest magnitude that f16 holds.
 const LARGEST: f32 = 65504.0;
@@ -110,7 +118,13 @@ pub(super) struct Head {
     pub(super) step: Vec<u16>,
     /// `[page][row][channel]`.
     pub(super) codes: Vec<u8>,
-    /// `[page][channel]`: a bit for each token, set in the upper half.
+    /// `[group][channel]`: those in which keys differ most first. Codes of tokens, and of ends
+    /// beside them, are in this order.
+    pub(super) order: Vec<u16>,
+    /// `[group]`: how many of them have two bits.
+    pub(super) twice: Vec<u16>,
+    /// `[page][row]`: a bit for each token. Rows are the upper bits of all channels that have
+    /// any, then the lower bits of those that have two.
     pub(super) signs: Vec<u16>,
     /// Pages that no box holds, ascending.
     pub(super) odd: Vec<u32>,
@@ -217,6 +231,8 @@ impl Digests {
             let base = u32::try_from(self.pages).unwrap_or(u32::MAX);
             let odd = other.odd.iter().map(|page| page.saturating_add(base));
             head.odd.extend(odd);
+            head.order.extend_from_slice(&other.order);
+            head.twice.extend_from_slice(&other.twice);
             head.signs.extend_from_slice(&other.signs);
         }
         self.pages += chunk.pages;
@@ -232,6 +248,7 @@ impl Digests {
     pub fn bytes(&self) -> usize {
         let heads = self.heads.iter().map(|head| {
             2 * (head.low.len() + head.step.len() + head.signs.len())
+                + 2 * (head.order.len() + head.twice.len())
                 + head.codes.len()
                 + 4 * head.odd.len()
         });
@@ -243,7 +260,12 @@ impl Digests {
         self.detail
     }
 
-    /// Channels of a head, padded to whole lanes.
+    /// Channels of a head.
+    pub(super) fn dim(&self) -> usize {
+        self.dim
+    }
+
+    /// The same, padded to whole lanes.
     pub(super) fn padded(&self) -> usize {
         self.dim.next_multiple_of(LANES)
     }
@@ -317,10 +339,8 @@ impl Head {
             }
             rows.push(is_whole.then(|| summarise(keys, dim, detail)));
         }
-        if detail == Detail::Tokens {
-            self.signs.truncate(first * padded);
-            self.signs.resize((first + pages) * padded, 0);
-        }
+        // By channel, how much keys of a page differ.
+        let mut widths = vec![0.0; dim];
         for channel in 0..dim {
             let ends = rows
                 .iter()
@@ -333,22 +353,13 @@ impl Head {
             self.low[group + channel] = scale.low;
             self.step[group + channel] = scale.step;
             let pages = self.codes[first * width..].chunks_exact_mut(width);
-            for (page, (codes, rows)) in pages.zip(&rows).enumerate() {
+            for (codes, rows) in pages.zip(&rows) {
                 let Some(rows) = rows else { continue };
                 let low = scale.below(rows[channel]);
                 let high = scale.above(rows[dim + channel]);
                 if detail == Detail::Tokens {
                     codes[channel] = low | high << 4;
-                    let middle = f32::midpoint(scale.value(low), scale.value(high));
-                    let keys = keys[page * BLOCK_TOKENS * dim..][..BLOCK_TOKENS * dim]
-                        .iter()
-                        .skip(channel)
-                        .step_by(dim);
-                    let bits = keys
-                        .zip(0u32..)
-                        .map(|(&key, token)| u16::from(key > middle) << token);
-                    self.signs[(first + page) * padded + channel] =
-                        bits.fold(0, |all, bit| all | bit);
+                    widths[channel] += (scale.value(high) - scale.value(low)).powi(2);
                 } else {
                     codes[channel] = low;
                     codes[padded + channel] = high;
@@ -357,6 +368,56 @@ impl Head {
                 }
             }
         }
+        if detail == Detail::Tokens {
+            self.code_tokens(first, keys, &widths);
+        }
+    }
+
+    /// Codes the tokens of the last group, whose pages' ends are coded by channel, and puts
+    /// these in order.
+    fn code_tokens(&mut self, first: usize, keys: &[f32], widths: &[f32]) {
+        let dim = widths.len();
+        let padded = dim.next_multiple_of(LANES);
+        let group = self.low.len() / padded - 1;
+        let pages = keys.len() / (BLOCK_TOKENS * dim);
+        let mut order: Vec<u16> = (0..dim).filter_map(|it| u16::try_from(it).ok()).collect();
+        let width = |channel: u16| widths[usize::from(channel)];
+        order.sort_by(|a, b| width(*b).total_cmp(&width(*a)));
+        let pays =
+            |at: usize| SECOND_BIT * width(order[at]) > FIRST_BIT * width(order[dim - 1 - at]);
+        let twice = (0..dim / 2).take_while(|&at| pays(at)).count();
+        self.signs.truncate(first * padded);
+        self.signs.resize((first + pages) * padded, 0);
+        let each = keys.chunks_exact(BLOCK_TOKENS * dim);
+        let signs = self.signs[first * padded..].chunks_exact_mut(padded);
+        let codes = self.codes[first * padded..].chunks_exact_mut(padded);
+        for ((keys, signs), codes) in each.zip(signs).zip(codes) {
+            let of_channel = codes.to_vec();
+            for (at, &channel) in order.iter().enumerate() {
+                let channel = usize::from(channel);
+                codes[at] = of_channel[channel];
+                let scale = Scale {
+                    low: self.low[group * padded + channel],
+                    step: self.step[group * padded + channel],
+                    steps: Detail::Tokens.steps(),
+                };
+                let low = scale.value(codes[at] & 15);
+                let quarter = (scale.value(codes[at] >> 4) - low) / 4.0;
+                for (token, key) in keys.iter().skip(channel).step_by(dim).enumerate() {
+                    let code = u16::from(whole((key - low) / quarter, 3));
+                    if at < dim - twice {
+                        signs[at] |= (code >> 1) << token;
+                    }
+                    if at < twice {
+                        signs[dim - twice + at] |= (code & 1) << token;
+                    }
+                }
+            }
+        }
+        self.order.truncate(group * dim);
+        self.order.extend(order);
+        self.twice.truncate(group);
+        self.twice.push(u16::try_from(twice).unwrap_or(0));
     }
 }
 

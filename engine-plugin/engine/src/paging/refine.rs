@@ -61,10 +61,13 @@ pub(super) struct Judge<'a> {
     groups: &'a [Group],
     turned: &'a Turned,
     detail: Detail,
-    /// Of the group at hand: `[query][channel]`, and what they come to in a page.
+    dim: usize,
+    /// Of the group at hand: `[query][channel]`, the same in the group's order, and what bits
+    /// of tokens come to in a page.
     weights: Vec<f32>,
     weighed: Vec<(Weighed, f32)>,
-    quarters: Vec<f32>,
+    ordered: Vec<f32>,
+    rows: Vec<f32>,
     sums: Vec<[f32; BLOCK_TOKENS]>,
     reached: Vec<Reach>,
 }
@@ -78,9 +81,11 @@ impl<'a> Judge<'a> {
             groups: digests.groups(),
             turned,
             detail: digests.detail(),
+            dim: digests.dim(),
             weights: vec![0.0; queries * width],
             weighed: Vec::with_capacity(queries),
-            quarters: vec![0.0; queries * width],
+            ordered: vec![0.0; queries * width],
+            rows: vec![0.0; queries * width],
             sums: vec![[0.0; BLOCK_TOKENS]; queries],
             reached: vec![Reach::default(); queries.max(GROUP_PAGES)],
         }
@@ -151,11 +156,30 @@ impl<'a> Judge<'a> {
             let weighed = self.weigh(group, query);
             self.weighed.push(weighed);
         }
+        let (order, twice) = (
+            &self.head.order[group * self.dim..][..self.dim],
+            self.head.twice[group],
+        );
+        let twice = usize::from(twice);
+        let ordered = self.ordered.chunks_exact_mut(padded);
+        for (weights, ordered) in self.weights.chunks_exact(padded).zip(ordered) {
+            for (to, &channel) in ordered.iter_mut().zip(order) {
+                *to = weights[usize::from(channel)];
+            }
+        }
         let signs = self.head.signs[first * padded..].chunks_exact(padded);
         for (page, (codes, signs)) in codes.chunks_exact(width).zip(signs).enumerate() {
             let reached = &mut self.reached[..self.weighed.len()];
-            reach_ends(self.isa, codes, &self.weights, &mut self.quarters, reached);
-            add_signs(self.isa, signs, &self.quarters, &mut self.sums);
+            reach_ends(
+                self.isa,
+                codes,
+                &self.ordered,
+                self.dim - twice,
+                twice,
+                &mut self.rows,
+                reached,
+            );
+            add_signs(self.isa, signs, &self.rows, &mut self.sums);
             log_means(self.isa, &self.sums, reached);
             for (query, (reached, (weighed, slack))) in
                 reached.iter().zip(&self.weighed).enumerate()
