@@ -66,8 +66,8 @@ const BASE_CHUNKS: usize = 8;
 const QUESTIONS_PER_CONTEXT: usize = 8;
 /// Contexts of a cell on which recomputing everything is checked to be full prefill.
 const CHECKED_CONTEXTS: u64 = 4;
-/// Tasks that are also asked at other numbers of chunks: where reuse must hurt,
-/// and the control.
+/// Tasks that are also asked at other numbers of chunks, besides those that are named: where
+/// reuse must hurt, and the control.
 const AT_ALL_COUNTS: [&str; 6] = ["hop1", "coref2", "coref3", "override", "ordinal", "compare"];
 /// Room for questions and greedy answers beside the context, in tokens.
 const TAIL_TOKENS: usize = 2048;
@@ -94,7 +94,7 @@ pub(crate) struct Options {
         default_value = "prefix,naive,naive-unpositioned"
     )]
     pub(crate) methods: Vec<String>,
-    /// Other numbers of chunks for the tasks where reuse must hurt.
+    /// Other numbers of chunks: for tasks that are named; else for those where reuse must hurt.
     #[arg(long, value_delimiter = ',', default_values_t = [4, 12])]
     pub(crate) chunks: Vec<usize>,
     /// Tokens a chunk.
@@ -231,7 +231,8 @@ impl Options {
                 task,
                 chunks: BASE_CHUNKS,
             });
-            if AT_ALL_COUNTS.contains(&task.name.as_str()) {
+            let is_named = self.tasks.contains(&task.name);
+            if is_named || AT_ALL_COUNTS.contains(&task.name.as_str()) {
                 let others = self.chunks.iter().filter(|&&count| count != BASE_CHUNKS);
                 cells.extend(others.map(|&chunks| Cell { task, chunks }));
             }
