@@ -20,9 +20,12 @@
 //! Overflow: more than [`EngineConfig::max_waiting`] waiting requests are refused; a
 //! receiver that goes away cancels its sequence.
 
+mod batch;
 mod blending;
+mod capturing;
 mod compile;
 mod engine_loop;
+mod fetching;
 mod pages;
 mod sequence;
 

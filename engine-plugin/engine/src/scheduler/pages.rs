@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use super::engine_loop::{EngineLoop, Planned};
+use super::batch::Planned;
+use super::engine_loop::EngineLoop;
 use crate::kv::BlockId;
 use crate::model::ForwardError;
 use crate::paging::Backing;
