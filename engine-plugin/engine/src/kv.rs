@@ -262,6 +262,14 @@ impl KvPool {
         }
     }
 
+    /// Lets go of what pages hold, which stay taken: they are to be written anew. Nothing to do
+    /// where all is in memory.
+    pub(crate) fn forget(&mut self, blocks: &[BlockId]) {
+        if let Memory::Paged(pager) = &mut self.memory {
+            blocks.iter().for_each(|&block| pager.forget(block));
+        }
+    }
+
     /// Pages of which a whole layer is in memory at once, at most.
     pub fn layer_blocks(&self) -> usize {
         match &self.memory {

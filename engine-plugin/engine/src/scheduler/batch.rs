@@ -6,6 +6,7 @@ use std::time::Instant;
 use crate::blend::end_rows;
 use crate::model::{BeforeLayer, ForwardError, Logits, LogitsWanted, Positions, Step};
 
+use super::choosing::Choice;
 use super::engine_loop::EngineLoop;
 use super::sequence::{Phase, Progress, Sequence};
 
@@ -58,13 +59,15 @@ impl EngineLoop {
         true
     }
 
-    /// The rows of the next batch: a token of every decoding sequence, then prefill in
-    /// the order of arrival. When not all fit, decoding takes turns and leaves prefill
-    /// its share.
+    /// The rows of the next batch: a token of every decoding sequence that has its turn, then
+    /// prefill in the order of arrival. When not all fit, decoding takes turns and leaves
+    /// prefill its share.
     fn plan(&mut self) -> Vec<Planned> {
+        let runs = self.take_turns();
         let is_prefill =
             |sequence: &Sequence| matches!(sequence.phase, Phase::Prefill | Phase::Blending(_));
-        let reserved = if self.running.iter().any(is_prefill) {
+        let mut running = self.running.iter().zip(&runs);
+        let reserved = if running.any(|(sequence, runs)| *runs && is_prefill(sequence)) {
             self.batch_tokens / PREFILL_SHARE
         } else {
             0
@@ -78,7 +81,7 @@ impl EngineLoop {
             }
             let index = (self.decode_turn + turn) % count;
             let sequence = &self.running[index];
-            if matches!(sequence.phase, Phase::Decode) {
+            if runs[index] && matches!(sequence.phase, Phase::Decode) {
                 plan.push(Planned {
                     sequence: index,
                     from: sequence.position,
@@ -90,7 +93,7 @@ impl EngineLoop {
         }
         let mut room = self.batch_tokens - plan.len();
         for (index, sequence) in self.running.iter().enumerate() {
-            if is_prefill(sequence) && room > 0 {
+            if runs[index] && is_prefill(sequence) && room > 0 {
                 let planned = self.planned(index, room);
                 room -= planned.rows();
                 plan.push(planned);
@@ -99,10 +102,10 @@ impl EngineLoop {
         plan
     }
 
-    /// The next rows of a sequence's prompt, `room` at most.
+    /// The next rows of what is to be computed of a sequence before it goes on, `room` at most.
     pub(super) fn planned(&self, index: usize, room: usize) -> Planned {
         let sequence = &self.running[index];
-        let (from, end) = (sequence.position, sequence.prompt_tokens);
+        let (from, end) = (sequence.position, sequence.tokens.len());
         let (to, rows) = match &sequence.phase {
             Phase::Blending(selection) => {
                 let selected = |&position: &usize| selection.layers[position] > 0;
@@ -135,6 +138,10 @@ impl EngineLoop {
         plan: &[Planned],
         before_layer: &mut (dyn FnMut(BeforeLayer<'_>) -> ControlFlow<()> + Send),
     ) -> Result<Logits, ForwardError> {
+        let mut choices: Vec<Option<Choice>> = plan
+            .iter()
+            .map(|planned| self.running[planned.sequence].take_choice())
+            .collect();
         let steps: Vec<Step<'_>> = plan
             .iter()
             .map(|planned| {
@@ -159,8 +166,11 @@ impl EngineLoop {
             })
             .collect();
         let running = &self.running;
-        self.model
-            .forward(&mut self.pool, &mut self.scratch, &steps, &mut |before| {
+        let outcome = self.model.forward(
+            &mut self.pool,
+            &mut self.scratch,
+            &steps,
+            &mut |mut before| {
                 let layer = u16::try_from(before.layer).unwrap_or(u16::MAX);
                 for (planned, rows) in plan.iter().zip(before.steps) {
                     if let Phase::Blending(selection) = &running[planned.sequence].phase {
@@ -168,19 +178,38 @@ impl EngineLoop {
                         end_rows(before.fates, positions, rows, layer, selection);
                     }
                 }
+                for (step, choice) in choices.iter_mut().enumerate() {
+                    if let Some(choice) = choice {
+                        choice.choose(&mut before, step, steps[step].blocks);
+                    }
+                }
                 before_layer(before)
-            })
+            },
+        );
+        for (planned, choice) in plan.iter().zip(choices) {
+            let sequence = &mut self.running[planned.sequence];
+            sequence.choice = choice.or(sequence.choice.take());
+        }
+        outcome
     }
 
     pub(super) fn apply(&mut self, plan: &[Planned], logits: &Logits) {
+        if let Some(paged) = &mut self.paged {
+            paged.now += 1;
+        }
         let mut ended = Vec::new();
         for (row, planned) in plan.iter().enumerate() {
             let sequence = &mut self.running[planned.sequence];
             sequence.position = planned.to;
+            if let Some(paged) = &mut self.paged {
+                sequence.turn.ran(paged.now);
+            }
             if let Some(logits) = logits.last(row)
                 && sequence.advance(logits) == Progress::Ends
             {
                 ended.push(planned.sequence);
+            } else {
+                self.digest(planned.sequence);
             }
         }
         self.end_all(ended);

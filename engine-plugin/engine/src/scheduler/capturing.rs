@@ -17,10 +17,13 @@ impl EngineLoop {
             return;
         };
         loop {
+            // What is parked would have to be read again: its turn comes.
             let of_phase = |wanted: fn(&Phase) -> bool| {
-                self.running
-                    .iter()
-                    .position(|sequence| wanted(&sequence.phase) && !sequence.capture.is_empty())
+                self.running.iter().position(|sequence| {
+                    wanted(&sequence.phase)
+                        && !sequence.capture.is_empty()
+                        && !(sequence.turn.is_parked && matches!(sequence.phase, Phase::Decode))
+                })
             };
             let draining = of_phase(|phase| matches!(phase, Phase::Draining));
             let Some(index) = draining.or_else(|| of_phase(|phase| matches!(phase, Phase::Decode)))

@@ -16,6 +16,8 @@ use crate::metrics::{FREE_BLOCKS, RUNNING, WAITING};
 use crate::model::{LogitsWanted, Model, Positions, Scratch, Step};
 
 use super::blending::Blender;
+use super::pages::Paged;
+use super::parking::Turn;
 use super::sequence::{Phase, Sequence};
 use super::{EngineConfig, Submission};
 
@@ -40,6 +42,10 @@ pub(super) struct EngineLoop {
     pub(super) waiting: VecDeque<Submission>,
     pub(super) running: Vec<Sequence>,
     next_seed: u64,
+    /// Where not all KV is in memory.
+    pub(super) paged: Option<Paged>,
+    /// Most tokens of a sequence.
+    sequence_tokens: usize,
     /// Where decoding starts when not every sequence fits a batch.
     pub(super) decode_turn: usize,
 }
@@ -54,6 +60,7 @@ impl EngineLoop {
         submissions: Receiver<Submission>,
         waiting_count: Arc<AtomicUsize>,
     ) -> Self {
+        let sequence_tokens = config.sequence_tokens(model.config(), &pool);
         Self {
             blender: config
                 .blend
@@ -70,6 +77,8 @@ impl EngineLoop {
             waiting: VecDeque::new(),
             running: Vec::new(),
             next_seed: 0,
+            paged: None,
+            sequence_tokens,
             decode_turn: 0,
         }
     }
@@ -160,8 +169,8 @@ impl EngineLoop {
     fn admit(&mut self) {
         while let Some(submission) = self.waiting.front() {
             let prompt_tokens = submission.request.prompt.len();
-            let limit = (self.pool.layer_blocks() * BLOCK_TOKENS)
-                .min(self.model.config().max_positions)
+            let limit = self
+                .sequence_tokens
                 .min(prompt_tokens.saturating_add(submission.request.max_tokens));
             let Some(blocks) = self.take_blocks(limit.div_ceil(BLOCK_TOKENS)) else {
                 return;
@@ -172,6 +181,10 @@ impl EngineLoop {
             self.waiting_count.fetch_sub(1, Ordering::AcqRel);
             self.next_seed += 1;
             let mut sequence = Sequence::new(submission, blocks, limit, self.next_seed);
+            if let Some(paged) = &self.paged {
+                sequence.turn = Turn::waiting(paged.now);
+                sequence.choice = self.choice(limit);
+            }
             if let (Some(plugin), Some(prompt), true) =
                 (&self.plugin, &sequence.prompt, sequence.reads_cache())
             {
@@ -197,7 +210,8 @@ impl EngineLoop {
     }
 
     #[expect(clippy::cast_precision_loss, reason = "gauges are f64")]
-    fn gauge(&self) {
+    fn gauge(&mut self) {
+        self.show_paging();
         gauge!(RUNNING).set(self.running.len() as f64);
         gauge!(WAITING).set(self.waiting.len() as f64);
         gauge!(FREE_BLOCKS).set(self.pool.free_blocks() as f64);
