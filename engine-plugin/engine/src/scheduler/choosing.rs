@@ -4,6 +4,7 @@ use super::engine_loop::EngineLoop;
 use super::pages::PageSelection;
 use super::sequence::{Phase, Sequence};
 use crate::config::ModelConfig;
+use crate::kernels::LANES;
 use crate::kv::{BLOCK_TOKENS, BlockId};
 use crate::model::{BeforeLayer, Model, Pages};
 use crate::paging::{Detail, Digests, GROUP_PAGES, Rule, Selector};
@@ -45,12 +46,14 @@ impl Choice {
     }
 }
 
-/// What digests of so many pages take at most.
-fn digest_bytes(config: &ModelConfig, pages: usize) -> usize {
-    // Bytes of a page and channel, those of the page's share of its group included.
-    const PAGE_BYTES: usize = 4;
-    let channels = config.layers * config.kv_heads * config.head_dim.next_multiple_of(16);
-    pages.next_multiple_of(GROUP_PAGES) * PAGE_BYTES * channels
+impl PageSelection {
+    /// Bytes that digests of a sequence of so many tokens take at most.
+    pub fn digest_bytes_of(config: &ModelConfig, tokens: usize) -> usize {
+        // Bytes of a page and channel, those of the page's share of its group included.
+        const PAGE_BYTES: usize = 4;
+        let channels = config.layers * config.kv_heads * config.head_dim.next_multiple_of(LANES);
+        (tokens / BLOCK_TOKENS).next_multiple_of(GROUP_PAGES) * PAGE_BYTES * channels
+    }
 }
 
 impl EngineLoop {
@@ -82,7 +85,7 @@ impl EngineLoop {
             .filter_map(|(_, other)| other.choice.as_ref())
             .map(Choice::bytes)
             .sum();
-        let needed = digest_bytes(self.model.config(), full);
+        let needed = PageSelection::digest_bytes_of(self.model.config(), sequence.position);
         let sequence = &mut self.running[index];
         if taken + needed > limit {
             tracing::info!(

@@ -17,19 +17,21 @@ use kvasir_engine::chat::ChatTemplate;
 use kvasir_engine::http::{self, Chunks, Defaults, Front, Limits, Preparation};
 use kvasir_engine::scheduler::{BlendConfig, Engine, EngineConfig};
 use kvasir_engine::tokenizer::Tokenizer;
-use kvasir_engine::{BLOCK_TOKENS, KvDtype, Model, metrics};
+use kvasir_engine::{BLOCK_TOKENS, Model, metrics};
 use kvasir_plugin::blend::{ContentCuts, Gate, Quality};
 use kvasir_plugin::{CachePlugin, CodecConfig, Encoding, PluginConfig, Profile, TlsConfig};
-use kvasir_types::{ByteSize, Level};
+use kvasir_types::Level;
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tracing_subscriber::EnvFilter;
 
 mod blend_check;
 mod drain;
+mod memory;
 
 use blend_check::BlendCheckArgs;
 use drain::{Signals, until_drained};
+use memory::MemoryArgs;
 
 /// A CPU inference engine that fetches prefill from Kvasir.
 #[derive(Debug, Parser)]
@@ -103,13 +105,8 @@ struct ServeArgs {
     /// File of its key.
     #[arg(long, value_name = "FILE", requires = "client_cert")]
     client_key: Option<PathBuf>,
-    /// Memory for KV pages. Default: enough for eight sequences of the model's full
-    /// context, at most 1 GiB.
-    #[arg(long)]
-    kv_memory: Option<ByteSize>,
-    /// Element type of the KV pages.
-    #[arg(long, value_enum, default_value_t = KvDtypeArg::F32)]
-    kv_dtype: KvDtypeArg,
+    #[command(flatten)]
+    memory: MemoryArgs,
     /// Threads that compute. Default: one per core.
     #[arg(long)]
     threads: Option<usize>,
@@ -172,26 +169,6 @@ impl From<QualityArg> for Quality {
     }
 }
 
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum KvDtypeArg {
-    F32,
-    Bf16,
-    F16,
-}
-
-impl From<KvDtypeArg> for KvDtype {
-    fn from(arg: KvDtypeArg) -> Self {
-        match arg {
-            KvDtypeArg::F32 => Self::F32,
-            KvDtypeArg::Bf16 => Self::Bf16,
-            KvDtypeArg::F16 => Self::F16,
-        }
-    }
-}
-
-const DEFAULT_KV_MEMORY: ByteSize = ByteSize::gib(1);
-const DEFAULT_SEQUENCES: u64 = 8;
-
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
@@ -247,7 +224,7 @@ async fn serve(args: ServeArgs) -> anyhow::Result<()> {
             .with_context(|| format!("loading the tokenizer in {}", args.model.display()))?,
     );
     let chat = ChatTemplate::new(tokenizer.templates(), tokenizer.special_tokens())?;
-    let dtype = KvDtype::from(args.kv_dtype);
+    let dtype = args.memory.dtype();
     let layout = cache::layout(model.config(), dtype, args.chunk_tokens)?;
     let plugin = if args.no_cache {
         None
@@ -289,24 +266,15 @@ async fn serve(args: ServeArgs) -> anyhow::Result<()> {
         )?)
     };
 
-    let block_bytes = layout.chunk_bytes() / u64::from(args.chunk_tokens) * u64::from(block);
-    let blocks = match args.kv_memory {
-        Some(memory) => memory.as_u64() / block_bytes,
-        None => {
-            let sequence = model.config().max_positions.div_ceil(BLOCK_TOKENS) as u64;
-            (DEFAULT_SEQUENCES * sequence).min(DEFAULT_KV_MEMORY.as_u64() / block_bytes)
-        }
-    };
-    ensure!(
-        blocks > 0,
-        "--kv-memory holds not one page of {block_bytes} bytes"
-    );
-    let mut config = EngineConfig::for_tokens(usize::try_from(blocks)? * BLOCK_TOKENS);
-    config.kv_dtype = dtype;
+    let mut config = args.memory.engine(model.config())?;
     config.batch_tokens = args.batch_tokens;
     config.max_waiting = args.max_waiting;
     config.threads = args.threads.unwrap_or(config.threads);
     let gate = match args.blend {
+        BlendArg::Proven if config.paging.is_some() => {
+            tracing::info!("chunks are not reused at other places: --scratch takes their KV");
+            None
+        }
         BlendArg::Proven if plugin.is_some() => proven(&args.model, &model)?,
         _ => None,
     };
@@ -349,7 +317,7 @@ async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     };
     tracing::info!(
         model = front.model,
-        kv_bytes = blocks * block_bytes,
+        kv_tokens = config.blocks * BLOCK_TOKENS,
         context_tokens = limits.context_tokens,
         cache = if args.no_cache {
             "none"
