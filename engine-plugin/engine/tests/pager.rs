@@ -191,6 +191,34 @@ fn parked_and_resumed_is_uninterrupted() {
     }
 }
 
+/// A sequence that has grown since it was parked writes the pages that it has grown by, and the
+/// one in which they begin: nothing that was written before.
+#[test]
+fn a_second_park_writes_what_is_new() {
+    for (name, model) in models() {
+        let tokens = tokens(&model);
+        let layers = model.config().layers;
+        for grown in [1, 11, 12, 13, 40] {
+            // So much memory that nothing is written behind.
+            let frames = layers * frames(&model, SEQUENCES);
+            let mut run = Run::new(&model, paged(&model, KvDtype::F32, frames), ALL);
+            let page = run.pool.pager().unwrap().frame_bytes() * layers * model.config().kv_heads;
+            let table = run.tables[0].clone();
+            run.step(&[(0, 0, &tokens[..100])]).unwrap();
+            assert_eq!(run.pool.park(&table).unwrap(), 7 * page as u64, "{name}");
+            for position in 100..100 + grown {
+                run.step(&[(0, position, &tokens[position..=position])])
+                    .unwrap();
+            }
+            let new = (100 + grown).div_ceil(BLOCK_TOKENS) - 100 / BLOCK_TOKENS;
+            let bytes = run.pool.park(&table).unwrap();
+            assert_eq!(bytes, (new * page) as u64, "{name}: {grown}");
+            let written = run.pool.pager().unwrap().stats().written_bytes;
+            assert_eq!(written, ((7 + new) * page) as u64, "{name}: {grown}");
+        }
+    }
+}
+
 /// Too few frames for a layer is an error that says so, before anything is computed wrongly;
 /// fewer sequences, or fewer pages, still run.
 #[test]

@@ -45,7 +45,7 @@ pub(super) struct EngineLoop {
     /// Where not all KV is in memory.
     pub(super) paged: Option<Paged>,
     /// Most tokens of a sequence.
-    sequence_tokens: usize,
+    pub(super) sequence_tokens: usize,
     /// Where decoding starts when not every sequence fits a batch.
     pub(super) decode_turn: usize,
 }

@@ -81,7 +81,7 @@ pub struct EngineConfig {
     pub threads: usize,
     /// How chunks are reused at any position. Default: not at all.
     pub blend: Option<BlendConfig>,
-    /// Keeps KV in memory only in part. Default: all of it. Not together with `blend`.
+    /// Keeps KV in memory only in part. Default: all of it.
     pub paging: Option<PagingConfig>,
 }
 
@@ -155,9 +155,6 @@ pub enum StartError {
         "the plugin's chunks have another layout than this engine's pages; derive the namespace from the same model and KV type"
     )]
     Layout,
-    /// Blending compares with KV that must be in memory.
-    #[error("blending needs all KV in memory: turn off blending or paging")]
-    BlendPaged,
     /// Pages are selected by a rule that reads the keys of all.
     #[error("the rule that selects pages reads the keys of all: choose one that does not")]
     Selection,
@@ -216,7 +213,6 @@ impl Engine {
         let waiting = Arc::new(AtomicUsize::new(0));
         let pool = match &config.paging {
             None => KvPool::new(model.config(), config.blocks, config.kv_dtype),
-            Some(_) if config.blend.is_some() => return Err(StartError::BlendPaged),
             Some(paging) => paged_pool(&model, config, paging)?,
         };
         let limits = Limits {

@@ -98,6 +98,30 @@ impl Room {
     }
 }
 
+/// Who gets in, of those that wish to: what is left of their turns, since when they wait, and
+/// what they need.
+fn admitted(memory: usize, wishes: &[Option<(usize, u64, Need)>]) -> Vec<bool> {
+    let mut order: Vec<(bool, u64, usize, Need)> = wishes
+        .iter()
+        .enumerate()
+        .filter_map(|(index, wish)| {
+            let (left, since, need) = (*wish)?;
+            Some((left == 0, since, index, need))
+        })
+        .collect();
+    order.sort_by_key(|&(waits, since, index, _)| (waits, since, index));
+    let mut room = Room::new(memory);
+    let mut runs = vec![false; wishes.len()];
+    for (waits, _, index, need) in order {
+        runs[index] = room.take(need);
+        // Nobody overtakes who waits.
+        if waits && !runs[index] {
+            break;
+        }
+    }
+    runs
+}
+
 impl EngineLoop {
     /// Which sequences may be in the next batch, by index. Parks those that gave way.
     pub(super) fn take_turns(&mut self) -> Vec<bool> {
@@ -143,23 +167,19 @@ impl EngineLoop {
     fn who_fits(&self, may: impl Fn(&Sequence) -> bool) -> Vec<bool> {
         let config = self.model.config();
         let pages = |pager: &Pager| pager.frames() / config.kv_heads;
-        let mut room = Room::new(self.pool.pager().map_or(usize::MAX, pages));
-        let mut order: Vec<usize> = (0..self.running.len())
-            .filter(|&index| self.running[index].is_runnable() && may(&self.running[index]))
-            .collect();
-        order.sort_by_key(|&index| {
-            let turn = &self.running[index].turn;
-            (turn.left == 0, turn.since, index)
+        let memory = self.pool.pager().map_or(usize::MAX, pages);
+        let wishes = self.running.iter().map(|sequence| {
+            let turn = &sequence.turn;
+            let wishes = sequence.is_runnable() && may(sequence);
+            wishes.then(|| {
+                (
+                    turn.left,
+                    turn.since,
+                    sequence.need(config, self.batch_tokens),
+                )
+            })
         });
-        let mut runs = vec![false; self.running.len()];
-        for index in order {
-            let sequence = &self.running[index];
-            runs[index] = room.take(sequence.need(config, self.batch_tokens));
-            if !runs[index] && sequence.turn.left == 0 {
-                break;
-            }
-        }
-        runs
+        admitted(memory, &wishes.collect::<Vec<_>>())
     }
 
     /// Moves what a sequence has to the scratch file. False when that cannot be written.
@@ -203,7 +223,11 @@ impl Sequence {
 
     /// What it reads in its next batch, at most.
     fn need(&self, config: &ModelConfig, batch_tokens: usize) -> Need {
-        let end = self.tokens.len().min(self.position + batch_tokens);
+        let end = match self.phase {
+            // Few rows reach far.
+            Phase::Blending(_) => self.tokens.len(),
+            _ => self.tokens.len().min(self.position + batch_tokens),
+        };
         let chosen = self.chosen_pages();
         let (mut most, mut all) = (0, 0);
         for window in &config.windows {
@@ -250,6 +274,30 @@ mod tests {
         assert_eq!(fits(100, &[(1, 1), (40, 160)]), [true, false]);
         // Never nothing at all.
         assert_eq!(fits(100, &[(101, 101)]), [true]);
+    }
+
+    #[test]
+    fn nobody_is_overtaken() {
+        let wish = |left, since, all| Some((left, since, Need { layer: 1, all }));
+        // Who has a turn goes on, though others have waited longer; who does not fit any more
+        // keeps nobody else from going on.
+        let wishes = [
+            wish(0, 1, 60),
+            wish(3, 9, 50),
+            wish(1, 9, 60),
+            wish(2, 9, 40),
+        ];
+        assert_eq!(admitted(100, &wishes), [false, true, false, true]);
+        // Behind these, first who has waited longest, until one does not fit.
+        let wishes = [
+            wish(0, 7, 10),
+            wish(3, 9, 50),
+            wish(0, 5, 60),
+            wish(0, 4, 20),
+        ];
+        assert_eq!(admitted(100, &wishes), [false, true, false, true]);
+        let wishes = [wish(0, 7, 10), None, wish(0, 5, 60), wish(0, 4, 20)];
+        assert_eq!(admitted(100, &wishes), [true, false, true, true]);
     }
 
     #[test]

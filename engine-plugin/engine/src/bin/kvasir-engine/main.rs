@@ -271,10 +271,6 @@ async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     config.max_waiting = args.max_waiting;
     config.threads = args.threads.unwrap_or(config.threads);
     let gate = match args.blend {
-        BlendArg::Proven if config.paging.is_some() => {
-            tracing::info!("chunks are not reused at other places: --scratch takes their KV");
-            None
-        }
         BlendArg::Proven if plugin.is_some() => proven(&args.model, &model)?,
         _ => None,
     };
