@@ -262,6 +262,14 @@ impl KvPool {
         }
     }
 
+    /// Lets go of what pages hold, which stay taken: they are to be written anew. Nothing to do
+    /// where all is in memory.
+    pub(crate) fn forget(&mut self, blocks: &[BlockId]) {
+        if let Memory::Paged(pager) = &mut self.memory {
+            blocks.iter().for_each(|&block| pager.forget(block));
+        }
+    }
+
     /// Pages of which a whole layer is in memory at once, at most.
     pub fn layer_blocks(&self) -> usize {
         match &self.memory {
@@ -274,8 +282,12 @@ impl KvPool {
 
     /// Pieces of a model's KV that fit into some bytes of memory.
     pub fn frames_in(config: &ModelConfig, dtype: KvDtype, bytes: u64) -> usize {
-        let piece = Geometry::new(config, 1, dtype).piece_bytes();
-        usize::try_from(bytes).unwrap_or(usize::MAX) / frame_bytes(piece)
+        usize::try_from(bytes).unwrap_or(usize::MAX) / Self::frame_bytes(config, dtype)
+    }
+
+    /// Bytes of memory for one piece of a model's KV, padding included.
+    pub fn frame_bytes(config: &ModelConfig, dtype: KvDtype) -> usize {
+        frame_bytes(Geometry::new(config, 1, dtype).piece_bytes())
     }
 
     /// Pages not taken.

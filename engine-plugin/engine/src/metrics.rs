@@ -14,12 +14,28 @@
 //! | [`WAITING`] | gauge | | scheduler |
 //! | [`FREE_BLOCKS`] | gauge | | scheduler |
 //! | [`COMPILED`] | counter | | scheduler |
+//!
+//! Of an engine whose memory holds a part of its KV, set by the scheduler:
+//!
+//! | metric | kind | labels |
+//! |---|---|---|
+//! | [`KV_FRAMES`] | gauge | |
+//! | [`KV_RESIDENT_BYTES`] | gauge | `of` |
+//! | [`KV_READ_BYTES`] | counter | |
+//! | [`KV_WRITTEN_BYTES`] | counter | |
+//! | [`KV_STALL_MICROSECONDS`] | counter | `cause` |
+//! | [`KV_PARKS`] | counter | |
+//! | [`KV_RESUMES`] | counter | |
+//! | [`KV_RESTARTS`] | counter | |
 
 #![forbid(unsafe_code)]
 
 use std::time::Duration;
 
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
+
+use crate::paging::Stalls;
+use crate::scheduler::PagingStats;
 
 /// Requests answered. `endpoint` is `completions` or `chat_completions`;
 /// `status` is the HTTP status, which a stream decides before its first token.
@@ -59,6 +75,61 @@ pub const WAITING: &str = "kvasir_engine_waiting";
 /// Pages that no sequence holds.
 pub const FREE_BLOCKS: &str = "kvasir_engine_kv_blocks_free";
 
+/// Pieces of KV, each a KV head of a layer of a page, that fit into memory.
+pub const KV_FRAMES: &str = "kvasir_engine_kv_frames";
+
+/// Memory of paging: `of` is `frames` (write buffers included) or `digests`.
+pub const KV_RESIDENT_BYTES: &str = "kvasir_engine_kv_resident_bytes";
+
+/// Bytes of KV read from the scratch file.
+pub const KV_READ_BYTES: &str = "kvasir_engine_kv_read_bytes_total";
+
+/// Bytes of KV written to it.
+pub const KV_WRITTEN_BYTES: &str = "kvasir_engine_kv_written_bytes_total";
+
+/// Time that computing waited for the scratch file. `cause` is `read` (not predicted), `late`
+/// (predicted, but not in time), `frame` (for a read ahead to give way) or `write`.
+pub const KV_STALL_MICROSECONDS: &str = "kvasir_engine_kv_stall_microseconds_total";
+
+/// Sequences parked.
+pub const KV_PARKS: &str = "kvasir_engine_kv_parks_total";
+
+/// Parked sequences that went on.
+pub const KV_RESUMES: &str = "kvasir_engine_kv_resumes_total";
+
+/// Sequences computed again because their pages could not be moved.
+pub const KV_RESTARTS: &str = "kvasir_engine_kv_restarts_total";
+
+/// Says what paging has come to.
+#[expect(clippy::cast_precision_loss, reason = "gauges are f64")]
+pub(crate) fn paging(stats: &PagingStats) {
+    use ::metrics::{counter, gauge};
+    gauge!(KV_FRAMES).set(stats.frames as f64);
+    gauge!(KV_RESIDENT_BYTES, "of" => "frames").set(stats.resident_bytes as f64);
+    gauge!(KV_RESIDENT_BYTES, "of" => "digests").set(stats.digest_bytes as f64);
+    counter!(KV_READ_BYTES).absolute(stats.pager.read_bytes);
+    counter!(KV_WRITTEN_BYTES).absolute(stats.pager.written_bytes);
+    let Stalls {
+        read,
+        late,
+        frame,
+        write,
+    } = stats.pager.stalls;
+    let causes = [
+        ("read", read),
+        ("late", late),
+        ("frame", frame),
+        ("write", write),
+    ];
+    for (cause, waited) in causes {
+        let micros = u64::try_from(waited.as_micros()).unwrap_or(u64::MAX);
+        counter!(KV_STALL_MICROSECONDS, "cause" => cause).absolute(micros);
+    }
+    counter!(KV_PARKS).absolute(stats.parks);
+    counter!(KV_RESUMES).absolute(stats.resumes);
+    counter!(KV_RESTARTS).absolute(stats.restarts);
+}
+
 /// Installs the process's recorder; what it returns serves `/metrics`. Samples
 /// of histograms pile up unless it is rendered or [`upkeep`] runs.
 ///
@@ -94,6 +165,17 @@ fn describe() {
     describe_gauge!(RUNNING, "Sequences in the running batch");
     describe_gauge!(WAITING, "Sequences waiting for a place in the batch");
     describe_gauge!(FREE_BLOCKS, "Pages that no sequence holds");
+    describe_gauge!(KV_FRAMES, "Pieces of KV that fit into memory");
+    describe_gauge!(KV_RESIDENT_BYTES, "Memory of KV paging, by use");
+    describe_counter!(KV_READ_BYTES, "Bytes of KV read from the scratch file");
+    describe_counter!(KV_WRITTEN_BYTES, "Bytes of KV written to the scratch file");
+    describe_counter!(
+        KV_STALL_MICROSECONDS,
+        "Waiting for the scratch file, by cause"
+    );
+    describe_counter!(KV_PARKS, "Sequences parked");
+    describe_counter!(KV_RESUMES, "Parked sequences that went on");
+    describe_counter!(KV_RESTARTS, "Sequences computed again");
 }
 
 const UPKEEP_INTERVAL: Duration = Duration::from_secs(5);

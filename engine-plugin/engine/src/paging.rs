@@ -78,10 +78,19 @@
 //! Units: scores are logits, `query · key / sqrt(head_dim)`; budgets are shares of a
 //! sequence's pages, which is its bytes.
 //!
+//! # Serving
+//!
+//! [`EngineConfig::paging`](crate::scheduler::EngineConfig::paging) makes the engine's loop run
+//! over such a pool: sequences that do not fit together take turns and are parked in between;
+//! while a layer computes, the next one is read, as much of it as the token before chose; and a
+//! sequence whose pages cannot be moved is computed again. Decoding chooses pages only if told
+//! to ([`PageSelection`](crate::scheduler::PageSelection)).
+//!
 //! # Not here
 //!
-//! The engine's own loop attends to all pages: it neither chooses nor parks yet. Pieces are not
-//! compressed on disk.
+//! Pieces are not compressed on disk. A prompt is computed over all of its pages: a layer of the
+//! longest sequence has to fit into memory. Reads have no deadline: a disk that hangs holds all
+//! sequences.
 
 mod digest;
 mod estimate;

@@ -6,7 +6,6 @@
 )]
 
 use std::ops::{ControlFlow, Range};
-use std::path::PathBuf;
 
 use kvasir_engine::blend::{self, Probes, Prompt};
 use kvasir_engine::kernels::{Isa, rotate};
@@ -17,25 +16,11 @@ use kvasir_plugin::blend::{Check, Compared, Reused, Rule, Selection, Selector};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 
+mod models;
+use models::models;
+
 const TOKENS: usize = 150;
 const FIRST: u32 = 1;
-
-/// Every fixture's model.
-fn models() -> Vec<(String, Model)> {
-    let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("fixtures");
-    let mut dirs: Vec<PathBuf> = std::fs::read_dir(&root)
-        .unwrap_or_else(|error| panic!("{}: {error}", root.display()))
-        .map(|entry| entry.unwrap().path())
-        .filter(|dir| dir.join("reference.safetensors").exists())
-        .collect();
-    dirs.sort();
-    assert!(dirs.len() >= 9, "fixtures of every architecture");
-    let load = |dir: &PathBuf| {
-        let name = dir.file_name().unwrap().to_string_lossy().into_owned();
-        (name, Model::load(dir).unwrap())
-    };
-    dirs.iter().map(load).collect()
-}
 
 /// A sequence in pages of its own.
 struct Sequence<'a> {

@@ -6,6 +6,7 @@ mod script;
 
 use std::time::Duration;
 
+use kvasir_engine::PagingError;
 use kvasir_engine::request::{FinishReason, RequestError};
 use reqwest::StatusCode;
 use script::{Play, Server, chat_ids, tokens};
@@ -479,6 +480,12 @@ async fn refusals_have_their_status() {
             503,
             Value::Null,
             json!("shutting_down"),
+        ),
+        (
+            RequestError::Pages(PagingError::Full),
+            503,
+            Value::Null,
+            json!("kv_pages"),
         ),
         (RequestError::NotFinite, 500, Value::Null, Value::Null),
         (RequestError::Internal, 500, Value::Null, Value::Null),

@@ -6,7 +6,6 @@
 )]
 
 use std::ops::ControlFlow;
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use kvasir_engine::paging::{Detail, Digests};
@@ -15,24 +14,12 @@ use kvasir_engine::{
     Positions, Replacement, Scratch, ScratchFile, Step, Threads,
 };
 
+mod models;
+use models::models;
+
 /// Tokens of a sequence, at most.
 const TOKENS: usize = 176;
 const SEQUENCES: usize = 3;
-
-fn fixtures() -> Vec<(String, Model)> {
-    let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("fixtures");
-    let mut dirs: Vec<PathBuf> = std::fs::read_dir(&root)
-        .unwrap()
-        .map(|entry| entry.unwrap().path())
-        .filter(|dir| dir.join("reference.safetensors").exists())
-        .collect();
-    dirs.sort();
-    let load = |dir: PathBuf| {
-        let name = dir.file_name().unwrap().to_string_lossy().into_owned();
-        (name, Model::load(&dir).unwrap())
-    };
-    dirs.into_iter().map(load).collect()
-}
 
 fn paged(model: &Model, dtype: KvDtype, frames: usize) -> KvPool {
     let directory = tempfile::tempdir().unwrap();
@@ -152,7 +139,7 @@ const SOME: fn(&Model, usize) -> Pages = |model, layer| {
 /// a bit of any logits changes, and pages do come and go.
 #[test]
 fn a_pool_on_disk_gives_the_same_bits() {
-    for (name, model) in fixtures() {
+    for (name, model) in models() {
         let tokens = tokens(&model);
         for dtype in [KvDtype::F32, KvDtype::Bf16, KvDtype::F16] {
             for choice in [ALL, SOME] {
@@ -174,7 +161,7 @@ fn a_pool_on_disk_gives_the_same_bits() {
 /// had not been; a park moves what is new since the last one.
 #[test]
 fn parked_and_resumed_is_uninterrupted() {
-    for (name, model) in fixtures() {
+    for (name, model) in models() {
         let config = model.config();
         let tokens = tokens(&model);
         let decode = |parks: bool| {
@@ -204,11 +191,39 @@ fn parked_and_resumed_is_uninterrupted() {
     }
 }
 
+/// A sequence that has grown since it was parked writes the pages that it has grown by, and the
+/// one in which they begin: nothing that was written before.
+#[test]
+fn a_second_park_writes_what_is_new() {
+    for (name, model) in models() {
+        let tokens = tokens(&model);
+        let layers = model.config().layers;
+        for grown in [1, 11, 12, 13, 40] {
+            // So much memory that nothing is written behind.
+            let frames = layers * frames(&model, SEQUENCES);
+            let mut run = Run::new(&model, paged(&model, KvDtype::F32, frames), ALL);
+            let page = run.pool.pager().unwrap().frame_bytes() * layers * model.config().kv_heads;
+            let table = run.tables[0].clone();
+            run.step(&[(0, 0, &tokens[..100])]).unwrap();
+            assert_eq!(run.pool.park(&table).unwrap(), 7 * page as u64, "{name}");
+            for position in 100..100 + grown {
+                run.step(&[(0, position, &tokens[position..=position])])
+                    .unwrap();
+            }
+            let new = (100 + grown).div_ceil(BLOCK_TOKENS) - 100 / BLOCK_TOKENS;
+            let bytes = run.pool.park(&table).unwrap();
+            assert_eq!(bytes, (new * page) as u64, "{name}: {grown}");
+            let written = run.pool.pager().unwrap().stats().written_bytes;
+            assert_eq!(written, ((7 + new) * page) as u64, "{name}: {grown}");
+        }
+    }
+}
+
 /// Too few frames for a layer is an error that says so, before anything is computed wrongly;
 /// fewer sequences, or fewer pages, still run.
 #[test]
 fn too_few_frames_are_an_error() {
-    let (_, model) = fixtures().remove(0);
+    let (_, model) = models().remove(0);
     let heads = model.config().kv_heads;
     let tokens = tokens(&model);
     let mut run = Run::new(&model, paged(&model, KvDtype::F32, 4 * heads), ALL);
@@ -237,7 +252,7 @@ fn too_few_frames_are_an_error() {
 /// parts.
 #[test]
 fn digests_of_a_paged_pool_are_the_same() {
-    for (name, model) in fixtures() {
+    for (name, model) in models() {
         let tokens = tokens(&model);
         let frames = frames(&model, 1);
         let [at_once, by_parts] = [false, true].map(|is_paged| {

@@ -6,13 +6,15 @@
 )]
 
 use std::ops::ControlFlow;
-use std::path::PathBuf;
 
 use kvasir_engine::paging::{Digests, Options, Rule, Selector, Vote, page_weights};
 use kvasir_engine::{
     BLOCK_TOKENS, BeforeLayer, BlockId, Fate, KvDtype, KvPool, LogitsWanted, Model, Pages,
     Positions, Scratch, Step, Threads,
 };
+
+mod models;
+use models::models;
 
 const RULES: [Rule; 10] = [
     Rule::All,
@@ -26,21 +28,6 @@ const RULES: [Rule; 10] = [
     Rule::Random { seed: 3 },
     Rule::Oracle,
 ];
-
-fn models() -> Vec<(String, Model)> {
-    let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("fixtures");
-    let mut dirs: Vec<PathBuf> = std::fs::read_dir(&root)
-        .unwrap()
-        .map(|entry| entry.unwrap().path())
-        .filter(|dir| dir.join("reference.safetensors").exists())
-        .collect();
-    dirs.sort();
-    let load = |dir: PathBuf| {
-        let name = dir.file_name().unwrap().to_string_lossy().into_owned();
-        (name, Model::load(&dir).unwrap())
-    };
-    dirs.into_iter().map(load).collect()
-}
 
 /// A context in pages, and what comes next.
 struct Bed<'a> {

@@ -101,8 +101,11 @@ impl ApiError {
                 | RequestError::Chunks
                 | RequestError::TooLong { .. } => StatusCode::BAD_REQUEST,
                 RequestError::Overloaded { .. } => StatusCode::TOO_MANY_REQUESTS,
-                RequestError::ShuttingDown => StatusCode::SERVICE_UNAVAILABLE,
-                RequestError::NotFinite | RequestError::Pages(_) | RequestError::Internal => {
+                // Another try finds other pages, or a disk that works again.
+                RequestError::ShuttingDown | RequestError::Pages(_) => {
+                    StatusCode::SERVICE_UNAVAILABLE
+                }
+                RequestError::NotFinite | RequestError::Internal => {
                     StatusCode::INTERNAL_SERVER_ERROR
                 }
             },
@@ -143,6 +146,7 @@ impl ApiError {
                 RequestError::TooLong { .. } => Some("context_length_exceeded"),
                 RequestError::Overloaded { .. } => Some("rate_limit_exceeded"),
                 RequestError::ShuttingDown => Some("shutting_down"),
+                RequestError::Pages(_) => Some("kv_pages"),
                 _ => None,
             },
             _ => None,

@@ -11,16 +11,18 @@ use rustix::io::Errno;
 use super::PagingError;
 use super::file::{Backing, SECTOR_BYTES, errno};
 use super::foresight::Foresight;
-use super::frames::{FrameId, Frames, Heat, PieceId, Replacement, Tag, aligned};
-use super::io::{Device, Fault, Job, ReadPiece, ReadRun, THREADS};
-use super::stats::{PagerStats, Stalls};
+use super::frames::{FrameId, Frames, Heat, PieceId, Replacement, aligned};
+use super::io::{Device, Fault};
+use super::stats::PagerStats;
 use crate::kv::BlockId;
 
+mod reading;
 mod writing;
 
 #[cfg(test)]
 mod tests;
 
+use reading::LATE;
 use writing::write_error;
 
 /// Bytes that one operation moves, at most.
@@ -446,86 +448,6 @@ impl Pager {
         })
     }
 
-    /// Puts pieces into frames: those in the file are read, others are zeros.
-    fn load(&mut self, pieces: &[PieceId], frames: Vec<FrameId>, heat: Heat, ahead: bool) {
-        let epoch = if ahead { 0 } else { self.epoch };
-        let mut reads = Vec::new();
-        for (&piece, frame) in pieces.iter().zip(frames) {
-            let entry = &mut self.pieces[piece.index()];
-            entry.frame = frame.0;
-            // What was guessed has to be wanted to last.
-            let heat = if ahead { Heat::Scanned } else { heat };
-            let layer = self.shape.layer_and_block(piece).0;
-            *self.frames.tag_mut(frame) = Tag {
-                piece: Some(piece),
-                epoch,
-                heat,
-                layer: u32::try_from(layer).unwrap_or(0),
-                turn: 0,
-                loading: entry.stored,
-                ahead,
-                dirty: false,
-                writing: entry.writing,
-            };
-            self.frames.touch(frame, heat);
-            if entry.stored {
-                reads.push(ReadPiece {
-                    piece,
-                    frame,
-                    memory: self.frames.take_memory(frame),
-                    checksum: entry.checksum,
-                    ahead,
-                    outcome: Ok(()),
-                });
-            } else {
-                self.frames.bytes_mut(frame).fill(0);
-                self.stats.fresh += 1;
-            }
-        }
-        if !ahead {
-            self.awaited[UNPREDICTED] += reads.len();
-            self.stats.misses += reads.len() as u64;
-        }
-        self.loading += reads.len();
-        self.read(reads, !ahead);
-    }
-
-    /// Submits reads, adjoining ones as one, in about as many jobs as there are threads.
-    fn read(&mut self, reads: Vec<ReadPiece>, urgent: bool) {
-        let most = self.group_pieces();
-        let share = reads.len().div_ceil(THREADS).clamp(1, most);
-        let mut jobs: Vec<Job> = Vec::new();
-        let (mut runs, mut in_job): (Vec<ReadRun>, usize) = (Vec::new(), 0);
-        for read in reads {
-            let adjoins = runs
-                .last()
-                .and_then(|run| run.pieces.last())
-                .is_some_and(|last| last.piece.0 + 1 == read.piece.0);
-            // A run is cut only where it is as long as an operation may be.
-            if in_job >= most || (in_job >= share && !adjoins) {
-                jobs.push(Job::Read(std::mem::take(&mut runs)));
-                in_job = 0;
-            }
-            in_job += 1;
-            match runs.last_mut() {
-                Some(run) if adjoins => run.pieces.push(read),
-                _ => {
-                    self.stats.reads += 1;
-                    runs.push(ReadRun {
-                        offset: self.offset(read.piece),
-                        pieces: vec![read],
-                    });
-                }
-            }
-        }
-        if !runs.is_empty() {
-            jobs.push(Job::Read(runs));
-        }
-        if !jobs.is_empty() {
-            self.device.submit(jobs, urgent);
-        }
-    }
-
     /// Pieces that one operation moves, at most.
     fn group_pieces(&self) -> usize {
         (GROUP_BYTES / self.frame_bytes()).max(1)
@@ -534,86 +456,4 @@ impl Pager {
     fn offset(&self, piece: PieceId) -> u64 {
         u64::from(piece.0) * self.frame_bytes() as u64
     }
-
-    fn await_wanted(&mut self) {
-        while self.awaited != [0; 2] {
-            let cause = usize::from(self.awaited[UNPREDICTED] == 0);
-            let started = Instant::now();
-            self.wait();
-            let waited = started.elapsed();
-            let Stalls { read, late, .. } = &mut self.stats.stalls;
-            *[read, late][cause] += waited;
-        }
-    }
-
-    fn collect(&mut self) {
-        for job in self.device.done() {
-            self.land(job);
-        }
-    }
-
-    /// Lands what is done, once there is something.
-    fn wait(&mut self) {
-        for job in self.device.wait() {
-            self.land(job);
-        }
-    }
-
-    fn land(&mut self, job: Job) {
-        match job {
-            Job::Read(runs) => {
-                for run in runs {
-                    run.pieces.into_iter().for_each(|read| self.landed(read));
-                }
-            }
-            Job::Write(run) => self.written(run),
-        }
-    }
-
-    fn landed(&mut self, read: ReadPiece) {
-        self.loading -= 1;
-        if read.outcome.is_ok() {
-            self.stats.read_bytes += read.memory.len() as u64;
-        }
-        self.frames.return_memory(read.frame, read.memory);
-        let tag = self.frames.tag_mut(read.frame);
-        let piece = tag.piece;
-        let wanted = piece.is_some() && tag.epoch == self.epoch;
-        tag.loading = false;
-        if wanted {
-            self.awaited[usize::from(read.ahead)] -= 1;
-        }
-        match (piece, read.outcome) {
-            (None, _) => self.frames.release(read.frame),
-            (Some(_), Ok(())) => (),
-            (Some(piece), Err(fault)) => {
-                self.pieces[piece.index()].frame = NOWHERE;
-                self.frames.release(read.frame);
-                if wanted {
-                    let ahead = read.ahead;
-                    self.unread.get_or_insert(Unread {
-                        piece,
-                        fault,
-                        ahead,
-                    });
-                }
-            }
-        }
-    }
-
-    fn read_error(&self, piece: PieceId, fault: Fault) -> PagingError {
-        let (layer, block) = self.shape.layer_and_block(piece);
-        match fault {
-            Fault::Corrupt => PagingError::Corrupt { block, layer },
-            Fault::Device(source) => PagingError::Read {
-                block,
-                layer,
-                source,
-            },
-        }
-    }
 }
-
-/// Indices of [`Pager::awaited`]: whether a read had been asked for ahead.
-const UNPREDICTED: usize = 0;
-const LATE: usize = 1;

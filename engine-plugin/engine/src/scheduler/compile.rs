@@ -147,7 +147,7 @@ impl EngineLoop {
             && let Some(job) = compiler.waiting.pop_front()
         {
             let tokens = compiler.probes.tokens(job.prefix.len(), job.chunk.len());
-            let fits = tokens <= self.model.config().max_positions;
+            let fits = tokens <= self.sequence_tokens;
             match self.take_blocks(tokens.div_ceil(BLOCK_TOKENS)) {
                 Some(blocks) if fits => {
                     compiler.current = Some(Compiling {

@@ -4,7 +4,8 @@
 //! requests over a channel and receive events over another. Each turn of its loop:
 //!
 //! 1. take new requests; admit waiting ones, first come first served, when pages for
-//!    the whole of prompt and completion are free (so nothing is ever preempted);
+//!    the whole of prompt and completion are free (so what has been admitted never lacks a
+//!    page);
 //! 2. land what the cache has delivered;
 //! 3. run one batch: every decoding sequence's next token, and prefill up to
 //!    [`EngineConfig::batch_tokens`];
@@ -17,19 +18,29 @@
 //! When a sequence that is being fetched is the only one, its attention runs layer by
 //! layer behind the fetch. When others are there, or come, they run while it waits.
 //!
+//! Where memory holds a part of the pages ([`PagingConfig`]), sequences that do not fit together
+//! are parked in the scratch file and take turns, and decoding may attend to some of its pages
+//! only. One whose pages cannot be read back is computed again.
+//!
 //! Overflow: more than [`EngineConfig::max_waiting`] waiting requests are refused; a
 //! receiver that goes away cancels its sequence.
 
+mod batch;
 mod blending;
+mod capturing;
+mod choosing;
 mod compile;
 mod engine_loop;
+mod fetching;
 mod pages;
+mod parking;
+mod recovery;
 mod sequence;
 
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc as sync_mpsc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
@@ -38,6 +49,7 @@ use kvasir_plugin::{CachePlugin, Prompt};
 use tokio::sync::mpsc;
 
 use crate::cache;
+use crate::config::ModelConfig;
 use crate::kernels::Threads;
 use crate::kv::{BLOCK_TOKENS, KvDtype, KvPool};
 use crate::model::Model;
@@ -45,9 +57,10 @@ use crate::paging::{PagingError, Replacement};
 use crate::request::{Event, GenerateRequest, RequestError};
 
 use engine_loop::EngineLoop;
+use pages::Paged;
 
 pub use blending::BlendConfig;
-pub use pages::PagingConfig;
+pub use pages::{PageSelection, PagingConfig, PagingStats};
 
 /// How the engine spends memory and time.
 #[derive(Clone, Debug)]
@@ -59,13 +72,16 @@ pub struct EngineConfig {
     /// Tokens of one batch, prefill and decode together; of a prompt that is computed while its
     /// chunks are loaded, four times as many. Default: 512.
     pub batch_tokens: usize,
+    /// Most tokens of a sequence, prompt and completion. Default: what the model knows, or what
+    /// fits: all of it into the pages, and a layer of it into memory.
+    pub context_tokens: Option<usize>,
     /// Requests that may wait for pages. Default: 256.
     pub max_waiting: usize,
     /// Threads that compute. Default: one per core.
     pub threads: usize,
     /// How chunks are reused at any position. Default: not at all.
     pub blend: Option<BlendConfig>,
-    /// Keeps KV in memory only in part. Default: all of it. Not together with `blend`.
+    /// Keeps KV in memory only in part. Default: all of it.
     pub paging: Option<PagingConfig>,
 }
 
@@ -81,11 +97,19 @@ impl EngineConfig {
             blocks: tokens.div_ceil(BLOCK_TOKENS),
             kv_dtype: KvDtype::default(),
             batch_tokens: Self::BATCH_TOKENS,
+            context_tokens: None,
             max_waiting: Self::MAX_WAITING,
             threads: std::thread::available_parallelism().map_or(1, usize::from),
             blend: None,
             paging: None,
         }
+    }
+
+    /// Most tokens of a sequence in a pool.
+    fn sequence_tokens(&self, model: &ModelConfig, pool: &KvPool) -> usize {
+        let wanted = self.context_tokens.unwrap_or(model.max_positions);
+        let held = pool.layer_blocks().min(pool.blocks()) * BLOCK_TOKENS;
+        wanted.min(model.max_positions).min(held)
     }
 }
 
@@ -116,6 +140,7 @@ pub struct EngineHandle {
     limits: Limits,
     plugin: Option<CachePlugin>,
     blend: Option<Arc<BlendConfig>>,
+    paging: Option<Arc<Mutex<PagingStats>>>,
 }
 
 /// Why an engine could not be started.
@@ -130,9 +155,21 @@ pub enum StartError {
         "the plugin's chunks have another layout than this engine's pages; derive the namespace from the same model and KV type"
     )]
     Layout,
-    /// Blending compares with KV that must be in memory.
-    #[error("blending needs all KV in memory: turn off blending or paging")]
-    BlendPaged,
+    /// Pages are selected by a rule that reads the keys of all.
+    #[error("the rule that selects pages reads the keys of all: choose one that does not")]
+    Selection,
+    /// Memory holds less than a layer of the longest sequence.
+    #[error(
+        "a layer of {tokens} tokens takes {needed} frames, and there are {frames}: give the pool more memory, or take shorter sequences"
+    )]
+    Frames {
+        /// The longest sequence.
+        tokens: usize,
+        /// Pieces of a layer of it.
+        needed: usize,
+        /// Pieces that fit into memory.
+        frames: usize,
+    },
     /// The pages cannot be made.
     #[error("the KV pool cannot be made")]
     Paging(#[source] PagingError),
@@ -176,21 +213,13 @@ impl Engine {
         let waiting = Arc::new(AtomicUsize::new(0));
         let pool = match &config.paging {
             None => KvPool::new(model.config(), config.blocks, config.kv_dtype),
-            Some(_) if config.blend.is_some() => return Err(StartError::BlendPaged),
-            Some(PagingConfig { frames, backing }) => KvPool::paged(
-                model.config(),
-                config.blocks,
-                config.kv_dtype,
-                *frames,
-                Replacement::default(),
-                Arc::clone(backing),
-            )
-            .map_err(StartError::Paging)?,
+            Some(paging) => paged_pool(&model, config, paging)?,
         };
         let limits = Limits {
             vocabulary: model.config().vocab_size,
-            sequence_tokens: (pool.layer_blocks() * BLOCK_TOKENS).min(model.config().max_positions),
+            sequence_tokens: config.sequence_tokens(model.config(), &pool),
         };
+        let shown = Arc::new(Mutex::new(PagingStats::default()));
         let ready = Arc::new(AtomicBool::new(false));
         let handle = EngineHandle {
             commands,
@@ -199,9 +228,11 @@ impl Engine {
             limits,
             plugin: plugin.clone(),
             blend: config.blend.clone().map(Arc::new),
+            paging: config.paging.as_ref().map(|_| Arc::clone(&shown)),
         };
         let mut engine =
             EngineLoop::new(model, pool, config, threads, plugin, submissions, waiting);
+        engine.paged = config.paging.as_ref().map(|it| Paged::new(it, shown));
         let thread = std::thread::Builder::new()
             .name("engine".into())
             .spawn({
@@ -323,6 +354,42 @@ impl EngineHandle {
     pub fn limits(&self) -> Limits {
         self.limits
     }
+
+    /// What keeping KV in memory only in part has come to; none where all of it is there.
+    pub fn paging(&self) -> Option<PagingStats> {
+        let stats = self.paging.as_ref()?;
+        Some(*stats.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+fn paged_pool(
+    model: &Model,
+    config: &EngineConfig,
+    paging: &PagingConfig,
+) -> Result<KvPool, StartError> {
+    let selection = paging.selection.as_ref();
+    if selection.is_some_and(|it| it.options.rule.needs_keys()) {
+        return Err(StartError::Selection);
+    }
+    let pool = KvPool::paged(
+        model.config(),
+        config.blocks,
+        config.kv_dtype,
+        paging.frames,
+        Replacement::default(),
+        Arc::clone(&paging.backing),
+    )
+    .map_err(StartError::Paging)?;
+    let tokens = config.context_tokens.unwrap_or(1);
+    let needed = tokens.div_ceil(BLOCK_TOKENS) * model.config().kv_heads;
+    if needed > paging.frames {
+        return Err(StartError::Frames {
+            tokens,
+            needed,
+            frames: paging.frames,
+        });
+    }
+    Ok(pool)
 }
 
 /// A prompt that names no chunks. Its first tokens are text if they are the canonical prefix,

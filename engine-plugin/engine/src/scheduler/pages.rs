@@ -1,52 +1,118 @@
-//! Pages that sequences take, and what becomes of sequences whose pages cannot be moved.
+//! Pages that sequences take, in memory or not.
 
-use std::sync::Arc;
+use std::num::NonZeroUsize;
+use std::sync::{Arc, Mutex, PoisonError};
 
-use super::engine_loop::{EngineLoop, Planned};
+use super::engine_loop::EngineLoop;
 use crate::kv::BlockId;
-use crate::model::ForwardError;
-use crate::paging::Backing;
-use crate::request::RequestError;
+use crate::paging::{Backing, Options, PagerStats};
 
 /// Keeps KV in memory only in part; see [`crate::paging`].
 ///
-/// Sequences attend to all of their pages, a layer at a time: so frames for one layer of all
-/// sequences are the limit, not frames for all layers.
+/// A layer of one sequence has to fit into memory, no more. Sequences that do not fit together
+/// are parked and take turns. All of it gives the very tokens and logits that memory for
+/// everything gives, unless pages are [selected](Self::selection).
 #[derive(Clone, Debug)]
 pub struct PagingConfig {
     /// Pieces in memory: [`crate::KvPool::frames_in`] says how many some bytes hold.
     pub frames: usize,
     /// Where the others are.
     pub backing: Arc<dyn Backing>,
+    /// Pages that decoding attends to. Default: all, which is exact.
+    pub selection: Option<PageSelection>,
+    /// Batches that a sequence is in before others that wait for memory have their turn: tokens,
+    /// where it decodes. More move fewer bytes, and let others wait longer. Default:
+    /// [`Self::TURN_BATCHES`].
+    pub turn_batches: NonZeroUsize,
+}
+
+impl PagingConfig {
+    /// Default of [`Self::turn_batches`].
+    pub const TURN_BATCHES: NonZeroUsize = NonZeroUsize::MIN.saturating_add(63);
+
+    /// Exact, with default turns.
+    pub fn new(frames: usize, backing: Arc<dyn Backing>) -> Self {
+        Self {
+            frames,
+            backing,
+            selection: None,
+            turn_batches: Self::TURN_BATCHES,
+        }
+    }
+}
+
+/// Which pages decoding attends to. Prompts are computed over all of theirs.
+///
+/// An approximation: see `docs/measurements.md` for what it does to answers.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct PageSelection {
+    /// How pages are chosen. Rules that [need keys](crate::paging::Rule::needs_keys) are
+    /// refused.
+    pub options: Options,
+    /// Sequences attend to all pages up to this many tokens. Default: [`Self::FROM_TOKENS`].
+    pub from_tokens: usize,
+    /// Memory for digests of all sequences, beside the frames. A sequence whose digests find no
+    /// room attends to all of its pages.
+    pub digest_bytes: usize,
+}
+
+impl PageSelection {
+    /// Default of [`Self::from_tokens`].
+    pub const FROM_TOKENS: usize = 1024;
+}
+
+/// What keeping KV in memory only in part has come to since the engine started.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PagingStats {
+    /// Pieces that fit into memory.
+    pub frames: usize,
+    /// Bytes of frames and of buffers.
+    pub resident_bytes: usize,
+    /// Bytes of digests, in memory too.
+    pub digest_bytes: usize,
+    /// What moved.
+    pub pager: PagerStats,
+    /// How often a sequence was parked.
+    pub parks: u64,
+    /// Bytes that were written for it.
+    pub parked_bytes: u64,
+    /// How often one went on that had been parked.
+    pub resumes: u64,
+    /// How often one was computed again because its pages could not be moved.
+    pub restarts: u64,
+    /// Sequences that attend to all pages because digests found no room.
+    pub undigested: u64,
+}
+
+/// What the loop knows of a pool that is in memory only in part.
+#[derive(Debug)]
+pub(super) struct Paged {
+    pub(super) selection: Option<PageSelection>,
+    pub(super) turn_batches: usize,
+    /// Batches so far.
+    pub(super) now: u64,
+    /// The batch up to which nothing is parked, because the file could not be written.
+    pub(super) unwritable_until: u64,
+    pub(super) stats: PagingStats,
+    shown: Arc<Mutex<PagingStats>>,
+}
+
+impl Paged {
+    pub(super) fn new(config: &PagingConfig, shown: Arc<Mutex<PagingStats>>) -> Self {
+        Self {
+            selection: config.selection,
+            turn_batches: config.turn_batches.get(),
+            now: 0,
+            unwritable_until: 0,
+            stats: PagingStats::default(),
+            shown,
+        }
+    }
 }
 
 impl EngineLoop {
-    /// Ends the sequences of a batch that failed: one, where its pages cannot be moved, so that
-    /// the others go on without it, and otherwise all.
-    pub(super) fn fail(&mut self, plan: &[Planned], error: &ForwardError) {
-        let mut failed: Vec<usize> = plan.iter().map(|planned| planned.sequence).collect();
-        let mut reason = RequestError::Internal;
-        if let ForwardError::Paging { step, source } = error {
-            // Where any could make room, the one that came last does.
-            let at_fault = step.map_or_else(
-                || failed.iter().copied().max(),
-                |step| failed.get(step).copied(),
-            );
-            failed = at_fault.into_iter().collect();
-            reason = RequestError::Pages(*source);
-            tracing::error!(error = %source, "pages of a sequence cannot be moved");
-        } else {
-            tracing::error!(%error, "a batch failed");
-        }
-        for &index in &failed {
-            self.running[index].fail(reason.clone());
-        }
-        self.end_all(failed);
-    }
-
     pub(super) fn take_blocks(&mut self, count: usize) -> Option<Vec<BlockId>> {
-        let taken = self.pool.blocks() - self.pool.free_blocks();
-        if taken + count > self.pool.layer_blocks() {
+        if count > self.pool.free_blocks() {
             return None;
         }
         (0..count).map(|_| self.pool.alloc()).collect()
@@ -58,5 +124,19 @@ impl EngineLoop {
                 tracing::error!(%error, "a page was given back twice");
             }
         }
+    }
+
+    /// Lets others see what paging has come to.
+    pub(super) fn show_paging(&mut self) {
+        let digest_bytes = self.digest_bytes();
+        let (Some(paged), Some(pager)) = (&mut self.paged, self.pool.pager()) else {
+            return;
+        };
+        paged.stats.frames = pager.frames();
+        paged.stats.resident_bytes = pager.resident_bytes();
+        paged.stats.digest_bytes = digest_bytes;
+        paged.stats.pager = pager.stats();
+        crate::metrics::paging(&paged.stats);
+        *paged.shown.lock().unwrap_or_else(PoisonError::into_inner) = paged.stats;
     }
 }

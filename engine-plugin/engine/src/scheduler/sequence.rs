@@ -8,6 +8,8 @@ use kvasir_types::Level;
 use tokio::sync::mpsc;
 
 use super::blending::Gathering;
+use super::choosing::Choice;
+use super::parking::Turn;
 use crate::kv::BlockId;
 use crate::request::{Event, FinishReason, GenerateRequest, RequestError, Usage};
 use crate::sampling::Sampler;
@@ -21,7 +23,8 @@ pub(super) enum Phase {
     Gathering(Box<Gathering>),
     /// Of the prompt from `position` on, what is selected is still to be computed.
     Blending(Box<Selection>),
-    /// Prompt tokens from `position` on are still to be computed.
+    /// Of the prompt, and of what was generated where it is computed again, tokens from
+    /// `position` on are still to be run through the model.
     Prefill,
     /// The last token of `tokens` is still to be run through the model.
     Decode,
@@ -52,6 +55,12 @@ pub(super) struct Sequence {
     events: mpsc::Sender<Event>,
     submitted: Instant,
     pub(crate) usage: Usage,
+    /// Where not all sequences fit into memory.
+    pub(super) turn: Turn,
+    /// What it chooses pages by, if it does not attend to all.
+    pub(super) choice: Option<Choice>,
+    /// How often it was computed again.
+    pub(super) restarts: u32,
 }
 
 /// What became of a sequence with its next token.
@@ -95,6 +104,9 @@ impl Sequence {
             },
             tokens,
             prompt,
+            turn: Turn::default(),
+            choice: None,
+            restarts: 0,
             segmented: segmented.filter(|segmented| !segmented.chunks().is_empty()),
             request,
         }
@@ -157,13 +169,8 @@ impl Sequence {
                     && self.usage.completion_tokens == 0 =>
             {
                 tracing::warn!("logits over fetched KV are not finite; computing everything");
-                self.usage.cached_tokens = 0;
-                self.usage.blended_tokens = 0;
-                self.usage.recomputed = 0.0;
-                self.usage.cached_level = None;
                 self.capture = 0..0;
-                self.position = 0;
-                self.phase = Phase::Prefill;
+                self.start_over();
                 return Progress::Goes;
             }
             Err(_) => {
@@ -205,6 +212,24 @@ impl Sequence {
         // A receiver that went away needs no last word.
         let _ = self.events.try_send(Event::Finished { reason, usage });
         Progress::Ends
+    }
+
+    /// Computes everything from its tokens, of which nothing is in the pages from now on.
+    pub(super) fn start_over(&mut self) {
+        // What has been answered was computed over what came from the cache.
+        if self.usage.completion_tokens == 0 {
+            self.usage.cached_tokens = 0;
+            self.usage.blended_tokens = 0;
+            self.usage.recomputed = 0.0;
+            self.usage.cached_level = None;
+        }
+        self.position = 0;
+        self.phase = Phase::Prefill;
+    }
+
+    /// Prompt plus completion, at most.
+    pub(super) fn limit(&self) -> usize {
+        self.limit
     }
 
     /// Reports an error. What is in the pages is not worth keeping.

@@ -12,20 +12,26 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use clap::{Parser, Subcommand, ValueEnum};
-use kvasir_engine::blend::check::{self, Context, ContextLine, Words};
 use kvasir_engine::cache;
 use kvasir_engine::chat::ChatTemplate;
 use kvasir_engine::http::{self, Chunks, Defaults, Front, Limits, Preparation};
 use kvasir_engine::scheduler::{BlendConfig, Engine, EngineConfig};
-use kvasir_engine::tokenizer::{EncodeError, Tokenizer};
-use kvasir_engine::{BLOCK_TOKENS, KvDtype, Model, metrics};
+use kvasir_engine::tokenizer::Tokenizer;
+use kvasir_engine::{BLOCK_TOKENS, Model, metrics};
 use kvasir_plugin::blend::{ContentCuts, Gate, Quality};
 use kvasir_plugin::{CachePlugin, CodecConfig, Encoding, PluginConfig, Profile, TlsConfig};
-use kvasir_types::{ByteSize, Level};
+use kvasir_types::Level;
 use tokio::net::TcpListener;
-use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::oneshot;
 use tracing_subscriber::EnvFilter;
+
+mod blend_check;
+mod drain;
+mod memory;
+
+use blend_check::BlendCheckArgs;
+use drain::{Signals, until_drained};
+use memory::MemoryArgs;
 
 /// A CPU inference engine that fetches prefill from Kvasir.
 #[derive(Debug, Parser)]
@@ -42,23 +48,6 @@ enum Command {
     /// Measure what reuse of chunks at other places does to a model's answers, and store the
     /// verdict with the model. Without one, its chunks are not reused.
     BlendCheck(BlendCheckArgs),
-}
-
-#[derive(Debug, clap::Args)]
-struct BlendCheckArgs {
-    /// A checkpoint in the Hugging Face layout: config.json, safetensors, tokenizer.json.
-    #[arg(long)]
-    model: PathBuf,
-    /// Contexts as JSON lines: {"chunks": [TEXT, ...], "questions": [{"prompt": TEXT, "answer":
-    /// TEXT}, ...]}; a TEXT may be a list of token ids instead. The first four become probes.
-    #[arg(long, value_name = "FILE")]
-    questions: PathBuf,
-    /// Text that every chunk is computed behind. Default: what the tokenizer puts first.
-    #[arg(long, value_name = "TEXT")]
-    prefix: Option<String>,
-    /// Where the verdict goes. Default: kvasir-blend.json in the model's directory.
-    #[arg(long, value_name = "FILE")]
-    out: Option<PathBuf>,
 }
 
 #[derive(Debug, clap::Args)]
@@ -116,13 +105,8 @@ struct ServeArgs {
     /// File of its key.
     #[arg(long, value_name = "FILE", requires = "client_cert")]
     client_key: Option<PathBuf>,
-    /// Memory for KV pages. Default: enough for eight sequences of the model's full
-    /// context, at most 1 GiB.
-    #[arg(long)]
-    kv_memory: Option<ByteSize>,
-    /// Element type of the KV pages.
-    #[arg(long, value_enum, default_value_t = KvDtypeArg::F32)]
-    kv_dtype: KvDtypeArg,
+    #[command(flatten)]
+    memory: MemoryArgs,
     /// Threads that compute. Default: one per core.
     #[arg(long)]
     threads: Option<usize>,
@@ -185,26 +169,6 @@ impl From<QualityArg> for Quality {
     }
 }
 
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum KvDtypeArg {
-    F32,
-    Bf16,
-    F16,
-}
-
-impl From<KvDtypeArg> for KvDtype {
-    fn from(arg: KvDtypeArg) -> Self {
-        match arg {
-            KvDtypeArg::F32 => Self::F32,
-            KvDtypeArg::Bf16 => Self::Bf16,
-            KvDtypeArg::F16 => Self::F16,
-        }
-    }
-}
-
-const DEFAULT_KV_MEMORY: ByteSize = ByteSize::gib(1);
-const DEFAULT_SEQUENCES: u64 = 8;
-
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
@@ -214,90 +178,8 @@ async fn main() -> anyhow::Result<()> {
         .init();
     match Args::parse().command {
         Command::Serve(args) => serve(*args).await,
-        Command::BlendCheck(args) => tokio::task::block_in_place(|| blend_check(&args)),
+        Command::BlendCheck(args) => tokio::task::block_in_place(|| blend_check::run(&args)),
     }
-}
-
-fn blend_check(args: &BlendCheckArgs) -> anyhow::Result<()> {
-    let model = Model::load(&args.model)
-        .with_context(|| format!("loading the model in {}", args.model.display()))?;
-    let tokenizer = Tokenizer::load(&args.model, &model.config().eos_token_ids)
-        .with_context(|| format!("loading the tokenizer in {}", args.model.display()))?;
-    let encode = |words: &Words| match words {
-        Words::Tokens(tokens) => Ok(tokens.clone()),
-        Words::Text(text) => tokenizer.encode(text, false),
-    };
-    let prefix = match &args.prefix {
-        Some(text) => tokenizer.encode(text, false)?,
-        None => tokenizer.encode("", true)?,
-    };
-    let path = args.questions.display();
-    let lines = std::fs::read_to_string(&args.questions)
-        .with_context(|| format!("reading the questions in {path}"))?;
-    let mut contexts = Vec::new();
-    for (number, line) in (1..)
-        .zip(lines.lines())
-        .filter(|(_, line)| !line.is_empty())
-    {
-        let line: ContextLine = serde_json::from_str(line)
-            .with_context(|| format!("{path}, line {number} is not a context"))?;
-        let chunks = line.chunks.iter().map(encode);
-        let questions = line.questions.iter().map(|question| {
-            let prompt = encode(&question.prompt)?;
-            Ok((prompt, encode(&question.answer)?))
-        });
-        contexts.push(Context {
-            chunks: chunks.collect::<Result<_, EncodeError>>()?,
-            questions: questions.collect::<Result<_, EncodeError>>()?,
-        });
-    }
-    let gate = check::check(&model, &prefix, &contexts, |done, all| {
-        if done % 20 == 0 || done == all {
-            eprintln!("{done} of {all} contexts");
-        }
-    })?;
-    let out = args.out.clone();
-    let out = out.unwrap_or_else(|| args.model.join(Gate::FILE));
-    let mut json = serde_json::to_string(&gate)?;
-    json.push('\n');
-    std::fs::write(&out, json).with_context(|| format!("writing {}", out.display()))?;
-    println!("budget   exact   KL (nats)   closed   text (nats)");
-    let row = |budget: &str, exact: f64, kl: f64, closed: f64, text: f64| {
-        println!("{budget:<6} {exact:>7.3} {kl:>11.4} {closed:>8.3} {text:>13.4}");
-    };
-    row("full", gate.full_exact, 0.0, 1.0, 0.0);
-    row(
-        "naive",
-        gate.naive_exact,
-        gate.naive_kl,
-        0.0,
-        gate.naive_text,
-    );
-    for repair in &gate.repairs {
-        let closed = gate.closed(repair);
-        row(
-            &repair.budget.to_string(),
-            repair.exact,
-            repair.kl,
-            closed,
-            repair.text,
-        );
-    }
-    for (name, quality) in [("high", Quality::High), ("fair", Quality::Fair)] {
-        match gate.good(quality).next() {
-            Some(repair) => println!(
-                "quality {name}: blended from a budget of {} on",
-                repair.budget
-            ),
-            None => println!("quality {name}: not blended"),
-        }
-    }
-    println!(
-        "{} questions; the verdict is in {}",
-        gate.questions,
-        out.display()
-    );
-    Ok(())
 }
 
 fn profile(args: &ServeArgs) -> anyhow::Result<Option<Arc<Profile>>> {
@@ -342,7 +224,7 @@ async fn serve(args: ServeArgs) -> anyhow::Result<()> {
             .with_context(|| format!("loading the tokenizer in {}", args.model.display()))?,
     );
     let chat = ChatTemplate::new(tokenizer.templates(), tokenizer.special_tokens())?;
-    let dtype = KvDtype::from(args.kv_dtype);
+    let dtype = args.memory.dtype();
     let layout = cache::layout(model.config(), dtype, args.chunk_tokens)?;
     let plugin = if args.no_cache {
         None
@@ -384,20 +266,7 @@ async fn serve(args: ServeArgs) -> anyhow::Result<()> {
         )?)
     };
 
-    let block_bytes = layout.chunk_bytes() / u64::from(args.chunk_tokens) * u64::from(block);
-    let blocks = match args.kv_memory {
-        Some(memory) => memory.as_u64() / block_bytes,
-        None => {
-            let sequence = model.config().max_positions.div_ceil(BLOCK_TOKENS) as u64;
-            (DEFAULT_SEQUENCES * sequence).min(DEFAULT_KV_MEMORY.as_u64() / block_bytes)
-        }
-    };
-    ensure!(
-        blocks > 0,
-        "--kv-memory holds not one page of {block_bytes} bytes"
-    );
-    let mut config = EngineConfig::for_tokens(usize::try_from(blocks)? * BLOCK_TOKENS);
-    config.kv_dtype = dtype;
+    let mut config = args.memory.engine(model.config())?;
     config.batch_tokens = args.batch_tokens;
     config.max_waiting = args.max_waiting;
     config.threads = args.threads.unwrap_or(config.threads);
@@ -444,7 +313,7 @@ async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     };
     tracing::info!(
         model = front.model,
-        kv_bytes = blocks * block_bytes,
+        kv_tokens = config.blocks * BLOCK_TOKENS,
         context_tokens = limits.context_tokens,
         cache = if args.no_cache {
             "none"
@@ -483,97 +352,5 @@ async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     }
 }
 
-/// Runs `serving` to its end. The first signal sends `drain`; `timeout` later, or
-/// at a second signal, it is abandoned and there is no result.
-async fn until_drained<T>(
-    serving: impl Future<Output = T>,
-    mut signal: impl AsyncFnMut(),
-    drain: oneshot::Sender<()>,
-    timeout: Duration,
-) -> Option<T> {
-    let mut serving = std::pin::pin!(serving);
-    tokio::select! {
-        result = &mut serving => return Some(result),
-        () = signal() => {}
-    }
-    tracing::info!(
-        ?timeout,
-        "shutting down; another signal ends requests in progress"
-    );
-    // A server that ended meanwhile needs no telling.
-    let _ = drain.send(());
-    tokio::select! {
-        result = serving => return Some(result),
-        () = tokio::time::sleep(timeout) => tracing::warn!("requests outlast the drain timeout"),
-        () = signal() => tracing::warn!("requests are ended by a second signal"),
-    }
-    None
-}
-
-/// SIGINT and SIGTERM.
-struct Signals {
-    interrupt: Signal,
-    terminate: Signal,
-}
-
-impl Signals {
-    /// From here on, they do not end the process by themselves.
-    fn watch() -> std::io::Result<Self> {
-        Ok(Self {
-            interrupt: signal(SignalKind::interrupt())?,
-            terminate: signal(SignalKind::terminate())?,
-        })
-    }
-
-    /// Completes at the next one.
-    async fn next(&mut self) {
-        tokio::select! {
-            _ = self.interrupt.recv() => {}
-            _ = self.terminate.recv() => {}
-        }
-    }
-}
-
 /// From one look whether the engine is ready to the next.
 const READY_INTERVAL: Duration = Duration::from_millis(10);
-
-#[cfg(test)]
-mod tests {
-    use std::future::{pending, ready};
-
-    use super::*;
-
-    const LONG: Duration = Duration::from_secs(600);
-
-    #[tokio::test]
-    async fn a_signal_drains() {
-        let (drain, draining) = oneshot::channel();
-        let mut signals = 1;
-        let signal = async || match signals {
-            0 => pending().await,
-            _ => signals -= 1,
-        };
-        let drained = until_drained(draining, signal, drain, LONG).await;
-        assert_eq!(drained, Some(Ok(())));
-    }
-
-    #[tokio::test]
-    async fn a_server_that_ends_is_not_waited_for() {
-        let (drain, _draining) = oneshot::channel();
-        let ended = until_drained(ready(5), async || pending().await, drain, LONG).await;
-        assert_eq!(ended, Some(5));
-    }
-
-    #[tokio::test]
-    async fn the_timeout_and_a_second_signal_end_the_drain() {
-        for (mut signals, timeout) in [(1, Duration::from_millis(10)), (2, LONG)] {
-            let (drain, _draining) = oneshot::channel();
-            let signal = async || match signals {
-                0 => pending().await,
-                _ => signals -= 1,
-            };
-            let drained = until_drained(pending::<()>(), signal, drain, timeout).await;
-            assert_eq!(drained, None);
-        }
-    }
-}

@@ -5,17 +5,18 @@
     reason = "a test states its expectations by unwrapping"
 )]
 
-use std::io;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
+use kvasir_engine::Model;
 use kvasir_engine::request::{Event, FinishReason, GenerateRequest, RequestError, Usage};
 use kvasir_engine::sampling::SamplingParams;
-use kvasir_engine::scheduler::{Engine, EngineConfig, EngineHandle, PagingConfig};
-use kvasir_engine::{Backing, Model, PagingError, ScratchFile};
+use kvasir_engine::scheduler::{Engine, EngineConfig, EngineHandle};
 use safetensors::SafeTensors;
 use tokio::sync::mpsc::Receiver;
+
+mod broken;
+mod paged;
 
 const PROMPTS: usize = 6;
 const GREEDY: usize = 12;
@@ -121,127 +122,6 @@ fn concurrent_sequences_do_not_touch_each_other() {
             assert_eq!(usage.cached_tokens, 0);
         }
     }
-}
-
-/// Memory for one layer of `tokens` tokens.
-fn paging(model: &Model, tokens: usize, file: Arc<dyn Backing>) -> EngineConfig {
-    EngineConfig {
-        paging: Some(PagingConfig {
-            frames: tokens / 16 * model.config().kv_heads,
-            backing: file,
-        }),
-        ..config(4 * tokens)
-    }
-}
-
-/// Sequences whose KV is mostly on disk give the tokens and logits of those in memory.
-#[test]
-fn sequences_on_disk_are_as_those_in_memory() {
-    for name in ["llama3-gqa", "qwen3", "mistral-window"] {
-        let fixture = fixture(name);
-        let directory = tempfile::tempdir().unwrap();
-        let file = Arc::new(ScratchFile::create(directory.path()).unwrap());
-        let whole = Engine::start(Arc::clone(&fixture.model), &config(4096), None).unwrap();
-        let paged = paging(&fixture.model, 512, file);
-        let paged = Engine::start(Arc::clone(&fixture.model), &paged, None).unwrap();
-        let run = |engine: &Engine| -> Vec<_> {
-            let handle = engine.handle();
-            let prompts = fixture.prompts.iter();
-            let all: Vec<_> = prompts
-                .map(|prompt| submit(&handle, prompt, GREEDY))
-                .collect();
-            all.into_iter()
-                .map(finish)
-                .map(|(tokens, digests, ..)| (tokens, digests))
-                .collect()
-        };
-        let found = run(&paged);
-        assert_eq!(found, run(&whole), "{name}");
-        let expected = fixture.greedy.iter();
-        assert!(found.iter().map(|it| &it.0).eq(expected), "{name}");
-    }
-}
-
-/// A scratch file that stops working.
-#[derive(Debug)]
-struct Broken {
-    file: ScratchFile,
-    reads: AtomicBool,
-    writes: AtomicBool,
-}
-
-impl Backing for Broken {
-    fn prepare(&self, bytes: u64) -> io::Result<()> {
-        self.file.prepare(bytes)
-    }
-
-    fn read_at(&self, into: &mut [io::IoSliceMut<'_>], offset: u64) -> io::Result<usize> {
-        match self.reads.load(Ordering::Relaxed) {
-            true => Err(io::Error::from_raw_os_error(5)),
-            false => self.file.read_at(into, offset),
-        }
-    }
-
-    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<usize> {
-        match self.writes.load(Ordering::Relaxed) {
-            true => Err(io::Error::from_raw_os_error(28)),
-            false => self.file.write_at(bytes, offset),
-        }
-    }
-}
-
-/// A disk that cannot be read, or is full, ends sequences with an error that says so; none
-/// gives a wrong token, and afterwards all is as before.
-#[test]
-fn a_broken_disk_ends_sequences_cleanly() {
-    let fixture = fixture("llama3-gqa");
-    let directory = tempfile::tempdir().unwrap();
-    let file = Arc::new(Broken {
-        file: ScratchFile::create(directory.path()).unwrap(),
-        reads: AtomicBool::new(false),
-        writes: AtomicBool::new(false),
-    });
-    let longest = fixture.prompts.iter().map(Vec::len).max().unwrap() + GREEDY;
-    let tokens = 2 * longest.next_multiple_of(16);
-    let paged = paging(
-        &fixture.model,
-        tokens,
-        Arc::clone(&file) as Arc<dyn Backing>,
-    );
-    let engine = Engine::start(Arc::clone(&fixture.model), &paged, None).unwrap();
-    let handle = engine.handle();
-    let outcomes = || -> Vec<Result<Vec<u32>, RequestError>> {
-        let prompts = fixture.prompts.iter();
-        let all: Vec<_> = prompts
-            .map(|prompt| submit(&handle, prompt, GREEDY))
-            .collect();
-        let outcome = |mut events: Receiver<Event>| {
-            let mut tokens = Vec::new();
-            loop {
-                match events.blocking_recv().unwrap() {
-                    Event::Token { id, .. } => tokens.push(id),
-                    Event::Finished { .. } => return Ok(tokens),
-                    Event::Failed(error) => return Err(error),
-                    Event::Prefilled { .. } => {}
-                }
-            }
-        };
-        all.into_iter().map(outcome).collect()
-    };
-    let mut failures = 0;
-    for (reads, writes) in [(true, false), (false, true), (true, true), (false, false)] {
-        file.reads.store(reads, Ordering::Relaxed);
-        file.writes.store(writes, Ordering::Relaxed);
-        for (outcome, expected) in outcomes().iter().zip(&fixture.greedy) {
-            match outcome {
-                Ok(tokens) => assert_eq!(tokens, expected),
-                Err(RequestError::Pages(PagingError::Read { .. })) if reads => failures += 1,
-                Err(RequestError::Pages(PagingError::Full)) if writes => failures += 1,
-                Err(error) => panic!("{error} with {reads}, {writes}"),
-            }
-        }
-    }
-    assert!(failures > 0);
 }
 
 /// More sequences than fit run one after the other; none is lost.
