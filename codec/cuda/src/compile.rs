@@ -12,7 +12,7 @@ use cudarc::nvrtc::{CompileError, Ptx, sys};
 pub struct KernelSource {
     /// What the compiler's messages call it.
     pub name: &'static CStr,
-    /// Without [`NUMBERS`], which are put before it.
+    /// Without numbers.cu, which is put before it.
     pub text: &'static str,
     /// Options beside that of the device.
     pub options: &'static [&'static str],

@@ -42,6 +42,6 @@ pub use compile::{
     ComputeCapability, KernelSource, compile_kernels, has_compiler, known_capabilities,
 };
 pub use cudarc::driver::CudaSlice;
-pub use kvasir_codec::LayerCodec;
 pub use decoder::{CudaDecodeError, CudaDecoder, CudaTimings, CudaUnavailable};
+pub use kvasir_codec::LayerCodec;
 pub use placement::{Placement, PlacementError, PlanePlacement};

@@ -44,9 +44,11 @@ mod emulated;
 mod error;
 mod forward;
 mod launch;
+mod layer;
 mod machine;
 mod pool;
 mod products;
+mod scratch;
 mod staging;
 #[cfg(test)]
 mod tests;
@@ -55,17 +57,19 @@ mod weights;
 use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use crate::config::ModelConfig;
 use crate::kv::KvDtype;
 use crate::model;
-use machine::Machine;
+use machine::{Machine, Stream};
 use weights::DeviceWeights;
 
 pub use backend::DeviceBackend;
 pub use error::{DeviceError, DeviceLoadError, DevicePoolError, DeviceUnavailable};
-pub use forward::{BeforeDeviceLayer, DeviceScratch, LayerRows};
+pub use layer::{BeforeDeviceLayer, LayerRows};
 pub use pool::{DevicePool, EncodedLayer};
+pub use scratch::DeviceScratch;
 
 /// A device, and what runs on it.
 #[derive(Clone, Debug)]
@@ -91,6 +95,28 @@ impl Device {
     /// The device failed.
     pub fn name(&self) -> Result<String, DeviceError> {
         self.machine.name()
+    }
+
+    /// How long so many copies of a page-locked buffer take, to the device and from it: what
+    /// copies of layers are measured by.
+    ///
+    /// # Errors
+    ///
+    /// The device failed.
+    pub fn time_copies(&self, bytes: usize, copies: usize) -> Result<[Duration; 2], DeviceError> {
+        let machine = &self.machine;
+        let (memory, pinned) = (machine.alloc(bytes)?, machine.alloc_pinned(bytes)?);
+        let begin = Instant::now();
+        for _ in 0..copies {
+            machine.copy_in(&pinned, bytes, &memory)?;
+        }
+        machine.finish(&machine.record(Stream::Copy)?)?;
+        let there = begin.elapsed();
+        for _ in 0..copies {
+            machine.copy_out(&memory, 0, bytes, &pinned)?;
+        }
+        machine.finish(&machine.record(Stream::Copy)?)?;
+        Ok([there, begin.elapsed() - there])
     }
 
     /// That there is room for something.

@@ -24,7 +24,7 @@
 //! same bits as one computed here.
 //!
 //! The arithmetic differs in its last bits between instruction sets only where
-//! a CPU has no fused multiply-add.
+//! a CPU has no fused multiply-add. Nothing of this holds on a [`device`].
 
 #![deny(unsafe_code)]
 

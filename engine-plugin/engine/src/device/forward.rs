@@ -1,7 +1,6 @@
 //! One batch of steps through all layers, on a device.
 
-use std::ops::{ControlFlow, Range};
-use std::sync::Arc;
+use std::ops::ControlFlow;
 
 use super::attention::{
     Plan, Queries, Shape, partial_floats, row_kernel, row_shared, tile_kernel, tile_shared,
@@ -11,188 +10,18 @@ use super::launch::{
     Norm, ROW_THREADS, narrow, type_number,
 };
 use super::machine::{Machine, Memory, Product, Stream};
+use super::scratch::{Buffer, DeviceScratch};
 use super::weights::{DeviceLayer, DeviceLinear};
-use super::{Device, DeviceError, DeviceModel, DevicePool};
+use super::{BeforeDeviceLayer, DeviceError, DeviceModel, DevicePool, LayerRows};
 use crate::kv::BLOCK_TOKENS;
 use crate::model::{Fate, ForwardError, Logits, Pages, Rows, Step, check};
-
-/// What a layer is about to attend with: [`BeforeLayer`](crate::BeforeLayer) of a device.
-#[derive(Debug)]
-pub struct BeforeDeviceLayer<'a> {
-    /// Its index.
-    pub layer: usize,
-    /// Pages, which do not hold K and V of the rows yet.
-    pub pool: &'a mut DevicePool,
-    /// Projections after RoPE, on the device.
-    pub rows: LayerRows<'a>,
-    /// Position of each row in its sequence.
-    pub positions: &'a [usize],
-    /// Rows of each step.
-    pub steps: &'a [Range<usize>],
-    /// What becomes of each row; all go on until told otherwise. Rows whose logits are
-    /// wanted go on in any case.
-    pub fates: &'a mut [Fate],
-    /// Which pages each step attends to in this layer; all until told otherwise.
-    pub pages: &'a mut [Pages],
-}
-
-/// Projections of a layer's rows.
-#[derive(Clone, Copy, Debug)]
-pub struct LayerRows<'a> {
-    machine: &'a Machine,
-    memory: &'a Memory,
-    rows: usize,
-    stride: usize,
-}
-
-impl LayerRows<'_> {
-    /// Elements from one row to the next.
-    pub fn stride(&self) -> usize {
-        self.stride
-    }
-
-    /// `[row][stride]`, of which the first `heads · head_dim` elements are the query heads, the
-    /// next `kv_heads · head_dim` K and as many V. Waits for the device.
-    ///
-    /// # Errors
-    ///
-    /// The device failed.
-    pub fn read(&self) -> Result<Vec<f32>, DeviceError> {
-        let mut values = vec![0.0; self.rows * self.stride];
-        let bytes = bytemuck::cast_slice_mut(&mut values);
-        self.machine.download(self.memory, 0, bytes)?;
-        Ok(values)
-    }
-}
-
-/// Memory of a device for activations. One for each thread that calls
-/// [`DeviceModel::forward`]; it grows to the largest batch seen.
-#[derive(Debug)]
-pub struct DeviceScratch {
-    machine: Arc<Machine>,
-    /// Residual stream, `[row][hidden]`, and where its rows are gathered.
-    stream: Buffer,
-    stream_kept: Buffer,
-    /// `[row][hidden]`, of the weights' type.
-    normed: Buffer,
-    /// `[row][qkv_width]`, and where its rows are gathered.
-    qkv: Buffer,
-    qkv_kept: Buffer,
-    /// `[row][heads · head_dim]`, of the weights' type, and where its rows are gathered.
-    attended: Buffer,
-    attended_kept: Buffer,
-    /// `[row][2 · intermediate]`.
-    gate_up: Buffer,
-    /// `[row][intermediate]`, of the weights' type.
-    activated: Buffer,
-    /// `[row][head_dim]`.
-    angles: Buffer,
-    /// `[unit][partial_floats]`.
-    partial: Buffer,
-    /// `[row][vocab]`.
-    logits: Buffer,
-    /// Tokens of rows, later the largest logit of each.
-    tokens: Buffer,
-    positions: Buffer,
-    /// Page tables of all steps.
-    blocks: Buffer,
-    /// Where rows are appended.
-    places: Buffer,
-    /// Which rows are gathered.
-    kept: Buffer,
-    /// Lists, units and merges.
-    plan: Buffer,
-}
-
-/// Memory that grows.
-#[derive(Debug, Default)]
-struct Buffer(Option<Memory>);
-
-impl Buffer {
-    /// At least so many bytes; what was there is lost when it grows.
-    fn ensure(&mut self, machine: &Machine, bytes: usize) -> Result<u64, DeviceError> {
-        match &self.0 {
-            Some(memory) if memory.bytes >= bytes => Ok(memory.address),
-            _ => {
-                // The old first, so that there is room.
-                self.0 = None;
-                let memory = machine.alloc(bytes)?;
-                Ok(self.0.insert(memory).address)
-            }
-        }
-    }
-
-    fn send(&mut self, machine: &Machine, words: &[u32]) -> Result<u64, DeviceError> {
-        // Of powers of two, because contexts grow token by token.
-        let bytes = size_of_val(words).next_power_of_two();
-        let address = self.ensure(machine, bytes)?;
-        machine.upload(self.memory(), 0, bytemuck::cast_slice(words))?;
-        Ok(address)
-    }
-
-    fn memory(&self) -> &Memory {
-        self.0.as_ref().expect("what is used was made large enough")
-    }
-
-    fn address(&self) -> u64 {
-        self.memory().address
-    }
-}
-
-impl DeviceScratch {
-    /// Without memory; the first batches pay for it.
-    pub fn new(device: &Device) -> Self {
-        Self {
-            machine: device.machine.clone(),
-            stream: Buffer::default(),
-            stream_kept: Buffer::default(),
-            normed: Buffer::default(),
-            qkv: Buffer::default(),
-            qkv_kept: Buffer::default(),
-            attended: Buffer::default(),
-            attended_kept: Buffer::default(),
-            gate_up: Buffer::default(),
-            activated: Buffer::default(),
-            angles: Buffer::default(),
-            partial: Buffer::default(),
-            logits: Buffer::default(),
-            tokens: Buffer::default(),
-            positions: Buffer::default(),
-            blocks: Buffer::default(),
-            places: Buffer::default(),
-            kept: Buffer::default(),
-            plan: Buffer::default(),
-        }
-    }
-
-    fn reserve(&mut self, model: &DeviceModel, rows: usize) -> Result<(), DeviceError> {
-        let (config, element) = (&model.config, model.dtype.bytes());
-        let attended = config.heads * config.head_dim;
-        for (buffer, bytes) in [
-            (&mut self.stream, 4 * config.hidden),
-            (&mut self.stream_kept, 4 * config.hidden),
-            (&mut self.normed, element * config.hidden),
-            (&mut self.qkv, 4 * config.qkv_width()),
-            (&mut self.qkv_kept, 4 * config.qkv_width()),
-            (&mut self.attended, element * attended),
-            (&mut self.attended_kept, element * attended),
-            (&mut self.gate_up, 8 * config.intermediate),
-            (&mut self.activated, element * config.intermediate),
-            (&mut self.angles, 4 * config.head_dim),
-        ] {
-            buffer.ensure(&self.machine, rows * bytes)?;
-        }
-        Ok(())
-    }
-}
 
 impl DeviceModel {
     /// Runs all `steps` as one batch and writes their K and V into the pages, as
     /// [`Model::forward`](crate::Model::forward) does. Returns when that is done.
     ///
     /// `before_layer` is called when the layers before have been asked of the device, which may
-    /// be far behind: what it lands is copied while the device computes. It must not land what
-    /// layers before have read.
+    /// be far behind: what it lands is copied while the device computes.
     ///
     /// Steps must not write to one page twice.
     ///
@@ -280,6 +109,7 @@ impl DeviceModel {
             rows,
             scratch,
             tables: Vec::new(),
+            placed: false,
             planned: None,
         };
         batch.run(pool, before_layer)
@@ -294,6 +124,8 @@ struct Batch<'a, 'b> {
     scratch: &'b mut DeviceScratch,
     /// Where each step's page table begins on the device.
     tables: Vec<usize>,
+    /// Whether the device knows where all rows go.
+    placed: bool,
     /// What the plan on the device is of, if others of the same kind may use it.
     planned: Option<(Option<usize>, Plan)>,
 }
@@ -464,6 +296,26 @@ impl<'a> Batch<'a, '_> {
         layer: usize,
         fates: &[Fate],
     ) -> Result<(), DeviceError> {
+        let all = !fates.contains(&Fate::Dropped);
+        if !(self.placed && all) {
+            self.place(fates)?;
+        }
+        self.placed = all;
+        let config = &self.model.config;
+        let arguments = Append {
+            qkv: self.scratch.qkv.address(),
+            pool: pool.layer_address(layer),
+            places: self.scratch.places.address(),
+            heads: narrow(config.heads),
+            kv_heads: narrow(config.kv_heads),
+            dim: narrow(config.head_dim),
+            dtype: type_number(pool.dtype()),
+        };
+        self.launch(Launch::rows("append", fates.len(), arguments.to_bytes()))
+    }
+
+    /// Where each row's K and V go.
+    fn place(&mut self, fates: &[Fate]) -> Result<(), DeviceError> {
         let mut places = Vec::with_capacity(fates.len());
         for (step, range) in self.rows.steps.iter().zip(&self.rows.ranges) {
             for row in range.clone() {
@@ -475,17 +327,8 @@ impl<'a> Batch<'a, '_> {
                 });
             }
         }
-        let config = &self.model.config;
-        let arguments = Append {
-            qkv: self.scratch.qkv.address(),
-            pool: pool.layer_address(layer),
-            places: self.scratch.places.send(self.machine, &places)?,
-            heads: narrow(config.heads),
-            kv_heads: narrow(config.kv_heads),
-            dim: narrow(config.head_dim),
-            dtype: type_number(pool.dtype()),
-        };
-        self.launch(Launch::rows("append", places.len(), arguments.to_bytes()))
+        self.scratch.places.send(self.machine, &places)?;
+        Ok(())
     }
 
     /// Takes rows that do not go on out of the buffers that are still to be read.
@@ -506,6 +349,7 @@ impl<'a> Batch<'a, '_> {
         std::mem::swap(&mut scratch.stream, &mut scratch.stream_kept);
         std::mem::swap(&mut scratch.qkv, &mut scratch.qkv_kept);
         self.rows.drop(fates);
+        self.placed = false;
         self.planned = None;
         self.turn()
     }

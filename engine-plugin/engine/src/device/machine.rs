@@ -20,7 +20,7 @@ use crate::kv::KvDtype;
 #[derive(Debug)]
 pub(super) enum Machine {
     /// An NVIDIA GPU.
-    Cuda(Cuda),
+    Cuda(Box<Cuda>),
     /// A CPU that runs the kernels.
     #[cfg(test)]
     Emulated(Emulated),
@@ -99,7 +99,7 @@ macro_rules! on_either {
 impl Machine {
     /// The GPU of this number.
     pub(super) fn cuda(ordinal: usize) -> Result<Arc<Self>, DeviceUnavailable> {
-        Ok(Arc::new(Self::Cuda(Cuda::new(ordinal)?)))
+        Ok(Arc::new(Self::Cuda(Box::new(Cuda::new(ordinal)?))))
     }
 
     /// What it is called.

@@ -124,7 +124,7 @@ impl DevicePool {
     /// All bytes of the pages, after all copies.
     #[cfg(test)]
     pub(super) fn download(&self) -> Result<Vec<u8>, DeviceError> {
-        self.machine.finish(&self.machine.record(Stream::Copy)?)?;
+        self.finish_copies()?;
         let mut bytes = vec![0; self.geometry.bytes()];
         self.machine.download(&self.memory, 0, &mut bytes)?;
         Ok(bytes)
@@ -193,6 +193,15 @@ impl DevicePool {
         })?;
         self.landed[layer] = Some(self.machine.record(Stream::Copy)?);
         Ok(())
+    }
+
+    /// Waits for all that is being landed.
+    ///
+    /// # Errors
+    ///
+    /// The device failed.
+    pub fn finish_copies(&self) -> Result<(), DeviceError> {
+        self.machine.finish(&self.machine.record(Stream::Copy)?)
     }
 
     /// The inverse of [`Self::write_layer`]. Waits for what computes with the layer, and for

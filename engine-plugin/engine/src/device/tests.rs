@@ -7,7 +7,6 @@ mod layers;
 mod pages;
 
 use super::emulated::Emulated;
-use super::machine::Stream;
 use super::*;
 
 /// A device of its own, where copies are late or early.
