@@ -46,16 +46,6 @@ macro_rules! on_both {
             )*
         }
 
-        mod late_computing {
-            $(
-                #[test]
-                fn $name() {
-                    use crate::device::machine::Stream;
-                    super::$name(&crate::device::tests::emulated(Stream::Copy));
-                }
-            )*
-        }
-
         mod on_a_gpu {
             $(
                 #[test]
@@ -69,6 +59,22 @@ macro_rules! on_both {
     };
 }
 use on_both;
+
+/// Those that copy beside computing, in emulation where copies are early and computing is late.
+macro_rules! also_late {
+    ($($name:ident),* $(,)?) => {
+        mod late_computing {
+            $(
+                #[test]
+                fn $name() {
+                    use crate::device::machine::Stream;
+                    super::$name(&crate::device::tests::emulated(Stream::Copy));
+                }
+            )*
+        }
+    };
+}
+use also_late;
 
 /// The largest difference; infinite where one is not a number.
 fn difference(found: &[f32], expected: &[f32]) -> f32 {

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use safetensors::{Dtype, SafeTensors};
 
 use super::super::{BeforeDeviceLayer, DeviceModel, DevicePool, DeviceScratch};
-use super::{Device, difference, on_both};
+use super::{Device, also_late, difference, on_both};
 use crate::kernels::Threads;
 use crate::kv::{BLOCK_TOKENS, BlockId, KvDtype, KvPool};
 use crate::model::{
@@ -462,6 +462,60 @@ fn sixteen_bits_are_near(device: &Device) {
     eprintln!("{}: 16 bits are off by {worst:?}", device.name().unwrap());
 }
 
+/// A batch of which nothing goes on, and nothing is wanted but what the first layer writes.
+fn batches_that_end_are_the_cpus(device: &Device) {
+    for fixture in Fixture::named(&["llama3-gqa", "llama-bias"]) {
+        let mut pair = Pair::exact(device, &fixture, 1);
+        let tokens = &fixture.prompts[3];
+        let prompt = [(0, Positions::From(0), &tokens[..])];
+        let both = pair.run_with(
+            &prompt,
+            LogitsWanted::None,
+            |before| {
+                before.fates.fill(Fate::Ends);
+                ControlFlow::Continue(())
+            },
+            |before| {
+                before.fates.fill(Fate::Ends);
+                ControlFlow::Continue(())
+            },
+        );
+        assert!(both.iter().all(Vec::is_empty));
+        let next = [(0, Positions::From(33), &tokens[..1])];
+        let both = pair.run(&next, LogitsWanted::Last);
+        pair.check("over a first layer alone", both);
+    }
+}
+
+/// A layer that sees all beside one with a window: the fixture's weights, and another config.
+fn layers_of_different_windows_are_the_cpus(device: &Device) {
+    let mut fixture = Fixture::named(&["qwen2"]).remove(0);
+    let directory = tempfile::tempdir().unwrap();
+    let config = std::fs::read_to_string(fixture.dir.join("config.json")).unwrap();
+    let other = config.replace(
+        "\"use_sliding_window\": false",
+        "\"use_sliding_window\": true",
+    );
+    assert_ne!(config, other);
+    std::fs::write(directory.path().join("config.json"), other).unwrap();
+    let weights = "model.safetensors";
+    std::fs::copy(fixture.dir.join(weights), directory.path().join(weights)).unwrap();
+    fixture.dir = directory.path().to_owned();
+    fixture.model = Model::load(&fixture.dir).unwrap();
+    assert_eq!(fixture.model.config().windows, [None, Some(8)]);
+    let mut pair = Pair::exact(device, &fixture, 2);
+    let prompts = [4, 5].map(|at: usize| (at - 4, Positions::From(0), &fixture.prompts[at][..]));
+    let both = pair.run(&prompts, LogitsWanted::All);
+    pair.check("windows of a prompt", both);
+    let token = [7];
+    let next = [
+        (0, Positions::From(70), &token[..]),
+        (1, Positions::From(150), &token[..]),
+    ];
+    let both = pair.run(&next, LogitsWanted::Last);
+    pair.check("windows of a token", both);
+}
+
 /// Tokens chosen on the device are those of the logits.
 fn greedy_tokens_are_those_of_the_logits(device: &Device) {
     for fixture in Fixture::named(&["llama2-mha", "qwen2"]) {
@@ -530,7 +584,16 @@ on_both!(
     rows_that_end_are_the_cpus,
     landed_prefixes_are_the_cpus,
     pages_are_overwritten_after_they_were_read,
+    batches_that_end_are_the_cpus,
+    layers_of_different_windows_are_the_cpus,
     sixteen_bits_are_near,
     greedy_tokens_are_those_of_the_logits,
     refusals_are_the_cpus,
+);
+
+also_late!(
+    landed_prefixes_are_the_cpus,
+    pages_are_overwritten_after_they_were_read,
+    greedy_tokens_are_those_of_the_logits,
+    layers_of_different_windows_are_the_cpus,
 );

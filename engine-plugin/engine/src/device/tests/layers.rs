@@ -5,7 +5,7 @@ use super::super::attention::{
 };
 use super::super::launch::{Attend, Launch, Merge, narrow, type_number};
 use super::super::machine::{Memory, Stream};
-use super::{Device, DevicePool, difference, on_both};
+use super::{Device, DevicePool, also_late, difference, on_both};
 use crate::config::ModelConfig;
 use crate::kernels::{AttentionShape, AttentionWork, Isa, QueryRange, attend, noise};
 use crate::kv::{BLOCK_TOKENS, BlockId, KvDtype, KvPool};
@@ -339,3 +339,5 @@ fn run(
 }
 
 on_both!(attention_is_the_cpus);
+
+also_late!(attention_is_the_cpus,);

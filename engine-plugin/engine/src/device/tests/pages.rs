@@ -6,7 +6,7 @@ use kvasir_tests::conformance::backend::{self, Keys};
 use kvasir_types::Plane;
 
 use super::super::{DeviceBackend, DevicePoolError};
-use super::{Device, DevicePool, on_both};
+use super::{Device, DevicePool, also_late, on_both};
 use crate::cache::{self, Turns};
 use crate::config::ModelConfig;
 use crate::kernels::{Isa, rotate};
@@ -78,6 +78,13 @@ fn layers_round_trip(device: &Device) {
             }
         }
     }
+}
+
+/// The baseline of a benchmark, which takes some time.
+fn copies_are_timed(device: &Device) {
+    let [there, back] = device.time_copies(1 << 16, 3).unwrap();
+    assert!(!there.is_zero() && !back.is_zero());
+    assert!(!device.name().unwrap().is_empty());
 }
 
 fn new_pages_are_zeros(device: &Device) {
@@ -240,8 +247,16 @@ fn layers_of_another_shape_are_refused(device: &Device) {
 on_both!(
     the_contract_is_kept,
     layers_round_trip,
+    copies_are_timed,
     new_pages_are_zeros,
     ranges_that_do_not_fit_are_refused,
     decoders_write_where_layers_land,
     layers_of_another_shape_are_refused,
+);
+
+also_late!(
+    the_contract_is_kept,
+    layers_round_trip,
+    new_pages_are_zeros,
+    decoders_write_where_layers_land,
 );
