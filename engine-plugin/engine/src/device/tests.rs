@@ -6,6 +6,8 @@ mod kernels;
 mod layers;
 mod pages;
 
+use std::sync::OnceLock;
+
 use super::emulated::Emulated;
 use super::*;
 
@@ -16,8 +18,13 @@ fn emulated(prompt: Stream) -> Device {
     }
 }
 
-/// A GPU, where there is one.
+/// A GPU, where there is one; the same for all tests, as its kernels take seconds to compile.
 fn gpu() -> Option<Device> {
+    static GPU: OnceLock<Option<Device>> = OnceLock::new();
+    GPU.get_or_init(find_gpu).clone()
+}
+
+fn find_gpu() -> Option<Device> {
     match Device::cuda(0) {
         Ok(device) => Some(device),
         Err(
