@@ -26,7 +26,7 @@ help:
 	@echo "make check   formatting, lints, documentation, dependency policy"
 	@echo "make check-deep  models of the store's concurrency; unsafe code under AddressSanitizer"
 	@echo "make test-neon   the codec's tests as an ARM CPU runs them, under qemu"
-	@echo "make test-cuda   the CUDA kernel, compiled for every GPU that NVRTC knows; no GPU needed"
+	@echo "make test-cuda   the CUDA kernels, compiled for every GPU that NVRTC knows; no GPU needed"
 	@echo "make test-rdma   one-sided reads over soft-RoCE, in an emulated machine; no adapter needed"
 	@echo "make test-network  fetches between two hosts: network namespaces, so as root"
 	@echo "make fuzz    hostile bytes for codec and data plane, a minute a target (SECONDS=1200: twenty)"
@@ -121,7 +121,7 @@ loom: rocksdb
 	  -p kvasir-store --lib models::
 
 # Every crate with unsafe code but kvasir-cuda, where it is calls of NVIDIA's libraries (its
-# kernel runs under the sanitizer in `make test`), and kvasir-transport, where it is calls of
+# kernel runs under the sanitizer in `make test`, and so do the engine's), and kvasir-transport, where it is calls of
 # libibverbs; and the store, whose buffers devices write into. Not valgrind: under it no CPU has AVX-512, and the kernels for that would go untested. The
 # stable compiler has the sanitizer behind RUSTC_BOOTSTRAP; --target keeps it out of build
 # scripts. RocksDB and std run as they are, and leaks are not looked for: safe code may leak.
@@ -145,11 +145,13 @@ NVRTC = $(abspath $(BUILDS))/nvrtc/12.9.86
 $(NVRTC): | deps-cuda
 	python3 -m pip install -q --no-deps --target $@ nvidia-cuda-nvrtc-cu12==$(notdir $@)
 
-# Without it, the tests that compile the kernel pass and say that they did not. Those on a
-# device need one.
+# Without it, the tests that compile kernels pass and say that they did not. Those on a device
+# need one, and the engine's cuBLASLt too (`pip install nvidia-cublas-cu12`).
 test-cuda: deps $(NVRTC)
 	LD_LIBRARY_PATH=$(NVRTC)/nvidia/cuda_nvrtc/lib:$$LD_LIBRARY_PATH KVASIR_REQUIRE_NVRTC=1 \
 	  $(CARGO) test $(PROFILE) --locked -p kvasir-cuda -- --nocapture
+	LD_LIBRARY_PATH=$(NVRTC)/nvidia/cuda_nvrtc/lib:$$LD_LIBRARY_PATH KVASIR_REQUIRE_NVRTC=1 \
+	  $(CARGO) test $(PROFILE) --locked -p kvasir-engine --lib device:: -- --nocapture
 
 # The feature `rdma`: a kernel with soft-RoCE runs in QEMU, so the numbers tell how near
 # ib_read_bw it comes in the same machine, and nothing of adapters. What needs no device is

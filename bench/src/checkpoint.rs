@@ -44,6 +44,17 @@ impl Shape {
         positions: 4096,
     };
 
+    /// What a GPU is measured with: about 1.1 B parameters, 32 KiB of 16-bit KV per token.
+    pub(crate) const BILLION: Self = Self {
+        hidden: 2048,
+        layers: 16,
+        heads: 32,
+        kv_heads: 8,
+        intermediate: 8192,
+        vocabulary: 32_000,
+        positions: 8192,
+    };
+
     /// As deep as larger models are: about 71 M parameters, 24 KiB of f16 KV per token.
     pub(crate) const DEEP: Self = Self {
         hidden: 512,

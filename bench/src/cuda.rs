@@ -179,8 +179,8 @@ fn send_raw(
     Ok(median(&mut speeds))
 }
 
-/// Channels of means and spreads of their own, and nearly normal values.
-fn random_layer(layout: &KvLayout, seed: u64) -> Vec<u8> {
+/// 16-bit values: channels of means and spreads of their own, and nearly normal.
+pub(crate) fn random_layer(layout: &KvLayout, seed: u64) -> Vec<u8> {
     let mut random = ChaCha8Rng::seed_from_u64(seed);
     let mut channels = Vec::new();
     let heads = 2 * usize::from(layout.kv_heads());
@@ -196,7 +196,10 @@ fn random_layer(layout: &KvLayout, seed: u64) -> Vec<u8> {
             for (mean, spread) in &channels {
                 let noise: f32 = (0..6).map(|_| random.random_range(-1.0..1.0f32)).sum();
                 let value = mean + spread * noise / 1.4;
-                raw.extend(half::f16::from_f32(value).to_le_bytes());
+                raw.extend(match layout.dtype() {
+                    DType::Bf16 => half::bf16::from_f32(value).to_le_bytes(),
+                    _ => half::f16::from_f32(value).to_le_bytes(),
+                });
             }
         }
     }

@@ -14,6 +14,7 @@ mod corpus;
 mod cpu;
 mod cuda;
 mod daemon;
+mod device;
 mod faults;
 mod kvstats;
 mod link;
@@ -104,6 +105,8 @@ enum Suite {
     Codec(codec::Options),
     /// How fast a GPU decodes nested levels, beside sending it the raw KV.
     Cuda(cuda::Options),
+    /// The engine on a GPU: prefill, decoding, and layers between the host and pages.
+    Device(device::Options),
     /// Statistics of the KV of a model: what a codec can gain, and where reuse deviates.
     Kvstats(kvstats::Options),
     /// Decoding over contexts whose KV is mostly on disk, beside loading all of it.
@@ -181,6 +184,7 @@ async fn run(suite: Suite, json: bool, quick: bool) -> anyhow::Result<()> {
         Suite::Profile(options) => methods::calibration::run(&options)?.print(json),
         Suite::Codec(options) => codec::run(&options, quick)?.print(json),
         Suite::Cuda(options) => cuda::run(&options, quick)?.print(json),
+        Suite::Device(options) => device::run(&options, quick)?.print(json),
         Suite::Longctx(options) => longctx::run(&options, quick)?.print(json),
         Suite::Kvstats(options) => kvstats::run(&options, quick)?.print(json),
         Suite::Select(options) => select::run(&options, quick)?.print(json),

@@ -45,7 +45,10 @@ const ALLOWED: &[(&str, &[&str])] = &[
         "kvasir-plugin",
         &["kvasir-types", "kvasir-codec", "kvasir-client"],
     ),
-    ("kvasir-engine", &["kvasir-types", "kvasir-plugin"]),
+    (
+        "kvasir-engine",
+        &["kvasir-types", "kvasir-plugin", "kvasir-cuda"],
+    ),
     ("kvasir-bench", ANY),
     ("kvasir-tests", ANY),
     // Small, because it is built once more with a sanitizer.
@@ -70,7 +73,7 @@ const CONFINED: &[(&str, &[&str])] = &[
         ],
     ),
     ("rocksdb", &["kvasir-store"]),
-    ("cudarc", &["kvasir-cuda"]),
+    ("cudarc", &["kvasir-cuda", "kvasir-engine"]),
     ("ibverbs", &["kvasir-transport"]),
     ("ibverbs-sys", &["kvasir-transport"]),
 ];

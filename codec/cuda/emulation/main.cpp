@@ -8,6 +8,7 @@
 // that AddressSanitizer sees a read beyond it.
 
 #include "warp.h"
+#include "../src/numbers.cu"
 #include "../src/decode.cu"
 
 static void read_all(void* into, size_t size) {
@@ -57,7 +58,7 @@ int main() {
         // What is read before it was written is no number that a stream has.
         memset(arguments.numbers, 0x7f, numbers);
         arguments.results = (u32*)calloc(counts[0], sizeof(u32));
-        warp::launch(kernel, counts[2]);
+        warp::launch(kernel, counts[2], 32);
         fwrite(destination, 1, bytes, stdout);
         fwrite(arguments.results, sizeof(u32), counts[0], stdout);
         fflush(stdout);

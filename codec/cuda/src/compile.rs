@@ -1,4 +1,4 @@
-//! Compiling the kernel for a device, at run time.
+//! Compiling kernels for a device, at run time.
 
 use std::ffi::{CStr, CString, c_char, c_int};
 
@@ -7,8 +7,27 @@ use cudarc::nvrtc::result::{
 };
 use cudarc::nvrtc::{CompileError, Ptx, sys};
 
-/// The kernel, in C++ that needs no headers.
-const SOURCE: &str = include_str!("decode.cu");
+/// Kernels in C++ that needs no headers, as this package and the engine have some.
+#[derive(Clone, Copy, Debug)]
+pub struct KernelSource {
+    /// What the compiler's messages call it.
+    pub name: &'static CStr,
+    /// Without numbers.cu, which is put before it.
+    pub text: &'static str,
+    /// Options beside that of the device.
+    pub options: &'static [&'static str],
+}
+
+/// The codec's kernel.
+pub(crate) const DECODE: KernelSource = KernelSource {
+    name: c"decode.cu",
+    text: include_str!("decode.cu"),
+    // Products are not added before they are rounded: the CPU does not either.
+    options: &["--fmad=false", "--ftz=false"],
+};
+
+/// Element types and rounding to them, which all kernels share.
+const NUMBERS: &str = include_str!("numbers.cu");
 
 /// What a multiprocessor can do: major and minor version of its compute capability.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -31,7 +50,7 @@ pub fn has_compiler() -> bool {
     unsafe { sys::is_culib_present() }
 }
 
-/// Compiles the kernel: to machine code where the compiler knows such devices, else to PTX
+/// Compiles kernels: to machine code where the compiler knows such devices, else to PTX
 /// of the newest that it knows, which the driver compiles.
 ///
 /// # Errors
@@ -39,7 +58,10 @@ pub fn has_compiler() -> bool {
 ///
 /// # Panics
 /// NVRTC is not [there](has_compiler).
-pub fn compile_kernel(capability: ComputeCapability) -> Result<Ptx, CompileError> {
+pub fn compile_kernels(
+    source: &KernelSource,
+    capability: ComputeCapability,
+) -> Result<Ptx, CompileError> {
     let known = architectures().map_err(CompileError::CreationError)?;
     let exact = known.contains(&capability.number());
     let options = if exact {
@@ -49,11 +71,10 @@ pub fn compile_kernel(capability: ComputeCapability) -> Result<Ptx, CompileError
         let newest = older.max().unwrap_or(capability.number());
         vec![format!("--gpu-architecture=compute_{newest}")]
     };
-    // Products are not added before they are rounded: the CPU does not either.
-    let exact_rounding = ["--fmad=false", "--ftz=false"].map(String::from);
-    let options = [options, exact_rounding.into()].concat();
+    let own = source.options.iter().map(|&option| option.to_owned());
+    let options: Vec<String> = options.into_iter().chain(own).collect();
 
-    let program = Program::new()?;
+    let program = Program::new(source)?;
     // SAFETY: the program exists, as long as it is not dropped.
     let compiled = unsafe { compile_program(program.handle, &options) };
     compiled.map_err(|nvrtc| CompileError::CompileError {
@@ -79,12 +100,13 @@ struct Program {
 }
 
 impl Program {
-    fn new() -> Result<Self, CompileError> {
-        let source = CString::new(SOURCE).expect("the kernel has no zeros");
-        let handle = create_program(&source, Some(c"decode.cu"));
+    fn new(source: &KernelSource) -> Result<Self, CompileError> {
+        let text = [NUMBERS, "#line 1\n", source.text].concat();
+        let text = CString::new(text).expect("kernels have no zeros");
+        let handle = create_program(&text, Some(source.name));
         Ok(Self {
             handle: handle.map_err(CompileError::CreationError)?,
-            _source: source,
+            _source: text,
         })
     }
 
@@ -113,7 +135,23 @@ impl Drop for Program {
     }
 }
 
-/// The devices that the compiler knows, as 10 · major + minor.
+/// The devices that the compiler makes machine code for.
+///
+/// # Errors
+/// The compiler fails.
+///
+/// # Panics
+/// NVRTC is not [there](has_compiler).
+pub fn known_capabilities() -> Result<Vec<ComputeCapability>, NvrtcError> {
+    let numbers = architectures()?.into_iter();
+    let capability = |number| ComputeCapability {
+        major: number / 10,
+        minor: number % 10,
+    };
+    Ok(numbers.map(capability).collect())
+}
+
+/// The same, as 10 · major + minor.
 fn architectures() -> Result<Vec<c_int>, NvrtcError> {
     let mut count = 0;
     // SAFETY: the pointer is to where the count goes.
@@ -147,25 +185,24 @@ mod tests {
             eprintln!("NVRTC is not here: the kernel was not compiled; try `make test-cuda`");
             return;
         }
-        let known = architectures().unwrap();
+        let known = known_capabilities().unwrap();
         assert!(known.len() > 1, "{known:?}");
-        for &number in &known {
-            let (major, minor) = (number / 10, number % 10);
-            let image = compile_kernel(ComputeCapability { major, minor });
+        for &capability in &known {
+            let image = compile_kernels(&DECODE, capability);
             if let Err(CompileError::CompileError { log, .. }) = &image {
-                panic!("sm_{number}: {}", log.to_string_lossy());
+                panic!("{capability:?}: {}", log.to_string_lossy());
             }
             image.unwrap();
         }
         // Of next year: by PTX of the newest that is known.
         let (major, minor) = (99, 0);
-        let image = compile_kernel(ComputeCapability { major, minor }).unwrap();
-        let newest = known.iter().max().unwrap();
+        let image = compile_kernels(&DECODE, ComputeCapability { major, minor }).unwrap();
+        let newest = known.iter().max().unwrap().number();
         let text = image.to_src();
         assert!(text.contains(&format!(".target sm_{newest}")), "{text}");
         assert!(text.contains(".entry decode_cells"), "{text}");
         assert!(!text.contains("fma"), "every operation rounds");
         let (major, minor) = (1, 0);
-        compile_kernel(ComputeCapability { major, minor }).unwrap_err();
+        compile_kernels(&DECODE, ComputeCapability { major, minor }).unwrap_err();
     }
 }

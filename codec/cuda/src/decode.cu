@@ -8,26 +8,16 @@
 // on the words themselves. So no read goes beyond the words of a level, and each cell says
 // whether it ended as it should. Values are rounded as on the CPU, after each operation.
 //
-// Compiled by NVRTC, and by a C++ compiler against emulation/warp.h, which has no GPU.
+// Follows numbers.cu. Compiled by NVRTC, and by a C++ compiler against emulation/warp.h, which
+// has no GPU.
 
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-
-#define LANES 32u
 #define LEVELS 3u
 #define CLASSES 41u
 #define DISTANCES 3u
-#define ALL_LANES 0xffffffffu
 #define PRECISION 11u
 #define TOTAL (1u << PRECISION)
 #define HALF (TOTAL / 2u)
 #define LAST_STATE (1u << 16)
-
-#define TYPE_F32 0u
-#define TYPE_F16 1u
-#define TYPE_BF16 2u
 
 #define PAIRS_NONE 0u
 #define PAIRS_HALVES 1u
@@ -147,48 +137,6 @@ struct Words {
 
 __device__ __forceinline__ u64 wide(const u32 halves[2]) {
     return (u64)halves[1] << 32 | halves[0];
-}
-
-__device__ __forceinline__ u16 to_bf16(float value) {
-    u32 bits = __float_as_uint(value);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) {
-        return (u16)(bits >> 16 | 0x40u);
-    }
-    return (u16)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
-}
-
-__device__ __forceinline__ u16 to_f16(float value) {
-    u32 bits = __float_as_uint(value);
-    u32 sign = bits >> 16 & 0x8000u;
-    u32 size = bits & 0x7fffffffu;
-    if (size > 0x7f800000u) {
-        // What is left of a payload stays.
-        return (u16)(sign | 0x7e00u | (size >> 13 & 0x3ffu));
-    }
-#ifdef __CUDA_ARCH__
-    u16 half;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(value));
-    return half;
-#else
-    if (size >= 0x477ff000u) {
-        return (u16)(sign | 0x7c00u);
-    }
-    if (size < 0x38800000u) {
-        // Subnormal: adding one half leaves multiples of 2^-24, rounded.
-        float shifted = __fadd_rn(__uint_as_float(size), 0.5f);
-        return (u16)(sign | (__float_as_uint(shifted) - 0x3f000000u));
-    }
-    u32 rounded = size + 0xfffu + (size >> 13 & 1u);
-    return (u16)(sign | ((rounded - 0x38000000u) >> 13));
-#endif
-}
-
-__device__ __forceinline__ void store(u8* out, u32 type, float value) {
-    if (type == TYPE_F32) {
-        *(u32*)out = __float_as_uint(value);
-    } else {
-        *(u16*)out = type == TYPE_F16 ? to_f16(value) : to_bf16(value);
-    }
 }
 
 // Base numbers of all rows; gives the state after them.

@@ -12,7 +12,7 @@ use cudarc::nvrtc::CompileError;
 use kvasir_codec::DecodeTables;
 
 use crate::batch::{Batch, BatchError, LANES, LayerJob};
-use crate::compile::{ComputeCapability, compile_kernel, has_compiler};
+use crate::compile::{ComputeCapability, DECODE, compile_kernels, has_compiler};
 
 /// Decodes layers on one device, in one stream of its own.
 ///
@@ -116,7 +116,7 @@ impl CudaDecoder {
         let context = CudaContext::new(ordinal).map_err(failed)?;
         let (major, minor) = context.compute_capability().map_err(failed)?;
         let capability = ComputeCapability { major, minor };
-        let image = compile_kernel(capability)
+        let image = compile_kernels(&DECODE, capability)
             .map_err(|source| CudaUnavailable::Kernel { capability, source })?;
         Self::with_image(context, image).map_err(failed)
     }

@@ -24,6 +24,9 @@
 //! same source compiles as C++ against a warp of coroutines (`emulation/`), and so tests
 //! compare the kernel with the CPU's decoder on any machine.
 //!
+//! The engine's kernels are compiled and emulated in the same way: [`compile_kernels`] and
+//! `emulation/warp.h` are theirs too.
+//!
 //! Not here: chunks with a profile, whose bases need a matrix product a token
 //! ([`PlanError::Profile`](kvasir_codec::PlanError::Profile)); encoding; lossless layers.
 
@@ -35,7 +38,10 @@ mod placement;
 mod tests;
 
 pub use batch::{BatchError, LayerJob};
-pub use compile::{ComputeCapability, compile_kernel, has_compiler};
+pub use compile::{
+    ComputeCapability, KernelSource, compile_kernels, has_compiler, known_capabilities,
+};
 pub use cudarc::driver::CudaSlice;
 pub use decoder::{CudaDecodeError, CudaDecoder, CudaTimings, CudaUnavailable};
+pub use kvasir_codec::LayerCodec;
 pub use placement::{Placement, PlacementError, PlanePlacement};

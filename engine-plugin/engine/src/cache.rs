@@ -6,7 +6,7 @@ use kvasir_plugin::{BackendError, EngineBackend, KeyRotation, Pairing, Placement
 use kvasir_types::{DType, KvLayout, LayerIdx, LayoutError, ModelIdentity, Namespace, Planes};
 
 use crate::config::ModelConfig;
-use crate::kv::{BlockId, KvDtype, KvPool};
+use crate::kv::{BLOCK_TOKENS, BlockId, KvDtype, KvPool};
 use crate::model::Model;
 
 pub use turns::{MOST_TOKENS, Turns};
@@ -93,58 +93,61 @@ impl<'a> PoolBackend<'a> {
         self.turns = Some(turns);
         self
     }
+}
 
-    fn check_moved(
-        &self,
-        pages: &[BlockId],
-        at: Placement,
-        layer: LayerIdx,
-        length: usize,
-    ) -> Result<(), BackendError> {
-        if layer.0 >= self.layout.layers() {
-            return Err(BackendError::NoSuchLayer(layer));
-        }
-        let end = at.first.saturating_add(at.tokens);
-        if end > pages.len() * crate::kv::BLOCK_TOKENS {
-            let first = at.first;
-            return Err(BackendError::PlacedOutsidePages { first, end });
-        }
-        // The pages hold that many tokens, so this is far from overflowing.
-        let expected = self.pool.layer_bytes(at.tokens);
-        if length != expected {
-            return Err(BackendError::WrongLength {
-                expected,
-                found: length,
-            });
-        }
-        Ok(())
+/// The tokens of a chunk of a sequence, of which a payload of so many bytes is one layer.
+pub(crate) fn check_chunk(
+    layout: &KvLayout,
+    pages: &[BlockId],
+    chunk: usize,
+    layer: LayerIdx,
+    length: usize,
+) -> Result<(usize, usize), BackendError> {
+    let tokens = layout.tokens() as usize;
+    if layer.0 >= layout.layers() {
+        return Err(BackendError::NoSuchLayer(layer));
     }
+    if length != layout.layer_bytes() {
+        return Err(BackendError::WrongLength {
+            expected: layout.layer_bytes(),
+            found: length,
+        });
+    }
+    let outside = BackendError::OutsidePages { chunk };
+    let first = chunk.checked_mul(tokens).ok_or(outside)?;
+    let end = first.checked_add(tokens).ok_or(outside)?;
+    if end > pages.len() * BLOCK_TOKENS {
+        return Err(outside);
+    }
+    Ok((first, tokens))
+}
 
-    fn check(
-        &self,
-        pages: &[BlockId],
-        chunk: usize,
-        layer: LayerIdx,
-        length: usize,
-    ) -> Result<(usize, usize), BackendError> {
-        let tokens = self.layout.tokens() as usize;
-        if layer.0 >= self.layout.layers() {
-            return Err(BackendError::NoSuchLayer(layer));
-        }
-        if length != self.layout.layer_bytes() {
-            return Err(BackendError::WrongLength {
-                expected: self.layout.layer_bytes(),
-                found: length,
-            });
-        }
-        let outside = BackendError::OutsidePages { chunk };
-        let first = chunk.checked_mul(tokens).ok_or(outside)?;
-        let end = first.checked_add(tokens).ok_or(outside)?;
-        if end > pages.len() * crate::kv::BLOCK_TOKENS {
-            return Err(outside);
-        }
-        Ok((first, tokens))
+/// That a content chunk lies inside pages; `layer_bytes` gives those of a layer of tokens.
+pub(crate) fn check_moved(
+    layout: &KvLayout,
+    layer_bytes: impl FnOnce(usize) -> usize,
+    pages: &[BlockId],
+    at: Placement,
+    layer: LayerIdx,
+    length: usize,
+) -> Result<(), BackendError> {
+    if layer.0 >= layout.layers() {
+        return Err(BackendError::NoSuchLayer(layer));
     }
+    let end = at.first.saturating_add(at.tokens);
+    if end > pages.len() * BLOCK_TOKENS {
+        let first = at.first;
+        return Err(BackendError::PlacedOutsidePages { first, end });
+    }
+    // The pages hold that many tokens, so this is far from overflowing.
+    let expected = layer_bytes(at.tokens);
+    if length != expected {
+        return Err(BackendError::WrongLength {
+            expected,
+            found: length,
+        });
+    }
+    Ok(())
 }
 
 impl EngineBackend for PoolBackend<'_> {
@@ -161,7 +164,7 @@ impl EngineBackend for PoolBackend<'_> {
         layer: LayerIdx,
         payload: &[u8],
     ) -> Result<(), BackendError> {
-        let (first, tokens) = self.check(pages, chunk, layer, payload.len())?;
+        let (first, tokens) = check_chunk(self.layout, pages, chunk, layer, payload.len())?;
         self.pool
             .write_layer(pages, first, tokens, layer.0.into(), payload)
             .map_err(|_| BackendError::OutsidePages { chunk })
@@ -174,7 +177,8 @@ impl EngineBackend for PoolBackend<'_> {
         layer: LayerIdx,
         payload: &[u8],
     ) -> Result<(), BackendError> {
-        self.check_moved(pages, at, layer, payload.len())?;
+        let layer_bytes = |tokens| self.pool.layer_bytes(tokens);
+        check_moved(self.layout, layer_bytes, pages, at, layer, payload.len())?;
         let payload = match &mut self.turns {
             _ if at.is_unmoved() => payload,
             Some(turns) => turns.turn(self.pool.dtype(), at, payload),
@@ -195,7 +199,7 @@ impl EngineBackend for PoolBackend<'_> {
         layer: LayerIdx,
         payload: &mut [u8],
     ) -> Result<(), BackendError> {
-        let (first, tokens) = self.check(pages, chunk, layer, payload.len())?;
+        let (first, tokens) = check_chunk(self.layout, pages, chunk, layer, payload.len())?;
         self.pool
             .read_layer(pages, first, tokens, layer.0.into(), payload)
             .map_err(|_| BackendError::OutsidePages { chunk })

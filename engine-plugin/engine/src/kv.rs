@@ -26,15 +26,16 @@ use crate::paging::pager::{Shape, frame_bytes};
 use crate::paging::{Backing, Pager, PagingError, Replacement};
 
 mod demand;
+mod free;
 mod geometry;
 #[cfg(test)]
 mod tests;
 
 use demand::demanded;
-use geometry::Geometry;
 
 pub(crate) use demand::{Demand, Demanded};
-pub(crate) use geometry::{HeadBlock, Plane};
+pub(crate) use free::FreeBlocks;
+pub(crate) use geometry::{Geometry, HeadBlock, Plane};
 
 #[cfg(target_endian = "big")]
 compile_error!("pages are exchanged as the memory of a little-endian machine");
@@ -79,8 +80,7 @@ impl KvDtype {
 pub struct KvPool {
     geometry: Geometry,
     memory: Memory,
-    free: Vec<BlockId>,
-    allocated: Vec<bool>,
+    blocks: FreeBlocks,
 }
 
 #[derive(Debug)]
@@ -99,14 +99,11 @@ impl KvPool {
     ///
     /// With more than `u32::MAX` blocks.
     pub fn new(config: &ModelConfig, blocks: usize, dtype: KvDtype) -> Self {
-        let ids = u32::try_from(blocks).expect("block ids are u32");
         let geometry = Geometry::new(config, blocks, dtype);
         Self {
             geometry,
             memory: Memory::Whole(AlignedBuf::new(geometry.bytes())),
-            // Popped from the end: ids are handed out in ascending order.
-            free: (0..ids).rev().map(BlockId).collect(),
-            allocated: vec![false; blocks],
+            blocks: FreeBlocks::new(blocks),
         }
     }
 
@@ -131,7 +128,6 @@ impl KvPool {
         replacement: Replacement,
         backing: Arc<dyn Backing>,
     ) -> Result<Self, PagingError> {
-        let ids = u32::try_from(blocks).expect("block ids are u32");
         let geometry = Geometry::new(config, blocks, dtype);
         let shape = Shape {
             layers: geometry.layers,
@@ -143,8 +139,7 @@ impl KvPool {
         Ok(Self {
             geometry,
             memory: Memory::Paged(Box::new(pager)),
-            free: (0..ids).rev().map(BlockId).collect(),
-            allocated: vec![false; blocks],
+            blocks: FreeBlocks::new(blocks),
         })
     }
 
@@ -200,7 +195,7 @@ impl KvPool {
         let end = first_token.saturating_add(tokens);
         self.check_table(blocks, end)?;
         if let Some(last) = layers.clone().next_back() {
-            self.check_layer(last)?;
+            self.geometry.check_layer(last)?;
         }
         let Memory::Paged(pager) = &mut self.memory else {
             return Ok(());
@@ -238,9 +233,7 @@ impl KvPool {
 
     /// Takes a free page. `None` when there is none. Its contents are stale.
     pub fn alloc(&mut self) -> Option<BlockId> {
-        let block = self.free.pop()?;
-        self.allocated[block.index()] = true;
-        Some(block)
+        self.blocks.alloc()
     }
 
     /// Gives a page back.
@@ -249,17 +242,11 @@ impl KvPool {
     ///
     /// [`KvError::NotAllocated`] when it is not taken.
     pub fn free(&mut self, block: BlockId) -> Result<(), KvError> {
-        match self.allocated.get_mut(block.index()) {
-            Some(taken) if *taken => {
-                *taken = false;
-                self.free.push(block);
-                if let Memory::Paged(pager) = &mut self.memory {
-                    pager.forget(block);
-                }
-                Ok(())
-            }
-            _ => Err(KvError::NotAllocated(block)),
+        self.blocks.free(block)?;
+        if let Memory::Paged(pager) = &mut self.memory {
+            pager.forget(block);
         }
+        Ok(())
     }
 
     /// Lets go of what pages hold, which stay taken: they are to be written anew. Nothing to do
@@ -292,7 +279,7 @@ impl KvPool {
 
     /// Pages not taken.
     pub fn free_blocks(&self) -> usize {
-        self.free.len()
+        self.blocks.count()
     }
 
     /// All pages.
@@ -313,7 +300,7 @@ impl KvPool {
     /// Bytes of one layer of `tokens` tokens in canonical order:
     /// `2 · kv_heads · tokens · head_dim · size(dtype)`.
     pub fn layer_bytes(&self, tokens: usize) -> usize {
-        2 * self.geometry.kv_heads * tokens * self.geometry.head_dim * self.dtype().bytes()
+        self.geometry.layer_bytes(tokens)
     }
 
     /// Lands one layer of tokens `first_token..first_token + tokens` of a
@@ -332,7 +319,8 @@ impl KvPool {
         layer: usize,
         payload: &[u8],
     ) -> Result<(), KvError> {
-        self.check(blocks, first_token, tokens, layer, payload.len())?;
+        self.geometry
+            .check(blocks, first_token, tokens, layer, payload.len())?;
         let geometry = self.geometry;
         geometry.each_run(blocks, first_token, tokens, |run| {
             // A piece at a time, so that any number of tokens can be landed.
@@ -363,7 +351,8 @@ impl KvPool {
         layer: usize,
         out: &mut [u8],
     ) -> Result<(), KvError> {
-        self.check(blocks, first_token, tokens, layer, out.len())?;
+        self.geometry
+            .check(blocks, first_token, tokens, layer, out.len())?;
         let geometry = self.geometry;
         geometry.each_run(blocks, first_token, tokens, |run| {
             let out = &mut out[geometry.payload_bytes(&run)];
@@ -421,15 +410,9 @@ impl KvPool {
         }
     }
 
-    /// Whether the pages have the shape that a model needs.
-    pub(crate) fn fits(&self, config: &ModelConfig) -> bool {
-        let Geometry {
-            layers,
-            kv_heads,
-            head_dim,
-            ..
-        } = self.geometry;
-        (layers, kv_heads, head_dim) == (config.layers, config.kv_heads, config.head_dim)
+    /// What the pages are made of.
+    pub(crate) fn geometry(&self) -> &Geometry {
+        &self.geometry
     }
 
     /// One head of one plane of a page, which must be in memory: see [`Self::ensure`].
@@ -507,53 +490,7 @@ impl KvPool {
 
     /// Checks a page table that must cover `tokens` tokens.
     pub(crate) fn check_table(&self, blocks: &[BlockId], tokens: usize) -> Result<(), KvError> {
-        if tokens.div_ceil(BLOCK_TOKENS) > blocks.len() {
-            return Err(KvError::Range {
-                last: tokens,
-                table: blocks.len() * BLOCK_TOKENS,
-            });
-        }
-        match blocks
-            .iter()
-            .find(|block| block.index() >= self.geometry.blocks)
-        {
-            Some(&block) => Err(KvError::NoSuchBlock {
-                block,
-                blocks: self.geometry.blocks,
-            }),
-            None => Ok(()),
-        }
-    }
-
-    fn check_layer(&self, layer: usize) -> Result<(), KvError> {
-        if layer >= self.geometry.layers {
-            return Err(KvError::NoSuchLayer {
-                layer,
-                layers: self.geometry.layers,
-            });
-        }
-        Ok(())
-    }
-
-    fn check(
-        &self,
-        blocks: &[BlockId],
-        first_token: usize,
-        tokens: usize,
-        layer: usize,
-        payload_bytes: usize,
-    ) -> Result<(), KvError> {
-        let last = first_token.saturating_add(tokens);
-        self.check_table(blocks, last)?;
-        self.check_layer(layer)?;
-        let expected = self.layer_bytes(tokens);
-        if payload_bytes != expected {
-            return Err(KvError::PayloadLength {
-                found: payload_bytes,
-                expected,
-            });
-        }
-        Ok(())
+        self.geometry.check_table(blocks, tokens)
     }
 }
 

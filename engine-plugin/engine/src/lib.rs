@@ -10,6 +10,8 @@
 //! that are reused elsewhere, [`sampling`] chooses tokens,
 //! [`request`] is what callers ask and are told. [`logits`] is what measurements read of a row.
 //!
+//! [`device`] is the compute half on a GPU.
+//!
 //! # Determinism
 //!
 //! A row of logits depends on the weights, on the tokens up to that row and on
@@ -22,7 +24,7 @@
 //! same bits as one computed here.
 //!
 //! The arithmetic differs in its last bits between instruction sets only where
-//! a CPU has no fused multiply-add.
+//! a CPU has no fused multiply-add. Nothing of this holds on a [`device`].
 
 #![deny(unsafe_code)]
 
@@ -31,6 +33,7 @@ pub mod cache;
 pub mod chat;
 pub mod checkpoint;
 pub mod config;
+pub mod device;
 pub mod http;
 pub mod kernels;
 pub mod kv;

@@ -17,6 +17,7 @@ use crate::rope::Frequencies;
 
 mod foresee;
 mod forward;
+mod rows;
 mod step;
 #[cfg(test)]
 mod tests;
@@ -24,6 +25,7 @@ mod weights;
 
 pub use foresee::NextLayer;
 pub use forward::{ForwardError, Logits, Scratch};
+pub(crate) use rows::{Rows, check};
 pub use step::{BeforeLayer, Fate, LogitsWanted, Pages, Positions, Step};
 
 /// Weights and config of one model.
@@ -42,13 +44,7 @@ impl Model {
     ///
     /// [`LoadError`]; nothing of the model is kept then.
     pub fn load(dir: &Path) -> Result<Self, LoadError> {
-        let path = dir.join("config.json");
-        let bytes = std::fs::read(&path).map_err(|source| LoadError::ConfigFile {
-            path: path.clone(),
-            source,
-        })?;
-        let config =
-            ModelConfig::from_json(&bytes).map_err(|source| LoadError::Config { path, source })?;
+        let config = read_config(dir)?;
         let (weights, weights_digest) = weights::Weights::load(dir, &config)?;
         let frequencies = config.rope.frequencies(config.head_dim);
         Ok(Self {
@@ -121,6 +117,16 @@ impl Model {
     ) -> Result<Logits, ForwardError> {
         forward::run(self, pool, scratch, steps, before_layer)
     }
+}
+
+/// What `config.json` in `dir` says.
+pub(crate) fn read_config(dir: &Path) -> Result<ModelConfig, LoadError> {
+    let path = dir.join("config.json");
+    let bytes = std::fs::read(&path).map_err(|source| LoadError::ConfigFile {
+        path: path.clone(),
+        source,
+    })?;
+    ModelConfig::from_json(&bytes).map_err(|source| LoadError::Config { path, source })
 }
 
 impl fmt::Debug for Model {

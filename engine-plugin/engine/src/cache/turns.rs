@@ -50,7 +50,7 @@ impl Turns {
     /// f32, whatever the elements: they are widened, and rounded to nearest.
     ///
     /// `payload` has a whole layer, of as many tokens as the placement.
-    pub(super) fn turn(&mut self, dtype: KvDtype, at: Placement, payload: &[u8]) -> &[u8] {
+    pub(crate) fn turn(&mut self, dtype: KvDtype, at: Placement, payload: &[u8]) -> &[u8] {
         self.recall(at);
         self.payload.clear();
         self.payload.extend_from_slice(payload);

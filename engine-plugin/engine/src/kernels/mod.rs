@@ -1,6 +1,7 @@
 //! Arithmetic over slices: products, attention, norms, activations.
 //!
-//! The only module of this crate with `unsafe`, in four forms: the call into
+//! The only module of this crate with `unsafe` beside calls of NVIDIA's libraries in
+//! [`crate::device`], in four forms: the call into
 //! the `gemm` crate, calls of functions compiled for a detected instruction
 //! set, vector loads and stores from slices whose length is asserted, and
 //! attention's threads writing to one output, each the rows of its own units,

@@ -9,12 +9,12 @@ use crate::config::ModelConfig;
 
 /// What the pages are made of.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Geometry {
-    pub(super) layers: usize,
-    pub(super) blocks: usize,
-    pub(super) kv_heads: usize,
-    pub(super) head_dim: usize,
-    pub(super) dtype: KvDtype,
+pub(crate) struct Geometry {
+    pub(crate) layers: usize,
+    pub(crate) blocks: usize,
+    pub(crate) kv_heads: usize,
+    pub(crate) head_dim: usize,
+    pub(crate) dtype: KvDtype,
 }
 
 /// A stretch that is contiguous in the pool and in canonical order.
@@ -29,7 +29,7 @@ pub(super) struct Run {
 }
 
 impl Geometry {
-    pub(super) fn new(config: &ModelConfig, blocks: usize, dtype: KvDtype) -> Self {
+    pub(crate) fn new(config: &ModelConfig, blocks: usize, dtype: KvDtype) -> Self {
         Self {
             layers: config.layers,
             blocks,
@@ -39,24 +39,89 @@ impl Geometry {
         }
     }
 
-    pub(super) const fn row_bytes(&self) -> usize {
+    pub(crate) const fn row_bytes(&self) -> usize {
         self.head_dim * self.dtype.bytes()
     }
 
-    pub(super) const fn plane_bytes(&self) -> usize {
+    pub(crate) const fn plane_bytes(&self) -> usize {
         BLOCK_TOKENS * self.row_bytes()
     }
 
-    pub(super) const fn piece_bytes(&self) -> usize {
+    pub(crate) const fn piece_bytes(&self) -> usize {
         2 * self.plane_bytes()
     }
 
-    pub(super) const fn bytes(&self) -> usize {
+    pub(crate) const fn bytes(&self) -> usize {
         self.layers * self.blocks * self.kv_heads * self.piece_bytes()
     }
 
+    /// One layer of so many tokens in canonical order.
+    pub(crate) const fn layer_bytes(&self, tokens: usize) -> usize {
+        2 * self.kv_heads * tokens * self.row_bytes()
+    }
+
+    /// Whether the pages have the shape that a model needs.
+    pub(crate) fn fits(&self, config: &ModelConfig) -> bool {
+        let Self {
+            layers,
+            kv_heads,
+            head_dim,
+            ..
+        } = *self;
+        (layers, kv_heads, head_dim) == (config.layers, config.kv_heads, config.head_dim)
+    }
+
+    /// Checks a page table that must cover `tokens` tokens.
+    pub(crate) fn check_table(&self, blocks: &[BlockId], tokens: usize) -> Result<(), KvError> {
+        if tokens.div_ceil(BLOCK_TOKENS) > blocks.len() {
+            return Err(KvError::Range {
+                last: tokens,
+                table: blocks.len() * BLOCK_TOKENS,
+            });
+        }
+        match blocks.iter().find(|block| block.index() >= self.blocks) {
+            Some(&block) => Err(KvError::NoSuchBlock {
+                block,
+                blocks: self.blocks,
+            }),
+            None => Ok(()),
+        }
+    }
+
+    pub(crate) fn check_layer(&self, layer: usize) -> Result<(), KvError> {
+        if layer >= self.layers {
+            return Err(KvError::NoSuchLayer {
+                layer,
+                layers: self.layers,
+            });
+        }
+        Ok(())
+    }
+
+    /// Checks one layer of some tokens, and the payload that it goes to or comes from.
+    pub(crate) fn check(
+        &self,
+        blocks: &[BlockId],
+        first_token: usize,
+        tokens: usize,
+        layer: usize,
+        payload_bytes: usize,
+    ) -> Result<(), KvError> {
+        let last = first_token.saturating_add(tokens);
+        self.check_table(blocks, last)?;
+        self.check_layer(layer)?;
+        let expected = self.layer_bytes(tokens);
+        if payload_bytes != expected {
+            return Err(KvError::PayloadLength {
+                found: payload_bytes,
+                expected,
+            });
+        }
+        Ok(())
+    }
+
     /// Where a plane of a head is, all pages being in memory.
-    pub(super) fn offset(
+    pub(crate) fn offset(
         &self,
         layer: usize,
         block: BlockId,

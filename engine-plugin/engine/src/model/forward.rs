@@ -1,14 +1,16 @@
 //! One batch of steps through all layers.
 
-use std::ops::{ControlFlow, Range};
+use std::ops::ControlFlow;
 
 use rayon::prelude::*;
 
 use super::Model;
 use super::foresee::NextLayer;
-use super::step::{BeforeLayer, Fate, Pages, Positions, Step};
+use super::rows::{Rows, check};
+use super::step::{BeforeLayer, Fate, Pages, Step};
 use super::weights::{Layer, Linear};
 use crate::config::ModelConfig;
+use crate::device::DeviceError;
 use crate::kernels::{
     AlignedBuf, AttentionShape, AttentionWork, Isa, KEY_TILE, QueryRange, Threads, add_bias,
     attend, matmul, rms_norm, rms_norm_in_place, rotate, silu_mul,
@@ -26,6 +28,21 @@ pub struct Logits {
 }
 
 impl Logits {
+    /// Of a batch's wanted rows.
+    pub(crate) fn new(vocab: usize, values: Vec<f32>, rows: &Rows<'_>) -> Self {
+        let mut first = 0;
+        let steps = rows.ranges.iter().enumerate().map(|(step, range)| {
+            let wanted = range.end - rows.first_wanted(step);
+            first += wanted;
+            (first - wanted, wanted)
+        });
+        Self {
+            vocab,
+            values,
+            steps: steps.collect(),
+        }
+    }
+
     /// Rows of step `step`, in the order of its tokens; each `vocab_size` long.
     ///
     /// # Panics
@@ -109,88 +126,21 @@ pub(super) fn run(
     steps: &[Step<'_>],
     before_layer: &mut (dyn FnMut(BeforeLayer<'_>) -> ControlFlow<()> + Send),
 ) -> Result<Logits, ForwardError> {
-    check(model, pool, steps)?;
+    check(&model.config, pool.geometry(), steps)?;
     let rows = steps.iter().map(|step| step.tokens.len()).sum();
     scratch.reserve(&model.config, rows);
     let threads = scratch.threads.clone();
-    threads.run(|| Batch::new(model, steps).run(pool, scratch, before_layer))
+    let rows = Rows::new(steps);
+    threads.run(|| Batch { model, rows }.run(pool, scratch, before_layer))
 }
 
-fn check(model: &Model, pool: &KvPool, steps: &[Step<'_>]) -> Result<(), ForwardError> {
-    let config = &model.config;
-    if !pool.fits(config) {
-        return Err(ForwardError::Pool);
-    }
-    for (
-        step,
-        Step {
-            tokens,
-            positions,
-            blocks,
-            ..
-        },
-    ) in steps.iter().enumerate()
-    {
-        let Some(last) = tokens.len().checked_sub(1) else {
-            return Err(ForwardError::Empty { step });
-        };
-        if let Positions::At(listed) = positions
-            && (listed.len() != tokens.len() || !listed.is_sorted_by(|a, b| a < b))
-        {
-            return Err(ForwardError::Positions { step });
-        }
-        let end = positions
-            .get(last)
-            .map_or(usize::MAX, |position| position.saturating_add(1));
-        if end > config.max_positions {
-            return Err(ForwardError::TooLong {
-                step,
-                end,
-                limit: config.max_positions,
-            });
-        }
-        if let Some(&token) = tokens
-            .iter()
-            .find(|&&token| token as usize >= config.vocab_size)
-        {
-            return Err(ForwardError::Token {
-                step,
-                token,
-                vocab: config.vocab_size,
-            });
-        }
-        pool.check_table(blocks, end)
-            .map_err(|source| ForwardError::Pages { step, source })?;
-    }
-    Ok(())
-}
-
-/// Checked steps; their tokens are rows, in order, until they are dropped.
+/// Checked steps.
 struct Batch<'a> {
     model: &'a Model,
-    steps: &'a [Step<'a>],
-    /// Of each row.
-    positions: Vec<usize>,
-    /// Rows of each step.
-    ranges: Vec<Range<usize>>,
+    rows: Rows<'a>,
 }
 
 impl<'a> Batch<'a> {
-    fn new(model: &'a Model, steps: &'a [Step<'a>]) -> Self {
-        let mut positions = Vec::new();
-        let ranges = steps.iter().map(|step| {
-            let first = positions.len();
-            positions.extend((0..step.tokens.len()).filter_map(|index| step.positions.get(index)));
-            first..positions.len()
-        });
-        Self {
-            model,
-            steps,
-            ranges: ranges.collect(),
-            positions,
-        }
-    }
-
     fn run(
         mut self,
         pool: &mut KvPool,
@@ -201,9 +151,9 @@ impl<'a> Batch<'a> {
         let config = &model.config;
         self.embed(scratch);
         let mut fates = Vec::new();
-        let mut pages = vec![Pages::All; self.steps.len()];
-        let mut expected = vec![None; self.steps.len()];
-        let mut rows = self.positions.len();
+        let mut pages = vec![Pages::All; self.rows.steps.len()];
+        let mut expected = vec![None; self.rows.steps.len()];
+        let mut rows = self.rows.positions.len();
         for (index, layer) in model.weights.layers.iter().enumerate() {
             self.project_qkv(layer, scratch);
             let width = config.qkv_width();
@@ -216,8 +166,8 @@ impl<'a> Batch<'a> {
                 pool,
                 rows: &scratch.qkv[..rows * width],
                 stride: width,
-                positions: &self.positions,
-                steps: &self.ranges,
+                positions: &self.rows.positions,
+                steps: &self.rows.ranges,
                 fates: &mut fates,
                 pages: &mut pages,
                 expected: &mut expected,
@@ -235,12 +185,12 @@ impl<'a> Batch<'a> {
             if pool.pager().is_some() {
                 self.bring(pool, index, &pages, &expected)?;
             }
-            for (step, range) in self.ranges.iter().enumerate() {
-                fates[self.first_wanted(step)..range.end].fill(Fate::GoesOn);
+            for (step, range) in self.rows.ranges.iter().enumerate() {
+                fates[self.rows.first_wanted(step)..range.end].fill(Fate::GoesOn);
             }
             self.write_pages(pool, scratch, index, &fates);
             self.drop_rows(&fates, scratch);
-            rows = self.positions.len();
+            rows = self.rows.positions.len();
             let last = index + 1 == config.layers;
             self.attend(pool, scratch, index, &pages, last);
             if last {
@@ -263,14 +213,17 @@ impl<'a> Batch<'a> {
     ) -> Result<(), ForwardError> {
         let kv_heads = self.model.config.kv_heads;
         let listed = |pages: &Pages, step: usize| {
-            pages.listed(kv_heads, &self.positions[self.ranges[step].clone()])
+            pages.listed(
+                kv_heads,
+                &self.rows.positions[self.rows.ranges[step].clone()],
+            )
         };
         let lists: Vec<_> = pages
             .iter()
             .enumerate()
             .map(|(step, pages)| listed(pages, step))
             .collect();
-        let all: Vec<usize> = (0..self.steps.len()).collect();
+        let all: Vec<usize> = (0..self.rows.steps.len()).collect();
         pool.ensure(layer, &self.demands(layer, &lists, &all))
             .map_err(|(step, source)| ForwardError::Paging { step, source })?;
 
@@ -294,7 +247,7 @@ impl<'a> Batch<'a> {
         steps: &[usize],
     ) -> Vec<Demand<'b>> {
         let demand = |&step: &usize| Demand {
-            blocks: self.steps[step].blocks,
+            blocks: self.rows.steps[step].blocks,
             pages: match &lists[step] {
                 Some(lists) => Demanded::Listed(lists),
                 None => self.seen(layer, step),
@@ -305,7 +258,7 @@ impl<'a> Batch<'a> {
 
     /// The pages that a step reads of a layer in which it attends to all.
     fn seen(&self, layer: usize, step: usize) -> Demanded<'static> {
-        let positions = &self.positions[self.ranges[step].clone()];
+        let positions = &self.rows.positions[self.rows.ranges[step].clone()];
         let first = positions.first().copied().unwrap_or(0);
         let end = positions.last().map_or(0, |&last| last + 1);
         let from =
@@ -317,16 +270,9 @@ impl<'a> Batch<'a> {
         }
     }
 
-    /// First row of a step whose logits are wanted; the end of its rows for none.
-    fn first_wanted(&self, step: usize) -> usize {
-        let Range { start, end } = self.ranges[step];
-        start + self.steps[step].logits.first(end - start)
-    }
-
     /// Takes rows that do not go on out of the buffers that are still to be read.
     fn drop_rows(&mut self, fates: &[Fate], scratch: &mut Scratch) {
-        let goes_on = |fate: &Fate| *fate == Fate::GoesOn;
-        if fates.iter().all(goes_on) {
+        if fates.iter().all(|fate| *fate == Fate::GoesOn) {
             return;
         }
         let config = &self.model.config;
@@ -335,30 +281,21 @@ impl<'a> Batch<'a> {
             (&mut scratch.qkv, config.qkv_width()),
             (&mut scratch.angles, config.head_dim),
         ] {
-            let kept = fates.iter().enumerate().filter(|(_, fate)| goes_on(fate));
-            for (to, (row, _)) in kept.enumerate() {
+            for (to, row) in Rows::going_on(fates).enumerate() {
                 buffer.copy_within(row * width..(row + 1) * width, to * width);
             }
         }
-        let mut first = 0;
-        for range in &mut self.ranges {
-            let kept = fates[range.clone()].iter().filter(|fate| goes_on(fate));
-            let kept = kept.count();
-            *range = first..first + kept;
-            first += kept;
-        }
-        let mut fates = fates.iter();
-        self.positions.retain(|_| fates.next().is_some_and(goes_on));
+        self.rows.drop(fates);
     }
 
     /// Embeddings into the residual stream, and the angles of each row.
     fn embed(&self, scratch: &mut Scratch) {
-        let Self { model, steps, .. } = self;
+        let Self { model, rows } = self;
         let (hidden, dim) = (model.config.hidden, model.config.head_dim);
-        let tokens = steps.iter().flat_map(|step| step.tokens);
+        let tokens = rows.steps.iter().flat_map(|step| step.tokens);
         let stream = scratch.stream.chunks_exact_mut(hidden);
         let angles = scratch.angles.chunks_exact_mut(dim);
-        let rows = tokens.zip(&self.positions).zip(stream).zip(angles);
+        let rows = tokens.zip(&rows.positions).zip(stream).zip(angles);
         for (((&token, &position), row), angles) in rows {
             model.weights.embed(token, row);
             let (cos, sin) = angles.split_at_mut(dim / 2);
@@ -369,7 +306,7 @@ impl<'a> Batch<'a> {
     /// Normed stream to Q, K and V, with biases, norms and rotation applied.
     fn project_qkv(&self, layer: &Layer, scratch: &mut Scratch) {
         let config = &self.model.config;
-        let (isa, rows, dim) = (scratch.isa, self.positions.len(), config.head_dim);
+        let (isa, rows, dim) = (scratch.isa, self.rows.positions.len(), config.head_dim);
         norm_rows(scratch, config, &layer.attention_norm, rows);
         let width = config.qkv_width();
         let qkv = &mut scratch.qkv[..rows * width];
@@ -403,8 +340,9 @@ impl<'a> Batch<'a> {
     fn write_pages(&self, pool: &mut KvPool, scratch: &Scratch, layer: usize, fates: &[Fate]) {
         let config = &self.model.config;
         let mut rows = scratch.qkv.chunks_exact(config.qkv_width()).zip(fates);
-        for (step, range) in self.steps.iter().zip(&self.ranges) {
-            for (&position, (row, fate)) in self.positions[range.clone()].iter().zip(rows.by_ref())
+        for (step, range) in self.rows.steps.iter().zip(&self.rows.ranges) {
+            for (&position, (row, fate)) in
+                self.rows.positions[range.clone()].iter().zip(rows.by_ref())
             {
                 if *fate == Fate::Dropped {
                     continue;
@@ -427,25 +365,29 @@ impl<'a> Batch<'a> {
         let config = &self.model.config;
         // From all rows of the steps, those included that attend no more.
         let listed: Vec<Option<Vec<Vec<u32>>>> = self
+            .rows
             .ranges
             .iter()
             .zip(pages)
-            .map(|(range, pages)| pages.listed(config.kv_heads, &self.positions[range.clone()]))
+            .map(|(range, pages)| {
+                pages.listed(config.kv_heads, &self.rows.positions[range.clone()])
+            })
             .collect();
         let ranges: Vec<QueryRange<'_>> = self
+            .rows
             .ranges
             .iter()
             .enumerate()
             .map(|(step, range)| {
                 let first_row = if only_wanted {
-                    self.first_wanted(step)
+                    self.rows.first_wanted(step)
                 } else {
                     range.start
                 };
                 QueryRange {
                     first_row,
-                    positions: &self.positions[first_row..range.end],
-                    blocks: self.steps[step].blocks,
+                    positions: &self.rows.positions[first_row..range.end],
+                    blocks: self.rows.steps[step].blocks,
                     pages: listed[step].as_deref(),
                 }
             })
@@ -471,8 +413,8 @@ impl<'a> Batch<'a> {
         let config = &self.model.config;
         let (hidden, heads) = (config.hidden, config.heads * config.head_dim);
         let mut kept = 0;
-        for (step, range) in self.ranges.iter().enumerate() {
-            for wanted in self.first_wanted(step)..range.end {
+        for (step, range) in self.rows.ranges.iter().enumerate() {
+            for wanted in self.rows.first_wanted(step)..range.end {
                 scratch
                     .stream
                     .copy_within(wanted * hidden..(wanted + 1) * hidden, kept * hidden);
@@ -541,17 +483,7 @@ impl<'a> Batch<'a> {
             &mut values,
             false,
         );
-        let mut first = 0;
-        let steps = self.ranges.iter().enumerate().map(|(step, range)| {
-            let rows = range.end - self.first_wanted(step);
-            first += rows;
-            (first - rows, rows)
-        });
-        Logits {
-            vocab,
-            values,
-            steps: steps.collect(),
-        }
+        Logits::new(vocab, values, &self.rows)
     }
 }
 
@@ -625,6 +557,9 @@ pub enum ForwardError {
         #[source]
         source: KvError,
     },
+    /// The device failed. What pages of the steps' tokens hold is undefined.
+    #[error("the device failed in the middle of a batch")]
+    Device(#[from] DeviceError),
     /// Pages cannot be brought to memory. Those of the steps hold what they held, and K and V
     /// of the steps' tokens for the layers before, so the batch may be run again without the
     /// step at fault.

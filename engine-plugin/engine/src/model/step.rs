@@ -30,7 +30,7 @@ pub enum Positions<'a> {
 
 impl Positions<'_> {
     /// Position of the `index`-th token, if it has one.
-    pub(super) fn get(&self, index: usize) -> Option<usize> {
+    pub(crate) fn get(&self, index: usize) -> Option<usize> {
         match self {
             Self::From(first) => first.checked_add(index),
             Self::At(positions) => positions.get(index).copied(),
@@ -103,7 +103,7 @@ pub enum Pages {
 impl Pages {
     /// By KV head, what is to be read: ascending pages, each once, none behind the last of
     /// `positions`, where the rows stand. `None` for all.
-    pub(super) fn listed(&self, kv_heads: usize, positions: &[usize]) -> Option<Vec<Vec<u32>>> {
+    pub(crate) fn listed(&self, kv_heads: usize, positions: &[usize]) -> Option<Vec<Vec<u32>>> {
         let Self::Chosen(chosen) = self else {
             return None;
         };
@@ -136,7 +136,7 @@ pub enum LogitsWanted {
 
 impl LogitsWanted {
     /// First of `tokens` rows that is wanted; `tokens` for none.
-    pub(super) fn first(self, tokens: usize) -> usize {
+    pub(crate) fn first(self, tokens: usize) -> usize {
         match self {
             Self::None => tokens,
             Self::Last => tokens - 1,

@@ -15,8 +15,8 @@ pub(super) struct Choice {
     digests: Digests,
     selector: Selector,
     from_tokens: usize,
-    /// By layer, what the token before chose: this one is expected to choose the same.
-    last: Vec<Option<Pages>>,
+    /// What the token before chose in the first layer: this one is expected to choose the same.
+    first: Option<Pages>,
 }
 
 impl Choice {
@@ -27,7 +27,7 @@ impl Choice {
             digests: Digests::new(model.config(), detail),
             selector: Selector::new(model, options),
             from_tokens: selection.from_tokens,
-            last: vec![None; model.config().layers],
+            first: None,
         }
     }
 
@@ -39,9 +39,13 @@ impl Choice {
     /// Chooses the pages of a step in the layer at hand.
     pub(super) fn choose(&mut self, before: &mut BeforeLayer<'_>, step: usize, blocks: &[BlockId]) {
         let pages = self.selector.choose(before, step, &self.digests, blocks);
-        let next = (before.layer + 1) % self.last.len();
-        self.last[before.layer] = Some(pages.clone());
-        before.expected[step].clone_from(&self.last[next]);
+        if before.layer == 0 {
+            self.first = Some(pages.clone());
+        }
+        before.expected[step] = match before.next {
+            Some(_) => self.selector.foresee(before, step, &self.digests, blocks),
+            None => self.first.clone(),
+        };
         before.pages[step] = pages;
     }
 }
