@@ -1,22 +1,24 @@
 //! `longctx`: decoding over contexts whose KV is mostly on disk.
 //!
-//! A model of random weights, queries and keys scaled so that attention is skewed; memory for a
-//! tenth of the KV, the rest in a scratch file read with direct I/O. Rows, in ms a token, `N`
-//! being tokens of context, `p50` and `p99` each; the longest context has rows without `N` too:
+//! A model of random weights; memory for a tenth of the KV, the rest in a scratch file read with
+//! direct I/O. Keys are projected as queries are, and both scaled, so that tokens attend to those
+//! like them and a few pages have most of attention, as in trained models; `--untied` leaves that
+//! out. Rows, in ms a token, `N` being tokens of context, `p50` and `p99` each; the longest
+//! context has rows without `N` too:
 //!
-//! - `ours/p50/N`: chosen pages, read one layer ahead where the token before chose them;
+//! - `ours/p50/N`: chosen pages; those that the token before chose are read one layer ahead;
 //!   `limit` is loading all, `ratio` how many times sooner ours is;
+//! - `foreseen/p50/N`: the same, but what is read ahead is what the layer before foresees;
 //! - `load_all/p50/N`: all pages, every token; these too are read one layer ahead;
 //! - `lru/p50/N`: the same choice, read on demand, the least recently used page giving way;
 //! - `full_memory/p50/N`: the same choice over a pool in memory;
+//! - `ours/choosing/N`: what of a token's time goes into choosing;
 //! - `METHOD/disk_bytes/N`: bytes from disk a token; `METHOD/hits/N`: share of wanted pieces
 //!   that were in memory; `METHOD/stall_CAUSE/N`: what a token waited for, in ms;
-//! - `ours/mass/N`: share of attention that the chosen pages have of full attention's;
+//! - `ours/mass/N`: share of attention that the chosen pages have of full attention's, and
+//!   `oracle/mass/N`: what the best choice of as many has;
 //! - `rss/N`: resident memory with the pool less that without, in MB; `limit` is what its
-//!   frames and buffers may take.
-//!
-//! Pages are chosen by the upper bounds of their keys' boxes, of which little comes where
-//! attention is that of random weights: `mass` says how much.
+//!   frames and buffers may take. Digests, 5.9 % of the KV, are beside it.
 //!
 //! `…/batch4/N` is four sequences of N tokens, a token of each.
 //!

@@ -70,7 +70,7 @@
 //!
 //! ## What a choice costs
 //!
-//! Digests take 5.7 % of K and V in f16 ([`Digests::bytes`]). A choice looks at the box of every
+//! Digests take 5.9 % of K and V in f16 ([`Digests::bytes`]). A choice looks at the box of every
 //! group, and at all tokens of the groups that it opens, once a query: most, where attention is
 //! even, and then it takes longer than reading the pages that it chose. `kvasir-bench select`
 //! measures that.
