@@ -82,7 +82,7 @@
 //!
 //! [`EngineConfig::paging`](crate::scheduler::EngineConfig::paging) makes the engine's loop run
 //! over such a pool: sequences that do not fit together take turns and are parked in between;
-//! while a layer computes, the next one is read, as much of it as the token before chose; and a
+//! while a layer computes, the next one is read, as much of it as its input foresees; and a
 //! sequence whose pages cannot be moved is computed again. Decoding chooses pages only if told
 //! to ([`PageSelection`](crate::scheduler::PageSelection)).
 //!
