@@ -115,25 +115,44 @@ pub(crate) fn write(dir: &Path, shape: &Shape) -> anyhow::Result<()> {
     write_with(dir, shape, Attention::default())
 }
 
-/// What queries and keys of a random model are like.
+/// What attention of a random model is like.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Attention {
-    /// By how much their projections are scaled: attention of such a model is skewed, where a
-    /// random model's is nearly even.
+    /// By how much projections to queries and keys are scaled: attention of such a model is
+    /// skewed, where a random model's is nearly even.
     pub(crate) scale: f32,
-    /// Keys are projected as the queries of their group are on average. So tokens attend to
-    /// those like them, as they do in trained models; without, to others that have nothing in
-    /// common but chance.
-    pub(crate) is_tied: bool,
+    /// Whether tokens attend to those like them, by [`Content`].
+    pub(crate) is_by_content: bool,
 }
 
 impl Default for Attention {
     fn default() -> Self {
         Self {
             scale: 1.0,
-            is_tied: false,
+            is_by_content: false,
         }
     }
+}
+
+/// What makes tokens attend to those like them, as in trained models, and not to others that
+/// have nothing in common but chance.
+///
+/// Queries are projected as the keys of their group are, but for [`Self::OWN`]. What tokens are
+/// is in the channels that RoPE turns slowly, others count less, as in trained models (Barbero
+/// et al., arXiv 2410.06205). And embeddings are large beside what a layer adds to them, so that
+/// a token is itself in all layers, and a layer gets nearly what the one before got.
+#[derive(Clone, Copy, Debug)]
+struct Content;
+
+impl Content {
+    /// Share of the variance of a query head's projection that is its own.
+    const OWN: f32 = 0.1;
+    /// Share of the channels that turn slowly.
+    const SLOW: f32 = 0.25;
+    /// Size of the others.
+    const FAST_SCALE: f32 = 0.5;
+    const EMBEDDING_SCALE: f32 = 20.0;
+    const ROPE_THETA: f64 = 500_000.0;
 }
 
 /// As [`write()`], with such attention.
@@ -149,7 +168,7 @@ pub(crate) fn write_with(dir: &Path, shape: &Shape, attention: Attention) -> any
         "num_key_value_heads": shape.kv_heads,
         "head_dim": shape.head_dim(),
         "max_position_embeddings": shape.positions,
-        "rope_theta": 10000.0,
+        "rope_theta": if attention.is_by_content { Content::ROPE_THETA } else { 10_000.0 },
         "rms_norm_eps": 1e-5,
         "hidden_act": "silu",
         "tie_word_embeddings": false,
@@ -180,56 +199,74 @@ fn write_tensors(path: &Path, shape: &Shape, attention: Attention) -> anyhow::Re
     out.write_all(&(header.len() as u64).to_le_bytes())?;
     out.write_all(&header)?;
     let mut rng = ChaCha8Rng::seed_from_u64(7);
-    // Those to the queries of a layer, for its keys.
-    let mut queries = Vec::new();
+    // Of a layer's keys, which are written behind its queries.
+    let mut keys = Vec::new();
     for (name, dimensions) in &tensors {
-        let is_query = name.contains("q_proj");
-        let scale = match is_query || name.contains("k_proj") {
-            true => attention.scale,
-            false => 1.0,
-        };
         let count: usize = dimensions.iter().product();
         // Norms are one; matrices uniform with the variance of a trained model's start.
-        let spread = if dimensions.len() == 1 { 0.0 } else { 0.035 };
-        let mut values: Vec<f32> = (0..count)
-            .map(|_| {
-                #[expect(clippy::cast_precision_loss, reason = "24 random bits fit an f32")]
-                let unit = (rng.next_u32() >> 8) as f32 / (1u32 << 24) as f32;
-                if spread == 0.0 {
-                    1.0
-                } else {
-                    (unit * 2.0 - 1.0) * spread * scale
-                }
-            })
-            .collect();
-        if attention.is_tied && name.contains("k_proj") {
-            average(&queries, shape, &mut values);
+        let mut values: Vec<f32> = match dimensions.len() {
+            1 => vec![1.0; count],
+            _ => uniform(&mut rng, count),
+        };
+        if name.contains("q_proj") || name.contains("k_proj") {
+            values
+                .iter_mut()
+                .for_each(|value| *value *= attention.scale);
+        }
+        if attention.is_by_content {
+            if name.contains("embed_tokens") {
+                let scale = Content::EMBEDDING_SCALE;
+                values.iter_mut().for_each(|value| *value *= scale);
+            } else if name.contains("q_proj") {
+                keys = uniform(&mut rng, shape.kv_heads * shape.head_dim() * shape.hidden);
+                keys.iter_mut().for_each(|value| *value *= attention.scale);
+                blend(&mut values, &keys, shape);
+                slow(&mut values, shape);
+            } else if name.contains("k_proj") {
+                values.copy_from_slice(&keys);
+                slow(&mut values, shape);
+            }
         }
         for value in &values {
             out.write_all(&value.to_le_bytes())?;
-        }
-        if is_query {
-            queries = values;
         }
     }
     out.flush()?;
     Ok(())
 }
 
-/// Makes `keys`, `[kv_heads][dim][hidden]`, the sum of their groups' heads in `queries`, at the
-/// variance of one.
-fn average(queries: &[f32], shape: &Shape, keys: &mut [f32]) {
-    let (head, group) = (
-        shape.head_dim() * shape.hidden,
-        shape.heads / shape.kv_heads,
-    );
-    #[expect(clippy::cast_precision_loss, reason = "a few heads")]
-    let scale = 1.0 / (group as f32).sqrt();
-    let groups = queries.chunks_exact(group * head);
-    for (keys, queries) in keys.chunks_exact_mut(head).zip(groups) {
-        for (index, key) in keys.iter_mut().enumerate() {
-            let sum: f32 = queries.iter().skip(index).step_by(head).sum();
-            *key = sum * scale;
+fn uniform(rng: &mut ChaCha8Rng, count: usize) -> Vec<f32> {
+    const SPREAD: f32 = 0.035;
+    let value = |_| {
+        #[expect(clippy::cast_precision_loss, reason = "24 random bits fit an f32")]
+        let unit = (rng.next_u32() >> 8) as f32 / (1u32 << 24) as f32;
+        (unit * 2.0 - 1.0) * SPREAD
+    };
+    (0..count).map(value).collect()
+}
+
+/// Makes `queries`, `[heads][dim][hidden]`, those of their group's `keys`, but for a part of
+/// their own.
+fn blend(queries: &mut [f32], keys: &[f32], shape: &Shape) {
+    let head = shape.head_dim() * shape.hidden;
+    let group = shape.heads / shape.kv_heads * head;
+    let (own, common) = (Content::OWN.sqrt(), (1.0 - Content::OWN).sqrt());
+    for (queries, keys) in queries.chunks_exact_mut(group).zip(keys.chunks_exact(head)) {
+        for (query, key) in queries.iter_mut().zip(keys.iter().cycle()) {
+            *query = own * *query + common * key;
+        }
+    }
+}
+
+/// Makes channels small that RoPE turns fast; `[heads][dim][hidden]`.
+fn slow(weights: &mut [f32], shape: &Shape) {
+    let half = shape.head_dim() / 2;
+    #[expect(clippy::cast_precision_loss, reason = "a few channels")]
+    let is_fast = |channel: usize| ((channel % half) as f32) < (1.0 - Content::SLOW) * half as f32;
+    for (channel, row) in weights.chunks_exact_mut(shape.hidden).enumerate() {
+        if is_fast(channel) {
+            row.iter_mut()
+                .for_each(|value| *value *= Content::FAST_SCALE);
         }
     }
 }

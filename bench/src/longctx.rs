@@ -1,16 +1,17 @@
 //! `longctx`: decoding over contexts whose KV is mostly on disk.
 //!
 //! A model of random weights; memory for a tenth of the KV, the rest in a scratch file read with
-//! direct I/O. Keys are projected as queries are, and both scaled, so that tokens attend to those
-//! like them and a few pages have most of attention, as in trained models; `--untied` leaves that
-//! out. Rows, in ms a token, `N` being tokens of context, `p50` and `p99` each; the longest
-//! context has rows without `N` too:
+//! direct I/O. Tokens attend to those like them, so that a few pages have most of attention, as in
+//! trained models, and the text comes back to its topics; `--by-chance` leaves that out: then what
+//! a token attends to has nothing to do with what the token before does, nor a layer with the one
+//! before, which is the worst case of a cache. Rows, in ms a token, `N` being tokens of context,
+//! `p50` and `p99` each; the longest context has rows without `N` too:
 //!
-//! - `ours/p50/N`: chosen pages; those that the token before chose are read one layer ahead;
-//!   `limit` is loading all, `ratio` how many times sooner ours is;
-//! - `foreseen/p50/N`: the same, but what is read ahead is what the layer before foresees;
-//! - `load_all/p50/N`: all pages, every token; these too are read one layer ahead;
-//! - `lru/p50/N`: the same choice, read on demand, the least recently used page giving way;
+//! - `ours/p50/N`: chosen pages, read when they are; `limit` is loading all, `ratio` how many
+//!   times sooner ours is;
+//! - `foreseen/p50/N`: the same, and what the layer before foresees is read ahead;
+//! - `load_all/p50/N`: all pages, every token, one layer ahead;
+//! - `lru/p50/N`: as ours, the least recently used page giving way;
 //! - `full_memory/p50/N`: the same choice over a pool in memory;
 //! - `ours/choosing/N`: what of a token's time goes into choosing;
 //! - `METHOD/disk_bytes/N`: bytes from disk a token; `METHOD/hits/N`: share of wanted pieces
@@ -30,15 +31,18 @@ mod bed;
 use std::sync::Arc;
 
 use anyhow::Context as _;
-use kvasir_engine::paging::Rule;
+use kvasir_engine::paging::{Options as Selection, Rule};
 use kvasir_engine::{KvPool, Model, Pager, PagerStats, Replacement, ScratchFile, Threads};
 
 use crate::checkpoint::{self, Attention, Shape};
 use crate::report::{Report, Row, percentile};
-use bed::{Ahead, Bed, Method};
+use bed::{Bed, Method};
 
 const SHAPE: Shape = Shape {
     positions: 1 << 18,
+    // Of 128 channels, as in most models.
+    heads: 6,
+    kv_heads: 2,
     ..Shape::SERVING
 };
 
@@ -46,14 +50,17 @@ const SHAPE: Shape = Shape {
 #[derive(Clone, Debug, clap::Args)]
 pub(crate) struct Options {
     /// Share of the pages that is read.
-    #[arg(long, default_value_t = 0.1)]
+    #[arg(long, default_value_t = 0.04)]
     share: f32,
     /// By how much projections to queries and keys are scaled.
-    #[arg(long, default_value_t = 4.0)]
+    #[arg(long, default_value_t = 3.5)]
     skew: f32,
-    /// Queries and keys have nothing in common: tokens do not attend to those like them.
+    /// Tokens attend to others by chance, and not to those like them.
     #[arg(long)]
-    untied: bool,
+    by_chance: bool,
+    /// How often a text comes back to each of its topics.
+    #[arg(long, default_value_t = 4)]
+    returns: usize,
     /// Measures how much attention the chosen pages have, and no times.
     #[arg(long)]
     mass_only: bool,
@@ -81,7 +88,7 @@ pub(crate) fn run(options: &Options, quick: bool) -> anyhow::Result<Report> {
     );
     let attention = Attention {
         scale: options.skew,
-        is_tied: !options.untied,
+        is_by_content: !options.by_chance,
     };
     checkpoint::write_with(dir.path(), &SHAPE, attention)?;
     let model = Model::load(dir.path())?;
@@ -126,10 +133,24 @@ impl Case<'_> {
     fn measure(&self, name: &str, report: &mut Report) -> anyhow::Result<()> {
         let threads = Threads::new(std::thread::available_parallelism()?.get())?;
         let steps = if self.quick { 12 } else { 40 };
-        let mut bed = Bed::new(self.model, self.tokens, self.sequences, &threads)?;
-        let mut full = bed.decode(Method::Chosen(Ahead::Nothing), self.options.share, steps)?;
+        let mut bed = Bed::new(
+            self.model,
+            self.tokens,
+            self.sequences,
+            self.options.returns,
+            &threads,
+        )?;
+        let ours = Selection {
+            share: self.options.share,
+            ..Selection::default()
+        };
+        let mut full = bed.decode(Method::Chosen(ours), steps)?;
         push(report, "full_memory", name, &mut full.times, None);
-        let [mass, most] = bed.masses([Rule::default(), Rule::Oracle], self.options.share)?;
+        let oracle = Selection {
+            rule: Rule::Oracle,
+            ..ours
+        };
+        let [mass, most] = bed.masses([ours, oracle])?;
         report.push(Row::new(format!("ours/mass/{name}"), mass, "share").against(0.9, mass / 0.9));
         report.push(Row::new(format!("oracle/mass/{name}"), most, "share"));
 
@@ -138,37 +159,42 @@ impl Case<'_> {
         }
         let lru = bed.copied(|blocks| self.paged(&bed, blocks, Replacement::LeastRecent))?;
         let before = resident_bytes()?;
-        let ours = bed.copied(|blocks| self.paged(&bed, blocks, Replacement::Clock))?;
+        let clock = bed.copied(|blocks| self.paged(&bed, blocks, Replacement::Clock))?;
         let taken = resident_bytes()? - before;
-        let cap = ours.pager().map_or(0, Pager::resident_bytes);
+        let cap = clock.pager().map_or(0, Pager::resident_bytes);
         #[expect(clippy::cast_precision_loss, reason = "bytes of memory")]
         let (taken, cap) = (taken as f64 / 1e6, cap as f64 / 1e6);
         report.push(Row::new(format!("rss/{name}"), taken, "MB").against(cap, taken / cap));
-        drop(bed.replace(ours));
+        drop(bed.replace(clock));
         let steps_all = if self.quick { 3 } else { 6 };
-        let mut all = bed.decode(Method::All, 1.0, steps_all)?;
+        let mut all = bed.decode(Method::All, steps_all)?;
         push(report, "load_all", name, &mut all.times, None);
         costs(report, "load_all", name, &all.stats, all.times.len());
         let limit = [0.5, 0.99].map(|share| percentile(&mut all.times, share));
 
-        let mut ours = bed.decode(Method::Chosen(Ahead::Last), self.options.share, steps)?;
-        push(report, "ours", name, &mut ours.times, Some(limit));
-        costs(report, "ours", name, &ours.stats, ours.times.len());
-        let method = Method::Chosen(Ahead::Foreseen);
-        let mut foreseen = bed.decode(method, self.options.share, steps)?;
-        push(report, "foreseen", name, &mut foreseen.times, Some(limit));
-        costs(
-            report,
-            "foreseen",
-            name,
-            &foreseen.stats,
-            foreseen.times.len(),
-        );
-        let choosing = percentile(&mut ours.choosing, 0.5);
-        report.push(Row::new(format!("ours/choosing/{name}"), choosing, "ms"));
+        for (method, how) in [
+            ("ours", Method::Chosen(ours)),
+            ("foreseen", Method::Foreseen(ours)),
+        ] {
+            let mut of_method = bed.decode(how, steps)?;
+            push(report, method, name, &mut of_method.times, Some(limit));
+            costs(
+                report,
+                method,
+                name,
+                &of_method.stats,
+                of_method.times.len(),
+            );
+            let choosing = percentile(&mut of_method.choosing, 0.5);
+            report.push(Row::new(
+                format!("{method}/choosing/{name}"),
+                choosing,
+                "ms",
+            ));
+        }
 
         drop(bed.replace(lru));
-        let mut lru = bed.decode(Method::Chosen(Ahead::Nothing), self.options.share, steps)?;
+        let mut lru = bed.decode(Method::Chosen(ours), steps)?;
         push(report, "lru", name, &mut lru.times, Some(limit));
         costs(report, "lru", name, &lru.stats, lru.times.len());
         Ok(())

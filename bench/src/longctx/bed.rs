@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use kvasir_engine::cache::{self, PoolBackend, Turns};
-use kvasir_engine::paging::{Digests, Options, Rule, Selector, page_weights};
+use kvasir_engine::paging::{Digests, Options, Selector, page_weights};
 use kvasir_engine::{
     BLOCK_TOKENS, BlockId, KvDtype, KvPool, LogitsWanted, Model, PagerStats, Pages, Positions,
     Scratch, Step, Threads,
@@ -32,17 +32,10 @@ const ROOM_TOKENS: usize = 256;
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Method {
     All,
-    Chosen(Ahead),
-}
-
-/// What is read one layer ahead.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) enum Ahead {
-    Nothing,
-    /// What the token before chose.
-    Last,
-    /// What the queries of the layer before foresee.
-    Foreseen,
+    /// What is chosen, when it is.
+    Chosen(Options),
+    /// The same, and one layer ahead what is foreseen of it.
+    Foreseen(Options),
 }
 
 /// What decoding some tokens took.
@@ -63,6 +56,7 @@ pub(super) struct Bed<'a> {
     tables: Vec<Vec<BlockId>>,
     /// Of the contexts, by sequence.
     digests: Vec<Digests>,
+    text: Text,
     context: usize,
 }
 
@@ -72,6 +66,7 @@ impl<'a> Bed<'a> {
         model: &'a Model,
         context: usize,
         sequences: usize,
+        returns: usize,
         threads: &Threads,
     ) -> anyhow::Result<Self> {
         let config = model.config();
@@ -86,6 +81,7 @@ impl<'a> Bed<'a> {
             pool,
             tables,
             digests: Vec::new(),
+            text: Text::new(config.vocab_size, context, returns),
             context,
         };
         bed.fill()?;
@@ -115,7 +111,7 @@ impl<'a> Bed<'a> {
         let progress = crate::progress(chunks as u64, "computing chunks");
         let mut payload = vec![0; layout.layer_bytes()];
         for chunk in 0..chunks {
-            let tokens = text(&mut rng, config.vocab_size, CHUNK_TOKENS);
+            let tokens = self.text.write(&mut rng, CHUNK_TOKENS);
             let step = Step {
                 tokens: &tokens,
                 positions: Positions::From(0),
@@ -177,13 +173,8 @@ impl<'a> Bed<'a> {
 
     /// Decodes tokens of all sequences together behind their contexts, the first few without a
     /// clock.
-    pub(super) fn decode(
-        &mut self,
-        method: Method,
-        share: f32,
-        steps: usize,
-    ) -> anyhow::Result<Decoded> {
-        let mut tail = Tail::new(self, share);
+    pub(super) fn decode(&mut self, method: Method, steps: usize) -> anyhow::Result<Decoded> {
+        let mut tail = Tail::new(self, method);
         let mut times = Vec::new();
         let mut choosing = Vec::new();
         let mut before_stats = PagerStats::default();
@@ -192,7 +183,7 @@ impl<'a> Bed<'a> {
                 before_stats = self.stats();
             }
             let begun = Instant::now();
-            self.step(token, method, &mut tail)?;
+            self.step(token, &mut tail)?;
             if index >= WARM {
                 times.push(begun.elapsed().as_secs_f64() * 1e3);
                 choosing.push(tail.choosing.as_secs_f64() * 1e3);
@@ -207,7 +198,7 @@ impl<'a> Bed<'a> {
 
     fn tail_text(&self, tokens: usize) -> Vec<u32> {
         let mut rng = ChaCha8Rng::seed_from_u64(23);
-        text(&mut rng, self.model.config().vocab_size, tokens)
+        self.text.write(&mut rng, tokens)
     }
 
     fn stats(&self) -> PagerStats {
@@ -217,7 +208,7 @@ impl<'a> Bed<'a> {
             .unwrap_or_default()
     }
 
-    fn step(&mut self, token: u32, method: Method, tail: &mut Tail) -> anyhow::Result<()> {
+    fn step(&mut self, token: u32, tail: &mut Tail) -> anyhow::Result<()> {
         let position = self.context + tail.decoded;
         let steps: Vec<Step<'_>> = self
             .tables
@@ -229,29 +220,24 @@ impl<'a> Bed<'a> {
                 logits: LogitsWanted::Last,
             })
             .collect();
-        let layers = self.model.config().layers;
         let tables = &self.tables;
         tail.choosing = Duration::ZERO;
         self.model
             .forward(&mut self.pool, &mut self.scratch, &steps, &mut |before| {
-                let Method::Chosen(ahead) = method else {
-                    return ControlFlow::Continue(());
-                };
                 let begun = Instant::now();
-                let next = (before.layer + 1) % layers;
-                for (sequence, table) in tables.iter().enumerate() {
-                    let (selector, last) = &mut tail.choices[sequence];
-                    let digests = &tail.digests[sequence];
+                for (sequence, (selector, first)) in tail.choices.iter_mut().enumerate() {
+                    let (digests, table) = (&tail.digests[sequence], &tables[sequence]);
                     let chosen = selector.choose(&before, sequence, digests, table);
-                    before.pages[sequence] = chosen.clone();
-                    before.expected[sequence] = match ahead {
-                        Ahead::Nothing => None,
-                        Ahead::Last => last[next].clone(),
-                        Ahead::Foreseen => selector
-                            .foresee(&before, sequence, digests, table)
-                            .or_else(|| last[next].clone()),
-                    };
-                    last[before.layer] = Some(chosen);
+                    if tail.foresees {
+                        before.expected[sequence] = match before.next {
+                            Some(_) => selector.foresee(&before, sequence, digests, table),
+                            None => first.clone(),
+                        };
+                        if before.layer == 0 {
+                            *first = Some(chosen.clone());
+                        }
+                    }
+                    before.pages[sequence] = chosen;
                 }
                 tail.choosing += begun.elapsed();
                 ControlFlow::Continue(())
@@ -263,15 +249,14 @@ impl<'a> Bed<'a> {
         Ok(())
     }
 
-    /// Share of attention that the pages chosen by `rules` have, over layers, query heads, and
+    /// Share of attention that the chosen pages have, over layers, query heads, and
     /// a few tokens of the first sequence, which attend to everything. The pool is in memory.
     pub(super) fn masses<const N: usize>(
         &mut self,
-        rules: [Rule; N],
-        share: f32,
+        selections: [Options; N],
     ) -> anyhow::Result<[f64; N]> {
         let config = self.model.config();
-        let mut selectors = rules.map(|rule| Selector::new(self.model, selection(rule, share)));
+        let mut selectors = selections.map(|selection| Selector::new(self.model, selection));
         let mut sums = [0.0; N];
         let (table, digests) = (&self.tables[0], &self.digests[0]);
         let group = config.heads / config.kv_heads;
@@ -309,53 +294,69 @@ impl<'a> Bed<'a> {
     }
 }
 
-fn selection(rule: Rule, share: f32) -> Options {
-    Options {
-        rule,
-        share,
-        ..Options::default()
-    }
-}
-
 /// What is decoded behind the contexts.
 #[derive(Debug)]
 struct Tail {
     decoded: usize,
     digests: Vec<Digests>,
-    /// By sequence: what chooses, and what was chosen last in each layer.
-    choices: Vec<(Selector, Vec<Option<Pages>>)>,
+    /// By sequence, unless all pages are read: what chooses, and what was chosen last in the first
+    /// layer.
+    choices: Vec<(Selector, Option<Pages>)>,
+    foresees: bool,
     /// How long choosing took for the last token.
     choosing: Duration,
 }
 
 impl Tail {
-    fn new(bed: &Bed<'_>, share: f32) -> Self {
-        let layers = bed.model.config().layers;
-        let choice = |_: &Digests| {
-            let selector = Selector::new(bed.model, selection(Rule::default(), share));
-            (selector, vec![None; layers])
+    fn new(bed: &Bed<'_>, method: Method) -> Self {
+        let choice = |options| (Selector::new(bed.model, options), None);
+        let choices = match method {
+            Method::All => Vec::new(),
+            Method::Chosen(options) | Method::Foreseen(options) => {
+                bed.digests.iter().map(|_| choice(options)).collect()
+            }
         };
         Self {
             decoded: 0,
             digests: bed.digests.clone(),
-            choices: bed.digests.iter().map(choice).collect(),
+            choices,
+            foresees: matches!(method, Method::Foreseen(_)),
             choosing: Duration::ZERO,
         }
     }
 }
 
-/// Text that goes from topic to topic.
-fn text(rng: &mut ChaCha8Rng, vocabulary: usize, tokens: usize) -> Vec<u32> {
-    let vocabulary = u32::try_from(vocabulary).unwrap_or(u32::MAX);
-    let mut words: Vec<u32> = Vec::new();
-    (0..tokens)
-        .map(|token| {
-            if token % TOPIC_TOKENS == 0 {
-                words = (0..TOPIC_WORDS)
-                    .map(|_| rng.random_range(0..vocabulary))
-                    .collect();
-            }
-            words[rng.random_range(0..words.len())]
-        })
-        .collect()
+/// Text that goes from topic to topic, and comes back to them.
+#[derive(Debug)]
+struct Text {
+    /// The words of each topic.
+    topics: Vec<Vec<u32>>,
+}
+
+impl Text {
+    /// Of topics so many that `tokens` have each of them `returns` times.
+    fn new(vocabulary: usize, tokens: usize, returns: usize) -> Self {
+        let mut rng = ChaCha8Rng::seed_from_u64(11);
+        let vocabulary = u32::try_from(vocabulary).unwrap_or(u32::MAX);
+        let mut words = || {
+            let words = (0..TOPIC_WORDS).map(|_| rng.random_range(0..vocabulary));
+            words.collect()
+        };
+        let topics = (tokens / TOPIC_TOKENS).div_ceil(returns.max(1));
+        Self {
+            topics: (0..topics.max(1)).map(|_| words()).collect(),
+        }
+    }
+
+    fn write(&self, rng: &mut ChaCha8Rng, tokens: usize) -> Vec<u32> {
+        let mut words = &self.topics[0];
+        (0..tokens)
+            .map(|token| {
+                if token % TOPIC_TOKENS == 0 {
+                    words = &self.topics[rng.random_range(0..self.topics.len())];
+                }
+                words[rng.random_range(0..words.len())]
+            })
+            .collect()
+    }
 }

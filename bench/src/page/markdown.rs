@@ -42,7 +42,7 @@ pub(super) fn page(report: &Report, kvstats: Option<&Report>, plots: &[Plot]) ->
     let mut text = generated(&format!("--quality FILE{with}"), "Quality of reused KV");
     let reports: Vec<&Report> = std::iter::once(report).chain(kvstats).collect();
     let names: Vec<String> = reports.iter().map(|report| code(&report.suite)).collect();
-    text += &run(&reports, &names);
+    text += &run(&reports, Some(&names));
     let asked = match quality.questions() {
         Some((fewest, most)) if fewest < most => {
             format!("{} to {} questions a cell. ", count(fewest), count(most))
@@ -74,8 +74,7 @@ pub(super) fn page(report: &Report, kvstats: Option<&Report>, plots: &[Plot]) ->
 pub(super) fn blending(blends: &[Report], plots: &[Plot]) -> String {
     let mut text = generated(&["--blend FILE"].repeat(blends.len()).join(" "), "Blending");
     let reports: Vec<&Report> = blends.iter().collect();
-    let names: Vec<String> = (1..=blends.len()).map(|run| format!("run {run}")).collect();
-    text += &run(&reports, &names);
+    text += &run(&reports, None);
     text += "\nBrackets are 95 % intervals, bootstrapped over contexts. Tasks are described in \
              `bench/quality/README.md`.\n";
     text + &blend::markdown::section(&Blending::new(blends), plots)
@@ -88,8 +87,8 @@ fn generated(from: &str, title: &str) -> String {
     )
 }
 
-/// What was run, and where.
-fn run(reports: &[&Report], called: &[String]) -> String {
+/// What was run, and where: in a column each, or what all runs of one suite have.
+fn run(reports: &[&Report], called: Option<&[String]>) -> String {
     let mut names: Vec<&str> = Vec::new();
     for name in reports.iter().flat_map(|report| report.settings.keys()) {
         if !names.contains(&name.as_str()) {
@@ -97,7 +96,16 @@ fn run(reports: &[&Report], called: &[String]) -> String {
         }
     }
     let row = |name: &str, of: &dyn Fn(&Report) -> String| {
-        let cells = reports.iter().map(|report| of(report));
+        let mut cells: Vec<String> = reports.iter().map(|report| of(report)).collect();
+        if called.is_none() {
+            let mut values: Vec<String> = Vec::new();
+            for cell in cells {
+                if !values.contains(&cell) {
+                    values.push(cell);
+                }
+            }
+            cells = vec![values.join(", ")];
+        }
         std::iter::once(name.replace('_', " "))
             .chain(cells)
             .collect()
@@ -114,9 +122,11 @@ fn run(reports: &[&Report], called: &[String]) -> String {
     rows.push(row("load before", &|report| {
         format!("{:.2}", report.machine.load)
     }));
-    let head: Vec<String> = std::iter::once(String::new())
-        .chain(called.iter().cloned())
-        .collect();
+    let mut head = vec![String::new()];
+    match called {
+        Some(called) => head.extend(called.iter().cloned()),
+        None => head.push(format!("{} runs", reports.len())),
+    }
     let rule = "|---".repeat(head.len()) + "|";
     let mut text = format!("\n## The run\n\n{}", ruled(&head, &rule, &rows));
     let quick = |report: &&Report| report.settings.get("quick") == Some(&Value::Bool(true));

@@ -321,7 +321,7 @@ fn blending_is_shown_by_what_was_charged() {
     let text = blending_text(&files);
     for line in [
         "page --blend FILE --blend FILE --out DIR",
-        "| questions | 100 | 40 |",
+        "| questions | 100, 40 |",
         // Full prefill and naive reuse are 1.0 apart over two tasks together.
         "| random choice at 15 % closes no more than 25 % of the gap | `blend:random:0.15`, 14.9 % charged | 0.120 | met |",
         "at 15 % or less | `blend:graded:0.15`, 15.0 % charged | 0.990 | met |",

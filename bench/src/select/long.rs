@@ -38,7 +38,7 @@ pub(super) fn run(ways: &[Way], quick: bool, report: &mut Report) -> anyhow::Res
         let dir = tempfile::tempdir()?;
         let attention = Attention {
             scale,
-            is_tied: false,
+            ..Attention::default()
         };
         checkpoint::write_with(dir.path(), &SHAPE, attention)?;
         let mut reader = Reader::load(dir.path(), context + 64)?;

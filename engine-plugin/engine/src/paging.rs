@@ -24,8 +24,8 @@
 //!
 //! Attention of a layer starts when all pieces that it reads are in memory, and waits for no
 //! other. What the next layer is expected to read is read ahead while this layer computes.
-//! Pieces of a head adjoin in the file as the blocks do in the pool; those that adjoin move in
-//! one operation of up to 1 MiB. Reads land in the frames themselves; writes are copied, so
+//! In the file, all heads of a layer of a block adjoin, and blocks as they do in the pool; pieces
+//! that adjoin move in one operation of up to 1 MiB. Reads land in the frames themselves; writes are copied, so
 //! that a page may be read while it is written behind. Loading only the pieces that matter, by
 //! head, and one layer ahead, follows LeoAM (arXiv 2506.20187); parking that moves only what
 //! changed, in groups, FastSwitch (arXiv 2411.18424, section 3).

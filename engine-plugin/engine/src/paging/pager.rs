@@ -34,7 +34,7 @@ const WRITE_GROUPS: usize = 8;
 /// Share of the frames that may hold what the file does not, before it is written behind.
 const DIRTY_SHARE: usize = 4;
 
-/// Which pieces there are. The file holds them in this order: `[layer][kv_head][block]`.
+/// Which pieces there are. The file holds them in this order: `[layer][block][kv_head]`.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Shape {
     pub(crate) layers: usize,
@@ -54,14 +54,14 @@ impl Shape {
     }
 
     pub(crate) fn piece(&self, layer: usize, kv_head: usize, block: BlockId) -> PieceId {
-        let index = (layer * self.kv_heads + kv_head) * self.blocks + block.0 as usize;
+        let index = (layer * self.blocks + block.0 as usize) * self.kv_heads + kv_head;
         PieceId(u32::try_from(index).expect("as many pieces as u32 counts"))
     }
 
     fn layer_and_block(&self, piece: PieceId) -> (usize, BlockId) {
-        let block = piece.index() % self.blocks;
-        let block = u32::try_from(block).expect("block ids are u32");
-        (piece.index() / self.blocks / self.kv_heads, BlockId(block))
+        let of_head = piece.index() / self.kv_heads;
+        let block = u32::try_from(of_head % self.blocks).expect("block ids are u32");
+        (of_head / self.blocks, BlockId(block))
     }
 }
 

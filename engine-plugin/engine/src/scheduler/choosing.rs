@@ -15,6 +15,7 @@ pub(super) struct Choice {
     digests: Digests,
     selector: Selector,
     from_tokens: usize,
+    reads_ahead: bool,
     /// What the token before chose in the first layer: this one is expected to choose the same.
     first: Option<Pages>,
 }
@@ -27,6 +28,7 @@ impl Choice {
             digests: Digests::new(model.config(), detail),
             selector: Selector::new(model, options),
             from_tokens: selection.from_tokens,
+            reads_ahead: selection.reads_ahead,
             first: None,
         }
     }
@@ -39,13 +41,15 @@ impl Choice {
     /// Chooses the pages of a step in the layer at hand.
     pub(super) fn choose(&mut self, before: &mut BeforeLayer<'_>, step: usize, blocks: &[BlockId]) {
         let pages = self.selector.choose(before, step, &self.digests, blocks);
-        if before.layer == 0 {
-            self.first = Some(pages.clone());
+        if self.reads_ahead {
+            if before.layer == 0 {
+                self.first = Some(pages.clone());
+            }
+            before.expected[step] = match before.next {
+                Some(_) => self.selector.foresee(before, step, &self.digests, blocks),
+                None => self.first.clone(),
+            };
         }
-        before.expected[step] = match before.next {
-            Some(_) => self.selector.foresee(before, step, &self.digests, blocks),
-            None => self.first.clone(),
-        };
         before.pages[step] = pages;
     }
 }

@@ -51,6 +51,10 @@ pub struct PageSelection {
     pub options: Options,
     /// Sequences attend to all pages up to this many tokens. Default: [`Self::FROM_TOKENS`].
     pub from_tokens: usize,
+    /// Whether a layer's choice is [foreseen](crate::paging::Selector::foresee) one layer earlier,
+    /// and read while that computes. As much work again as choosing: worth it where cores are
+    /// idle then.
+    pub reads_ahead: bool,
     /// Memory for digests of all sequences, beside the frames. A sequence whose digests find no
     /// room attends to all of its pages.
     pub digest_bytes: usize,

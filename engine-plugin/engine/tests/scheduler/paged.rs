@@ -88,6 +88,7 @@ fn select(config: EngineConfig, share: f32, digest_bytes: usize) -> EngineConfig
             ..Options::default()
         },
         from_tokens: 64,
+        reads_ahead: true,
         digest_bytes,
     };
     EngineConfig {

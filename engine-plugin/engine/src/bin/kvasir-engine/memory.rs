@@ -45,6 +45,10 @@ pub(super) struct MemoryArgs {
     /// Sequences attend to everything up to this many tokens.
     #[arg(long, value_name = "TOKENS", requires = "page_share", default_value_t = PageSelection::FROM_TOKENS)]
     page_share_from: usize,
+    /// Each layer of a --page-share reads ahead what it foresees the next one to choose. As much
+    /// work again as choosing: for machines whose cores are idle while they wait for the disk.
+    #[arg(long, requires = "page_share")]
+    read_ahead: bool,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -146,6 +150,7 @@ impl MemoryArgs {
                 ..Options::default()
             },
             from_tokens: self.page_share_from,
+            reads_ahead: self.read_ahead,
             // Digests of everything, if that leaves half of the memory to pages.
             digest_bytes: usize::try_from(memory.as_u64() / 2)
                 .unwrap_or(usize::MAX)

@@ -371,14 +371,15 @@ fn what_is_forgotten_while_it_is_written_stays_forgotten() {
     }
     assert!(pager.writes_in_flight > 0);
     assert!(pager.pieces[0].writing && pager.pieces[1].writing);
+    // A block has a piece for each of two heads.
     pager.forget(BlockId(0));
     pager.forget(BlockId(1));
     // Room for it in memory, while the write of what it held before goes on.
     fill(&mut pager, PieceId(1), 5).unwrap();
     drop(closed);
-    let blocks: Vec<BlockId> = (1..8).map(BlockId).collect();
+    let blocks: Vec<BlockId> = (0..8).map(BlockId).collect();
     pager.park(&blocks).unwrap();
-    for (piece, held) in [(0, 0), (1, 5), (2, 6)] {
+    for (piece, held) in [(0, 0), (1, 5), (2, 0), (4, 6)] {
         pager.ensure(&[PieceId(piece)], Heat::Chosen).unwrap();
         assert_eq!(value(&pager, PieceId(piece)), held);
     }
