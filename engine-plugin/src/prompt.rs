@@ -20,6 +20,16 @@ impl Prompt {
         }
     }
 
+    /// Chunks that an engine names itself ([`Namespace::opaque`]), of `chunk_tokens` tokens each, in
+    /// a prompt that goes on behind them.
+    pub fn named(chunk_tokens: usize, keys: Vec<ChunkKey>) -> Self {
+        Self {
+            tokens: keys.len() * chunk_tokens + 1,
+            chunk_tokens,
+            keys,
+        }
+    }
+
     /// Tokens of the prompt.
     pub fn tokens(&self) -> usize {
         self.tokens

@@ -1,0 +1,31 @@
+"""Kvasir, a cache for the keys and values of language models.
+
+`Client` and `AsyncClient` store and fetch chunks of KV. Serving engines use a
+connector instead: `kvasir.vllm`.
+"""
+
+from kvasir._asyncio import AsyncClient
+from kvasir._native import (
+    BlockCache,
+    Chunk,
+    Client,
+    Data,
+    Error,
+    Layout,
+    Load,
+    Namespace,
+    __version__,
+)
+
+__all__ = [
+    "AsyncClient",
+    "BlockCache",
+    "Chunk",
+    "Client",
+    "Data",
+    "Error",
+    "Layout",
+    "Load",
+    "Namespace",
+    "__version__",
+]

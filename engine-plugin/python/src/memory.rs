@@ -1,0 +1,54 @@
+//! Memory of an engine.
+
+use kvasir_plugin::{Memory, OutsideMemory};
+use pyo3::buffer::PyUntypedBuffer;
+use pyo3::exceptions::PyBufferError;
+use pyo3::prelude::*;
+
+/// A layer's memory, which an engine reads and writes too: never the same blocks at the same
+/// time, which is the contract between engines and their connectors.
+#[derive(Debug)]
+pub(crate) struct Region(PyUntypedBuffer);
+
+impl Region {
+    /// # Errors
+    /// When it is no buffer, cannot be written, or has gaps.
+    pub(crate) fn new(object: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let buffer = PyUntypedBuffer::get(object)?;
+        if buffer.readonly() || !buffer.is_c_contiguous() {
+            let text = "a layer's memory must be one buffer that can be written";
+            return Err(PyBufferError::new_err(text));
+        }
+        Ok(Self(buffer))
+    }
+
+    /// Where some bytes are, if they are in it.
+    fn at(&self, at: usize, len: usize) -> Result<*mut u8, OutsideMemory> {
+        let end = at.checked_add(len);
+        if end.is_none_or(|end| end > self.0.len_bytes()) {
+            return Err(OutsideMemory { at });
+        }
+        Ok(self.0.buf_ptr().cast::<u8>().wrapping_add(at))
+    }
+}
+
+impl Memory for Region {
+    fn len(&self) -> usize {
+        self.0.len_bytes()
+    }
+
+    fn read(&self, at: usize, into: &mut [u8]) -> Result<(), OutsideMemory> {
+        let from = self.at(at, into.len())?;
+        // SAFETY: the range lies in the buffer, which stays where it is as long as it is exported.
+        // `into` is Rust's own and cannot overlap it.
+        unsafe { std::ptr::copy_nonoverlapping(from, into.as_mut_ptr(), into.len()) };
+        Ok(())
+    }
+
+    fn write(&self, at: usize, from: &[u8]) -> Result<(), OutsideMemory> {
+        let to = self.at(at, from.len())?;
+        // SAFETY: as above; no reference to these bytes exists in Rust, only this pointer.
+        unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), to, from.len()) };
+        Ok(())
+    }
+}

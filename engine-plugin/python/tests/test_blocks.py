@@ -1,0 +1,141 @@
+"""Blocks of an engine: found, loaded into its memory, and stored."""
+
+import time
+
+import numpy
+import pytest
+from conftest import Daemon
+
+from kvasir import BlockCache, Layout, Namespace
+
+LAYERS, HEADS, TOKENS, DIM, BLOCKS = 3, 2, 16, 8, 40
+LAYOUT = Layout(layers=LAYERS, kv_heads=HEADS, head_dim=DIM, tokens=TOKENS, dtype="bf16")
+NAMESPACE = Namespace(LAYOUT, architecture="a", weights="w")
+
+# Orders of axes of engines, and the strides of these, in elements.
+ORDERS = ["block head token plane", "plane block token head", "block plane token head"]
+SIZES = {"block": BLOCKS, "head": HEADS, "token": TOKENS, "plane": 2}
+
+
+class Engine:
+    """Memory of random bits, and a cache that knows of it."""
+
+    def __init__(self, endpoint: str, order: str = ORDERS[0], **limits: float) -> None:
+        axes = order.split()
+        shape = [SIZES[axis] for axis in axes] + [DIM]
+        rng = numpy.random.default_rng(1)
+        self.layers = [
+            rng.integers(0, 1 << 16, shape, dtype=numpy.uint16) for _ in range(LAYERS)
+        ]
+        self._axes = [axes.index(axis) for axis in ("block", "plane", "head", "token")]
+        strides = dict(zip(axes, self.layers[0].strides, strict=False))
+        self.cache = BlockCache(endpoint, NAMESPACE, **limits)
+        self.cache.register(
+            [layer.view(numpy.uint8).reshape(-1) for layer in self.layers],
+            blocks=BLOCKS,
+            **strides,
+        )
+
+    def block(self, block: int) -> bytes:
+        """As a chunk has it: `[layer, plane, head, token, dim]`."""
+        return b"".join(
+            layer.transpose(*self._axes, 4)[block].tobytes() for layer in self.layers
+        )
+
+
+def names(count: int) -> list[bytes]:
+    return [f"block {index}".encode() for index in range(count)]
+
+
+def whole(engine: Engine, count: int, blocks: list[int]) -> int | None:
+    return engine.cache.load(names(count), blocks).wait(30)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_blocks_come_back_elsewhere(daemon: Daemon, order: str) -> None:
+    engine = Engine(daemon.endpoint, order)
+    before = [engine.block(block) for block in range(BLOCKS)]
+    assert engine.cache.find(names(10)) == 0
+    assert engine.cache.store(names(10), list(range(10))) == 10
+    assert engine.cache.store(names(10), list(range(10))) == 0
+    assert engine.cache.flush(30)
+    assert engine.cache.find(names(12)) == 10
+    # Another engine, with its axes in another order.
+    other = Engine(daemon.endpoint, ORDERS[1])
+    load = other.cache.load(names(10), list(range(39, 29, -1)))
+    assert all(load.wait_layer(layer) for layer in range(LAYERS))
+    assert load.wait(30) == 10 and load.poll() == 10
+    assert [other.block(block) for block in range(39, 29, -1)] == before[:10]
+    # And nothing else has changed.
+    fresh = Engine(daemon.endpoint, ORDERS[1])
+    assert all(other.block(block) == fresh.block(block) for block in range(30))
+
+
+def test_what_is_not_there_does_not_come(daemon: Daemon) -> None:
+    engine = Engine(daemon.endpoint)
+    engine.cache.store(names(4), [0, 1, 2, 3])
+    assert engine.cache.flush(30)
+    load = engine.cache.load(names(6), [10, 11, 12, 13, 14, 15])
+    assert load.wait(30) == 4
+    assert not load.wait_layer(0)
+    assert [engine.block(10 + index) for index in range(4)] == [
+        engine.block(index) for index in range(4)
+    ]
+
+
+def test_a_daemon_that_fails_costs_its_time_once(daemon: Daemon) -> None:
+    limits = {"lookup_timeout": 0.2, "load_timeout": 0.5, "cooldown": 5.0}
+    engine = Engine(daemon.endpoint, **limits)
+    engine.cache.store(names(4), [0, 1, 2, 3])
+    assert engine.cache.flush(30)
+    daemon.freeze()
+    begun = time.monotonic()
+    assert engine.cache.find(names(4)) == 0
+    assert 0.15 < time.monotonic() - begun < 5
+    begun = time.monotonic()
+    for _ in range(1000):
+        assert engine.cache.find(names(4)) == 0
+        assert whole(engine, 4, [5, 6, 7, 8]) == 0
+    assert time.monotonic() - begun < 2
+    assert engine.cache.stats()["calls_skipped"] == 2000
+    daemon.thaw()
+    until = time.monotonic() + 30
+    while engine.cache.find(names(4)) < 4:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    assert whole(engine, 4, [5, 6, 7, 8]) == 4
+
+
+def test_what_waits_to_be_stored_is_bounded(daemon: Daemon) -> None:
+    engine = Engine(daemon.endpoint, store_buffer=3 * LAYOUT.chunk_bytes)
+    daemon.freeze()
+    assert engine.cache.store(names(10), list(range(10))) == 3
+    daemon.thaw()
+    assert engine.cache.flush(30)
+    assert engine.cache.stats()["stored"] == 3
+    # What was not taken can be stored later.
+    assert engine.cache.store(names(5), list(range(5))) == 2
+
+
+def test_what_is_malformed_is_refused(daemon: Daemon) -> None:
+    engine = Engine(daemon.endpoint)
+    with pytest.raises(ValueError):
+        engine.cache.load(names(2), [1])
+    with pytest.raises(ValueError, match="beyond"):
+        engine.cache.store(names(1), [BLOCKS])
+    assert whole(engine, 1, [BLOCKS]) == 0
+    strides = {"block": 1, "plane": 1, "head": 1, "token": 1}
+    with pytest.raises(RuntimeError, match="before"):
+        engine.cache.register(
+            [numpy.zeros(1 << 16, dtype=numpy.uint8)] * LAYERS, blocks=1, **strides
+        )
+    unregistered = BlockCache(daemon.endpoint, NAMESPACE)
+    with pytest.raises(RuntimeError, match="register"):
+        unregistered.load(names(1), [0])
+    small = [numpy.zeros(8, dtype=numpy.uint8)] * LAYERS
+    with pytest.raises(ValueError, match="blocks take"):
+        unregistered.register(small, blocks=BLOCKS, **strides)
+    constant = numpy.zeros(1 << 20, dtype=numpy.uint8)
+    constant.flags.writeable = False
+    with pytest.raises(BufferError):
+        unregistered.register([constant] * LAYERS, blocks=1, **strides)

@@ -1,0 +1,164 @@
+"""Unmodified vLLM with the connector, beside vLLM without: `make test-vllm`."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import Daemon
+
+BLOCK = 32
+TOKENS = 12
+ENGINE = Path(__file__).with_name("engine.py")
+MODELS = os.environ["KVASIR_TEST_MODELS"].split(":")
+
+
+class Engine:
+    """A vLLM of its own, with a cache if it is told where."""
+
+    def __init__(self, model: str, endpoint: str | None = None) -> None:
+        arguments = [sys.executable, str(ENGINE), model]
+        self.log = b""
+        self._process = subprocess.Popen(
+            arguments + ([endpoint] if endpoint else []),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        self._reader = threading.Thread(target=self._read_log, daemon=True)
+        self._reader.start()
+        self._answer()
+
+    def _read_log(self) -> None:
+        for line in self._process.stderr:
+            self.log += line
+
+    def _answer(self) -> dict:
+        line = self._process.stdout.readline()
+        assert line, f"vLLM ended:\n{self.log[-4000:].decode()}"
+        return json.loads(line)
+
+    def begin(self, prompts: list[list[int]], reset: bool = False) -> None:
+        order = {"prompts": prompts, "tokens": TOKENS, "reset": reset}
+        self._process.stdin.write(json.dumps(order).encode() + b"\n")
+        self._process.stdin.flush()
+
+    def end(self) -> dict:
+        return self._answer()
+
+    def run(self, prompts: list[list[int]], reset: bool = False) -> dict:
+        self.begin(prompts, reset)
+        return self.end()
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        assert self._process.wait(60) == 0, self.log[-4000:].decode()
+
+
+def workload(seed: int, vocabulary: int = 2000) -> list[list[int]]:
+    """Prompts that share what they begin with, by fours."""
+    rng = random.Random(seed)
+
+    def words(count: int) -> list[int]:
+        return [rng.randrange(16, vocabulary) for _ in range(count)]
+
+    prompts = []
+    for _ in range(3):
+        common = [1, *words(rng.randrange(600, 1200))]
+        prompts += [common + words(rng.randrange(40, 300)) for _ in range(4)]
+    return prompts
+
+
+def possible(prompts: list[list[int]]) -> int:
+    """Tokens of all whole blocks, but for the last token of each prompt."""
+    return sum((len(prompt) - 1) // BLOCK * BLOCK for prompt in prompts)
+
+
+@pytest.fixture(params=MODELS, ids=lambda path: Path(path).name)
+def model(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def expected(model: str) -> Iterator[list[list[int]]]:
+    """What vLLM answers without a cache of ours."""
+    engine = Engine(model)
+    yield engine.run(workload(1))["outputs"]
+    engine.close()
+
+
+def test_answers_are_those_without_a_cache_and_outlive_restarts(
+    model: str, expected: list[list[int]], daemon: Daemon
+) -> None:
+    prompts = workload(1)
+    engine = Engine(model, daemon.endpoint)
+    assert b"a block came back as it was stored" in engine.log
+    cold = engine.run(prompts)
+    assert cold["outputs"] == expected
+    warm = engine.run(prompts, reset=True)
+    assert warm["outputs"] == expected
+    assert sum(warm["cached"]) >= 0.95 * possible(prompts)
+    engine.close()
+
+    engine = Engine(model, daemon.endpoint)
+    again = engine.run(prompts)
+    assert again["outputs"] == expected
+    assert sum(again["cached"]) >= 0.95 * possible(prompts)
+
+    daemon.stop()
+    daemon.start()
+    # The connection comes back by itself.
+    until = time.monotonic() + 30
+    while True:
+        after = engine.run(prompts, reset=True)
+        assert after["outputs"] == expected
+        if sum(after["cached"]) >= 0.95 * possible(prompts):
+            break
+        assert time.monotonic() < until
+    engine.close()
+
+
+@pytest.mark.parametrize("fault", ["kill", "freeze", "slow"])
+def test_a_daemon_that_fails_harms_no_request(
+    model: str, expected: list[list[int]], daemon: Daemon, fault: str
+) -> None:
+    prompts = workload(1)
+    engine = Engine(model, daemon.endpoint)
+    assert engine.run(prompts)["outputs"] == expected
+    over = threading.Event()
+
+    def harm() -> None:
+        while not over.wait(0.05):
+            if fault == "kill":
+                daemon.kill()
+                if not over.wait(0.3):
+                    daemon.start()
+            else:
+                daemon.freeze()
+                over.wait(0.02 if fault == "slow" else 0.4)
+                daemon.thaw()
+
+    thread = threading.Thread(target=harm)
+    thread.start()
+    try:
+        for _ in range(4):
+            assert engine.run(prompts, reset=True)["outputs"] == expected
+    finally:
+        over.set()
+        thread.join()
+    engine.close()
+
+
+def test_without_a_daemon_it_is_as_if_there_was_no_cache(
+    model: str, expected: list[list[int]]
+) -> None:
+    engine = Engine(model, "127.0.0.1:9")
+    assert b"no Kvasir daemon answers" in engine.log
+    assert engine.run(workload(1))["outputs"] == expected
+    engine.close()
