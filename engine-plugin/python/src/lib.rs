@@ -1,10 +1,10 @@
 //! Kvasir for Python: `kvasir._native`, on which the package `kvasir` is built.
 //!
-//! - [`identity`]: `Layout`, `Namespace`: what KV is, and how chunks are named;
-//! - [`client`]: `Client`: calls of a daemon, blocking and for asyncio;
-//! - [`data`]: bytes that come from a daemon, seen by Python without a copy;
-//! - [`cache`]: `BlockCache`: blocks of an engine, found, loaded into its memory and stored;
-//! - [`memory`]: that memory.
+//! - `identity`: `Layout`, `Namespace`: what KV is, and how chunks are named;
+//! - `client`: `Client`: calls of a daemon, blocking and for asyncio;
+//! - `data`: bytes that come from a daemon, seen by Python without a copy;
+//! - `cache`: `BlockCache`: blocks of an engine, found, loaded into its memory and stored;
+//! - `memory`: that memory.
 //!
 //! All I/O, waiting and copying runs without the GIL, on one runtime a process.
 

@@ -24,6 +24,22 @@ pub fn run<B: EngineBackend>(
     others: &B::Pages,
     keys: &Keys<'_>,
 ) {
+    run_in_place(backend, pages, others, |backend| {
+        moved::run(backend, pages, keys);
+    });
+}
+
+/// The part of the suite for backends that turn no keys: chunks stay where they were computed.
+/// Behind it comes `more`, which may change all of `pages` and nothing of `others`.
+///
+/// # Panics
+/// When the implementation breaks its contract.
+pub fn run_in_place<B: EngineBackend>(
+    backend: &mut B,
+    pages: &B::Pages,
+    others: &B::Pages,
+    more: impl FnOnce(&mut B),
+) {
     let layout = *backend.layout();
     let layers = layout.layers();
     let payload = |sequence: usize, chunk: usize, layer: u16| -> Vec<u8> {
@@ -99,7 +115,7 @@ pub fn run<B: EngineBackend>(
     // A refused write changes nothing.
     check_all(backend);
 
-    moved::run(backend, pages, keys);
+    more(backend);
     // The other sequence has nothing of this.
     for (chunk, layer) in every() {
         let mut read = vec![0; layout.layer_bytes()];

@@ -28,6 +28,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from kvasir import BlockCache, Load
 from kvasir.vllm import layout
 from kvasir.vllm.layout import Unsupported
+from kvasir.vllm.stats import COUNTERS, KvasirMetrics, KvasirStats
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -130,6 +131,9 @@ class KvasirConnector(KVConnectorBase_V1, SupportsHMA):
         # Loads that have ended, and how many of their blocks are whole.
         self._over: dict[str, tuple[int, Blocks]] = {}
         self._failed: set[int] = set()
+        self._blocks = {"blocks_loaded": 0, "blocks_failed": 0}
+        # What was counted when that was asked last.
+        self._counted: dict[str, int] = {}
         option = self._kv_transfer_config.get_from_extra_config
         self._min_tokens = int(option("min_tokens", 0))
         try:
@@ -331,6 +335,8 @@ class KvasirConnector(KVConnectorBase_V1, SupportsHMA):
                 self._over[request] = (came, wanted)
         for came, wanted in self._over.values():
             self._failed.update(wanted.blocks[came:])
+            self._blocks["blocks_loaded"] += came
+            self._blocks["blocks_failed"] += len(wanted.blocks) - came
         over = set(self._over)
         self._over.clear()
         return None, over or None
@@ -341,6 +347,25 @@ class KvasirConnector(KVConnectorBase_V1, SupportsHMA):
 
     def build_connector_worker_meta(self) -> "Findings | None":
         return Findings(is_off=True) if self._cache is None else None
+
+    def get_kv_connector_stats(self) -> KvasirStats | None:
+        if self._cache is None or self.role != KVConnectorRole.WORKER:
+            return None
+        now = self._cache.stats() | self._blocks
+        since = {name: now[name] - self._counted.get(name, 0) for name in COUNTERS}
+        self._counted = now
+        stats = KvasirStats(since)
+        return None if stats.is_empty() else stats
+
+    @classmethod
+    def build_kv_connector_stats(
+        cls, data: dict[str, Any] | None = None
+    ) -> KvasirStats:
+        return KvasirStats(data or {})
+
+    @classmethod
+    def build_prom_metrics(cls, *arguments: Any) -> KvasirMetrics:
+        return KvasirMetrics(*arguments)
 
     def shutdown(self) -> None:
         """What waits to be stored has a moment to be; loads end by themselves."""
