@@ -9,6 +9,10 @@
 //! Sequences run together while all that they read is in memory at once, so that a turn moves
 //! their pages once. Those that are too large for that even alone read all of theirs with every
 //! token, and run together as far as one layer of them fits.
+//!
+//! Parking waits for its writes, and so does everybody, as long as they come to their end: until
+//! none has for [`PagingConfig::timeout`](super::PagingConfig). What could not be parked runs on,
+//! and nobody else comes in for a turn.
 
 use super::engine_loop::EngineLoop;
 use super::sequence::{Phase, Sequence};
@@ -166,7 +170,7 @@ impl EngineLoop {
     /// Those that run, of the ones that may.
     fn who_fits(&self, may: impl Fn(&Sequence) -> bool) -> Vec<bool> {
         let config = self.model.config();
-        let pages = |pager: &Pager| pager.frames() / config.kv_heads;
+        let pages = |pager: &Pager| pager.usable_frames() / config.kv_heads;
         let memory = self.pool.pager().map_or(usize::MAX, pages);
         let wishes = self.running.iter().map(|sequence| {
             let turn = &sequence.turn;

@@ -5,6 +5,10 @@
 //! written, what holds memory is given up, beginning with what came last, so that the others have
 //! room; it is computed again behind them. A sequence to which that happens more than
 //! [`RESTARTS`] times fails, with an error that says why; others go on.
+//!
+//! A disk that hangs is no different, but that each failure of it holds up everybody for as long
+//! as the [timeout](super::PagingConfig::timeout) says, and the next ones a tenth as long while
+//! nothing comes from it.
 
 use super::batch::Planned;
 use super::engine_loop::EngineLoop;
