@@ -162,6 +162,12 @@ impl Device {
         self.timeout = timeout;
     }
 
+    /// Whether nothing has come since a wait in vain.
+    #[cfg(test)]
+    pub(super) fn hangs(&self) -> bool {
+        self.shared.lock().hangs
+    }
+
     /// Waits in vain so far.
     pub(super) fn timeouts(&self) -> u64 {
         self.shared.lock().timeouts

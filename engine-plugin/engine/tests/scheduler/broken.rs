@@ -87,7 +87,7 @@ impl Backing for Broken {
 }
 
 /// What became of sequences of 200 tokens.
-fn outcomes(engine: &Engine, prompts: &[Vec<u32>]) -> Vec<Result<Answer, RequestError>> {
+pub(super) fn outcomes(engine: &Engine, prompts: &[Vec<u32>]) -> Vec<Result<Answer, RequestError>> {
     let handle = engine.handle();
     let all: Vec<_> = prompts
         .iter()

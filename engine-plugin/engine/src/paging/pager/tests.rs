@@ -1,12 +1,15 @@
 use std::collections::HashMap;
 use std::io::{self, IoSliceMut};
-use std::sync::Mutex;
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Condvar, Mutex};
 
 use proptest::prelude::*;
 
 use super::*;
 use crate::paging::ScratchFile;
+
+mod hanging;
 
 /// A file in memory whose operations fail when told to.
 #[derive(Debug, Default)]
@@ -18,8 +21,36 @@ struct FaultyFile {
     lies: AtomicBool,
     /// Reads and writes move this many bytes at most; 0 for any number.
     short: AtomicU64,
-    /// Writes wait while this is held.
-    gate: Mutex<()>,
+    reads: Gate,
+    writes: Gate,
+}
+
+/// What starts at some offsets hangs until these are opened.
+#[derive(Debug, Default)]
+struct Gate {
+    closed: Mutex<Range<u64>>,
+    opened: Condvar,
+}
+
+impl Gate {
+    fn close(&self, offsets: Range<u64>) {
+        *self.closed.lock().unwrap() = offsets;
+    }
+
+    fn close_all(&self) {
+        self.close(0..u64::MAX);
+    }
+
+    fn open(&self) {
+        self.close(0..0);
+        self.opened.notify_all();
+    }
+
+    fn pass(&self, offset: u64) {
+        let closed = self.closed.lock().unwrap();
+        let is_closed = |closed: &mut Range<u64>| closed.contains(&offset);
+        drop(self.opened.wait_while(closed, is_closed).unwrap());
+    }
 }
 
 impl FaultyFile {
@@ -41,6 +72,7 @@ impl Backing for FaultyFile {
     }
 
     fn read_at(&self, into: &mut [IoSliceMut<'_>], offset: u64) -> io::Result<usize> {
+        self.reads.pass(offset);
         if self.broken.load(Ordering::Relaxed) {
             return Err(Errno::IO.into());
         }
@@ -62,7 +94,7 @@ impl Backing for FaultyFile {
     }
 
     fn write_at(&self, from: &[u8], offset: u64) -> io::Result<usize> {
-        let _open = self.gate.lock().unwrap();
+        self.writes.pass(offset);
         let len = self.cut(from.len());
         let start = usize::try_from(offset).unwrap();
         if self.full.load(Ordering::Relaxed) {
@@ -94,6 +126,15 @@ fn fill(pager: &mut Pager, piece: PieceId, value: u8) -> Result<(), PagingError>
     Ok(())
 }
 
+/// Lands all that is in flight.
+fn settle(pager: &mut Pager) {
+    let started = Instant::now();
+    while pager.loading + pager.writes_in_flight + pager.overdue_reads + pager.overdue_writes > 0 {
+        assert!(started.elapsed() < Duration::from_secs(60), "{pager:?}");
+        let _ = pager.wait();
+    }
+}
+
 fn value(pager: &Pager, piece: PieceId) -> u8 {
     let bytes = pager.bytes(piece).unwrap();
     assert!(
@@ -113,13 +154,16 @@ enum Action {
     Full(bool),
     Broken(bool),
     Lies(bool),
+    /// Reads and writes.
+    Hang(bool, bool),
 }
 
-fn any_action(faults: bool) -> impl Strategy<Value = Action> {
+fn any_action(faults: bool, hangs: bool) -> impl Strategy<Value = Action> {
     let pieces = u32::try_from(SHAPE.pieces()).unwrap();
     let some = move || prop::collection::vec(0..pieces, 0..10);
     let blocks = 0..u32::try_from(SHAPE.blocks).unwrap();
     let weight = u32::from(faults);
+    let hanging = u32::from(hangs);
     prop_oneof![
         8 => (0..pieces, 1..=255u8).prop_map(|(piece, value)| Action::Fill(piece, value)),
         6 => (some(), any::<bool>()).prop_map(|(some, hot)| Action::Want(some, hot)),
@@ -129,6 +173,7 @@ fn any_action(faults: bool) -> impl Strategy<Value = Action> {
         weight => any::<bool>().prop_map(Action::Full),
         weight => any::<bool>().prop_map(Action::Broken),
         weight => any::<bool>().prop_map(Action::Lies),
+        2 * hanging => any::<(bool, bool)>().prop_map(|(reads, writes)| Action::Hang(reads, writes)),
     ]
 }
 
@@ -139,14 +184,17 @@ struct Expected {
     full: bool,
     unreadable: bool,
     lies: bool,
+    /// The disk has hung: what it did then may take long still.
+    hung: bool,
 }
 
 impl Expected {
     fn allows(&self, error: PagingError) -> bool {
         match error {
-            PagingError::Full => self.full,
+            PagingError::Full => self.full || self.hung,
             PagingError::Read { .. } => self.unreadable,
             PagingError::Corrupt { .. } => self.lies,
+            PagingError::ReadTimeout { .. } | PagingError::Timeout { .. } => self.hung,
             _ => false,
         }
     }
@@ -211,6 +259,18 @@ fn follow(pager: &mut Pager, file: Option<&FaultyFile>, actions: &[Action]) {
                 expected.lies = *on;
                 Ok(())
             }
+            Action::Hang(reads, writes) => {
+                let file = file.expect("only a faulty file hangs");
+                for (gate, closed) in [(&file.reads, *reads), (&file.writes, *writes)] {
+                    if closed {
+                        gate.close_all()
+                    } else {
+                        gate.open()
+                    }
+                }
+                expected.hung |= *reads || *writes;
+                Ok(())
+            }
         };
         if let Err(error) = outcome {
             assert!(expected.allows(error), "{action:?}: {error}");
@@ -219,11 +279,18 @@ fn follow(pager: &mut Pager, file: Option<&FaultyFile>, actions: &[Action]) {
     set(|file| &file.full, false);
     set(|file| &file.broken, false);
     set(|file| &file.lies, false);
+    if let Some(file) = file {
+        file.reads.open();
+        file.writes.open();
+        pager.set_timeout(Pager::TIMEOUT);
+    }
     // Once all is well again, nothing is lost.
     for (&piece, &held) in &expected.values {
         pager.ensure(&[piece], Heat::Scanned).unwrap();
         assert_eq!(value(pager, piece), held, "{piece:?}");
     }
+    settle(pager);
+    assert_eq!(pager.usable_frames(), pager.frames.count());
     let resident = pager.frames.count();
     assert!(pager.dirty_count <= resident && pager.dirty.len() <= SHAPE.pieces());
 }
@@ -234,7 +301,7 @@ proptest! {
         frames in 10usize..40,
         short in prop_oneof![Just(0u64), Just(4096), Just(512)],
         least_recent: bool,
-        actions in prop::collection::vec(any_action(true), 1..80),
+        actions in prop::collection::vec(any_action(true, false), 1..80),
     ) {
         let file = Arc::new(FaultyFile::default());
         file.short.store(short, Ordering::Relaxed);
@@ -248,11 +315,27 @@ proptest! {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
 
+    /// The same over a disk that hangs now and then, and comes back.
+    #[test]
+    fn what_hangs_changes_nothing(
+        frames in 10usize..40,
+        actions in prop::collection::vec(any_action(true, true), 1..60),
+    ) {
+        let file = Arc::new(FaultyFile::default());
+        let mut pager = pager(SHAPE, frames, &file);
+        pager.set_timeout(Duration::from_millis(5));
+        follow(&mut pager, Some(&file), &actions);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
     /// The same over a real file.
     #[test]
     fn a_scratch_file_keeps_the_contract(
         frames in 10usize..40,
-        actions in prop::collection::vec(any_action(false), 1..80),
+        actions in prop::collection::vec(any_action(false, false), 1..80),
     ) {
         let directory = tempfile::tempdir().unwrap();
         let file = ScratchFile::create(directory.path()).unwrap();
@@ -365,7 +448,7 @@ fn a_full_disk_loses_nothing() {
 fn what_is_forgotten_while_it_is_written_stays_forgotten() {
     let file: Arc<FaultyFile> = Arc::default();
     let mut pager = pager(SHAPE, 8, &file);
-    let closed = file.gate.lock().unwrap();
+    file.writes.close_all();
     for piece in 0..5 {
         fill(&mut pager, PieceId(piece), 6).unwrap();
     }
@@ -376,7 +459,7 @@ fn what_is_forgotten_while_it_is_written_stays_forgotten() {
     pager.forget(BlockId(1));
     // Room for it in memory, while the write of what it held before goes on.
     fill(&mut pager, PieceId(1), 5).unwrap();
-    drop(closed);
+    file.writes.open();
     let blocks: Vec<BlockId> = (0..8).map(BlockId).collect();
     pager.park(&blocks).unwrap();
     for (piece, held) in [(0, 0), (1, 5), (2, 0), (4, 6)] {
