@@ -111,6 +111,8 @@
 
 mod digest;
 mod estimate;
+#[cfg(test)]
+pub(crate) mod faulty;
 pub mod file;
 mod foresight;
 pub(crate) mod frames;

@@ -279,9 +279,8 @@ impl Pager {
     /// A [`PagingError`]; what has come stays.
     pub(crate) fn ensure(&mut self, wanted: &[PieceId], heat: Heat) -> Result<(), PagingError> {
         self.bring(wanted, heat)?;
-        let may_be_over = |unread: Unread| unread.ahead && unread.fault != Fault::Timeout;
-        if self.unread.is_some_and(may_be_over) {
-            // What failed was begun before it was asked for.
+        if self.unread.is_some_and(|unread| unread.ahead) {
+            // What failed was begun before it was asked for: the fault may be over.
             self.bring(wanted, heat)?;
         }
         if let Some(Unread { piece, fault, .. }) = self.unread {

@@ -32,6 +32,8 @@ mod choosing;
 mod compile;
 mod engine_loop;
 mod fetching;
+#[cfg(test)]
+mod fixtures;
 mod pages;
 mod parking;
 mod recovery;

@@ -187,7 +187,7 @@ impl EngineLoop {
     }
 
     /// Moves what a sequence has to the scratch file. False when that cannot be written.
-    fn park(&mut self, index: usize) -> bool {
+    pub(super) fn park(&mut self, index: usize) -> bool {
         let sequence = &mut self.running[index];
         let Some(paged) = &mut self.paged else {
             return false;
@@ -257,7 +257,11 @@ fn seen(window: Option<usize>, from: usize, end: usize) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use std::time::{Duration, Instant};
+
+    use super::super::fixtures;
     use super::*;
+    use crate::kv::KvError;
 
     fn fits(most: usize, needs: &[(usize, usize)]) -> Vec<bool> {
         let mut room = Room::new(most);
@@ -311,5 +315,36 @@ mod tests {
         assert_eq!(seen(Some(16), 15, 16), 1);
         assert_eq!(seen(Some(16), 79, 80), 1);
         assert_eq!(seen(Some(16), 78, 80), 5);
+    }
+
+    /// Frames that are held by reads which hang are no room for anybody.
+    #[test]
+    fn what_hangs_is_no_room() {
+        let (mut engine, _commands, file) = fixtures::engine(12, Duration::from_millis(50));
+        let mut listeners = Vec::new();
+        for _ in 0..2 {
+            let (sequence, events) = fixtures::decoding(&mut engine);
+            engine.running.push(sequence);
+            listeners.push(events);
+        }
+        // Three pages of two layers each.
+        assert_eq!(engine.who_fits(|_| true), [true, true]);
+        let blocks = engine.take_blocks(1).unwrap();
+        let payload = vec![0; engine.pool.layer_bytes(16)];
+        engine
+            .pool
+            .write_layer(&blocks, 0, 16, 0, &payload)
+            .unwrap();
+        engine.pool.park(&blocks).unwrap();
+        file.reads.close_all();
+        let hung = engine.pool.bring(&blocks, 0, 16, 0..1).unwrap_err();
+        assert!(matches!(hung, KvError::Paging(error) if error.is_timeout()));
+        assert_eq!(engine.who_fits(|_| true), [true, false]);
+        file.reads.open();
+        let started = Instant::now();
+        while engine.who_fits(|_| true) != [true, true] {
+            assert!(started.elapsed() < Duration::from_secs(60));
+            let _ = engine.pool.bring(&blocks, 0, 16, 0..1);
+        }
     }
 }

@@ -1,111 +1,14 @@
 use std::collections::HashMap;
-use std::io::{self, IoSliceMut};
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use proptest::prelude::*;
 
 use super::*;
 use crate::paging::ScratchFile;
+use crate::paging::faulty::FaultyFile;
 
 mod hanging;
-
-/// A file in memory whose operations fail when told to.
-#[derive(Debug, Default)]
-struct FaultyFile {
-    bytes: Mutex<Vec<u8>>,
-    full: AtomicBool,
-    broken: AtomicBool,
-    /// Flips a bit of every read.
-    lies: AtomicBool,
-    /// Reads and writes move this many bytes at most; 0 for any number.
-    short: AtomicU64,
-    reads: Gate,
-    writes: Gate,
-}
-
-/// What starts at some offsets hangs until these are opened.
-#[derive(Debug, Default)]
-struct Gate {
-    closed: Mutex<Range<u64>>,
-    opened: Condvar,
-}
-
-impl Gate {
-    fn close(&self, offsets: Range<u64>) {
-        *self.closed.lock().unwrap() = offsets;
-    }
-
-    fn close_all(&self) {
-        self.close(0..u64::MAX);
-    }
-
-    fn open(&self) {
-        self.close(0..0);
-        self.opened.notify_all();
-    }
-
-    fn pass(&self, offset: u64) {
-        let closed = self.closed.lock().unwrap();
-        let is_closed = |closed: &mut Range<u64>| closed.contains(&offset);
-        drop(self.opened.wait_while(closed, is_closed).unwrap());
-    }
-}
-
-impl FaultyFile {
-    fn cut(&self, len: usize) -> usize {
-        match self.short.load(Ordering::Relaxed) {
-            0 => len,
-            most => len.min(usize::try_from(most).unwrap()),
-        }
-    }
-}
-
-impl Backing for FaultyFile {
-    fn prepare(&self, bytes: u64) -> io::Result<()> {
-        self.bytes
-            .lock()
-            .unwrap()
-            .resize(usize::try_from(bytes).unwrap(), 0xa5);
-        Ok(())
-    }
-
-    fn read_at(&self, into: &mut [IoSliceMut<'_>], offset: u64) -> io::Result<usize> {
-        self.reads.pass(offset);
-        if self.broken.load(Ordering::Relaxed) {
-            return Err(Errno::IO.into());
-        }
-        let bytes = self.bytes.lock().unwrap();
-        let start = usize::try_from(offset).unwrap();
-        let (mut done, most) = (0, self.cut(usize::MAX));
-        for slice in into {
-            let len = slice.len().min(most - done);
-            slice[..len].copy_from_slice(&bytes[start + done..][..len]);
-            if self.lies.load(Ordering::Relaxed) {
-                slice[len / 2] ^= 4;
-            }
-            done += len;
-            if done == most {
-                break;
-            }
-        }
-        Ok(done)
-    }
-
-    fn write_at(&self, from: &[u8], offset: u64) -> io::Result<usize> {
-        self.writes.pass(offset);
-        let len = self.cut(from.len());
-        let start = usize::try_from(offset).unwrap();
-        if self.full.load(Ordering::Relaxed) {
-            // Some of it may have been written.
-            self.bytes.lock().unwrap()[start..][..len / 2].copy_from_slice(&from[..len / 2]);
-            return Err(Errno::NOSPC.into());
-        }
-        self.bytes.lock().unwrap()[start..][..len].copy_from_slice(&from[..len]);
-        Ok(len)
-    }
-}
 
 const SHAPE: Shape = Shape {
     layers: 2,
