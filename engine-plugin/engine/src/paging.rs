@@ -39,8 +39,9 @@
 //!
 //! A disk that hangs is an error, too. Who waits does so as long as operations come to their end,
 //! and gives up when none has for the timeout ([`Pager::TIMEOUT`]), or for a tenth of it while
-//! none has since somebody gave up before. A request, or parking a sequence, so takes no longer
-//! than the timeout after the last operation that ended. What then is in flight is the disk's:
+//! none has since somebody gave up before. Bringing a layer, or parking a sequence, so fails at
+//! the latest the timeout after the last operation has ended, or after it began to wait itself.
+//! What then is in flight is the disk's:
 //!
 //! - A read keeps the memory that it fills. Its frame is out of the pool until it ends, and what
 //!   it brings is dropped; who needs the piece reads it into another frame.

@@ -74,7 +74,13 @@ fn a_read_that_hangs_holds_up_nobody_else() {
         }
     });
     let five: Vec<PieceId> = (0..4).chain([5]).map(PieceId).collect();
-    assert_eq!(pager.ensure(&five, Heat::Scanned), Err(NO_ROOM));
+    // Others have come meanwhile, but what is missing is known to hang.
+    let timeout = Duration::from_secs(5);
+    pager.set_timeout(timeout);
+    let started = Instant::now();
+    let no_room = Err(PagingError::Timeout { timeout });
+    assert_eq!(pager.ensure(&five, Heat::Scanned), no_room);
+    assert!(started.elapsed() < timeout / 2, "{:?}", started.elapsed());
 
     // It comes back, and what it brings is dropped: the piece is elsewhere by now.
     file.reads.close(0..0);
@@ -113,6 +119,7 @@ fn a_disk_that_hangs_is_waited_for_once() {
     let timeout = Duration::from_secs(1);
     pager.set_timeout(timeout);
     file.reads.close_all();
+    let before = pager.stats();
     let started = Instant::now();
     for _ in 0..8 {
         let outcome = pager.ensure(&some, Heat::Scanned);
@@ -129,10 +136,20 @@ fn a_disk_that_hangs_is_waited_for_once() {
         Err(PagingError::ReadTimeout { .. })
     ));
     assert_eq!(pager.stats().timeouts, 9);
-    // What is in memory can be had.
+    // What is in memory can be had; no thread is left to write it, and it is not lost.
     fill(&mut pager, PieceId(1), 77).unwrap();
+    assert_eq!(
+        pager.park(&[BlockId(0)]),
+        Err(PagingError::Timeout { timeout })
+    );
+    assert_eq!((pager.writes_in_flight, pager.overdue_writes), (0, 0));
+    let costs = pager.stats().since(&before);
+    assert_eq!((costs.read_bytes, costs.written_bytes), (0, 0));
     file.reads.open();
     pager.set_timeout(Pager::TIMEOUT);
+    pager.park(&[BlockId(0)]).unwrap();
+    pager.ensure(&[PieceId(1)], Heat::Scanned).unwrap();
+    assert_eq!(value(&pager, PieceId(1)), 77);
     pager.ensure(&some, Heat::Scanned).unwrap();
     for &piece in &some {
         assert_eq!(value(&pager, piece), mark(piece.0 / 2));
