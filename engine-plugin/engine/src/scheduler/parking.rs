@@ -262,6 +262,7 @@ mod tests {
     use super::super::fixtures;
     use super::*;
     use crate::kv::KvError;
+    use crate::paging::PagingError;
 
     fn fits(most: usize, needs: &[(usize, usize)]) -> Vec<bool> {
         let mut room = Room::new(most);
@@ -320,7 +321,8 @@ mod tests {
     /// Frames that are held by reads which hang are no room for anybody.
     #[test]
     fn what_hangs_is_no_room() {
-        let (mut engine, _commands, file) = fixtures::engine(12, Duration::from_millis(50));
+        let timeout = Duration::from_millis(50);
+        let (mut engine, _commands, file) = fixtures::engine(12, timeout);
         let mut listeners = Vec::new();
         for _ in 0..2 {
             let (sequence, events) = fixtures::decoding(&mut engine);
@@ -338,7 +340,13 @@ mod tests {
         engine.pool.park(&blocks).unwrap();
         file.reads.close_all();
         let hung = engine.pool.bring(&blocks, 0, 16, 0..1).unwrap_err();
-        assert!(matches!(hung, KvError::Paging(error) if error.is_timeout()));
+        let (block, layer) = (blocks[0], 0);
+        let expected = PagingError::ReadTimeout {
+            block,
+            layer,
+            timeout,
+        };
+        assert!(matches!(hung, KvError::Paging(error) if error == expected));
         assert_eq!(engine.who_fits(|_| true), [true, false]);
         file.reads.open();
         let started = Instant::now();
