@@ -16,6 +16,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Duration;
 
 use half::{bf16, f16};
 
@@ -143,6 +144,16 @@ impl KvPool {
         })
     }
 
+    /// The same with another time than [`Pager::TIMEOUT`] that its file may take to complete any
+    /// operation; nothing to do where all is in memory.
+    #[must_use]
+    pub fn with_timeout(mut self, timeout: Duration) -> Self {
+        if let Memory::Paged(pager) = &mut self.memory {
+            pager.set_timeout(timeout);
+        }
+        self
+    }
+
     /// What moves its pages, if not all are in memory.
     pub fn pager(&self) -> Option<&Pager> {
         match &self.memory {
@@ -221,8 +232,8 @@ impl KvPool {
     ///
     /// # Errors
     ///
-    /// A [`PagingError`] when the file cannot be written: then nothing is lost, and the pages
-    /// are where they were.
+    /// A [`PagingError`] when the file cannot be written, or is not in time: then nothing is
+    /// lost, and the pages are where they were.
     pub fn park(&mut self, blocks: &[BlockId]) -> Result<u64, KvError> {
         self.check_table(blocks, blocks.len() * BLOCK_TOKENS)?;
         match &mut self.memory {

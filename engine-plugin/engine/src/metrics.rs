@@ -27,6 +27,7 @@
 //! | [`KV_PARKS`] | counter | |
 //! | [`KV_RESUMES`] | counter | |
 //! | [`KV_RESTARTS`] | counter | |
+//! | [`KV_TIMEOUTS`] | counter | |
 
 #![forbid(unsafe_code)]
 
@@ -100,6 +101,9 @@ pub const KV_RESUMES: &str = "kvasir_engine_kv_resumes_total";
 /// Sequences computed again because their pages could not be moved.
 pub const KV_RESTARTS: &str = "kvasir_engine_kv_restarts_total";
 
+/// Waits for the scratch file that were given up because its disk hangs.
+pub const KV_TIMEOUTS: &str = "kvasir_engine_kv_timeouts_total";
+
 /// Says what paging has come to.
 #[expect(clippy::cast_precision_loss, reason = "gauges are f64")]
 pub(crate) fn paging(stats: &PagingStats) {
@@ -128,6 +132,7 @@ pub(crate) fn paging(stats: &PagingStats) {
     counter!(KV_PARKS).absolute(stats.parks);
     counter!(KV_RESUMES).absolute(stats.resumes);
     counter!(KV_RESTARTS).absolute(stats.restarts);
+    counter!(KV_TIMEOUTS).absolute(stats.pager.timeouts);
 }
 
 /// Installs the process's recorder; what it returns serves `/metrics`. Samples
@@ -176,6 +181,7 @@ fn describe() {
     describe_counter!(KV_PARKS, "Sequences parked");
     describe_counter!(KV_RESUMES, "Parked sequences that went on");
     describe_counter!(KV_RESTARTS, "Sequences computed again");
+    describe_counter!(KV_TIMEOUTS, "Waits given up because the disk hangs");
 }
 
 const UPKEEP_INTERVAL: Duration = Duration::from_secs(5);

@@ -37,6 +37,24 @@
 //! and is tried again when its frame is needed. Errors name the block, so that the sequence
 //! that needs it fails and others go on.
 //!
+//! A disk that hangs is an error, too. Who waits does so as long as operations come to their end,
+//! and gives up when none has for the timeout ([`Pager::TIMEOUT`]), or for a tenth of it while
+//! none has since somebody gave up before. Bringing a layer, or parking a sequence, so fails at
+//! the latest the timeout after the last operation has ended, or after it began to wait itself.
+//! What then is in flight is the disk's:
+//!
+//! - A read keeps the memory that it fills. Its frame is out of the pool until it ends, and what
+//!   it brings is dropped; who needs the piece reads it into another frame.
+//! - A write keeps a copy of what it writes. Its pieces stay in memory, and are not written
+//!   again until it ends, so that an old state never follows a new one onto the disk.
+//! - Its thread is lost that long, of 32. Where these are all lost, nothing moves until one is
+//!   back.
+//! - What has not begun is called off.
+//!
+//! Nobody waits for any of it again, but for one who finds no room otherwise. Dropping the pool
+//! waits once more, and then leaves threads that hang behind; the memory of all frames is given
+//! back when the last of them ends.
+//!
 //! # Costs
 //!
 //! 16 bytes of table a piece and 56 a frame: 0.4 % of the KV, and 1.4 % of what is in memory,
@@ -89,11 +107,13 @@
 //! # Not here
 //!
 //! Pieces are not compressed on disk. A prompt is computed over all of its pages: a layer of the
-//! longest sequence has to fit into memory. Reads have no deadline: a disk that hangs holds all
-//! sequences.
+//! longest sequence has to fit into memory. Who waits for the disk computes nothing meanwhile, be
+//! it for other sequences: parking waits for its writes.
 
 mod digest;
 mod estimate;
+#[cfg(test)]
+pub(crate) mod faulty;
 pub mod file;
 mod foresight;
 pub(crate) mod frames;
@@ -103,6 +123,8 @@ mod refine;
 mod select;
 mod stats;
 mod vote;
+
+use std::time::Duration;
 
 use rustix::io::Errno;
 
@@ -164,15 +186,43 @@ pub enum PagingError {
         /// The layer.
         layer: usize,
     },
+    /// A page has not come in time. It may be readable later.
+    #[error(
+        "layer {layer} of {block:?} has not come, as the disk of the scratch file hangs: check it, or allow it more than {timeout:?}"
+    )]
+    ReadTimeout {
+        /// The page.
+        block: BlockId,
+        /// The layer.
+        layer: usize,
+        /// What the disk may take, while it does not hang.
+        timeout: Duration,
+    },
+    /// No room was made in time: writes hang, or reads that hold memory. What could not be
+    /// written is in memory still.
+    #[error(
+        "pages cannot give way, as the disk of the scratch file hangs: check it, or allow it more than {timeout:?}"
+    )]
+    Timeout {
+        /// What the disk may take, while it does not hang.
+        timeout: Duration,
+    },
 }
 
 impl PagingError {
     /// The page whose sequence cannot go on; `None` where any may make room.
     pub fn block(&self) -> Option<BlockId> {
         match self {
-            Self::Read { block, .. } | Self::Corrupt { block, .. } => Some(*block),
+            Self::Read { block, .. }
+            | Self::Corrupt { block, .. }
+            | Self::ReadTimeout { block, .. } => Some(*block),
             _ => None,
         }
+    }
+
+    /// Whether the disk hangs.
+    pub fn is_timeout(&self) -> bool {
+        matches!(self, Self::ReadTimeout { .. } | Self::Timeout { .. })
     }
 }
 

@@ -22,7 +22,9 @@ pub const SECTOR_BYTES: usize = 4096;
 /// - Offsets, lengths and addresses are multiples of [`SECTOR_BYTES`].
 /// - Reads and writes may be short; zero bytes read means the end of the file.
 /// - After a write that succeeded, reads see it. Ranges never written are never read.
-/// - Many threads call at once; ranges of which one is written do not overlap then.
+/// - Many threads call at once. Writes do not overlap then; what is read while it is written may
+///   be anything, and is not used.
+/// - Calls may take any time: nobody waits for them for ever.
 pub trait Backing: Send + Sync + fmt::Debug {
     /// Prepares for `bytes` bytes, of which none need be reserved.
     ///

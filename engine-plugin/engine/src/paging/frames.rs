@@ -142,6 +142,11 @@ impl Frames {
         self.tags.len()
     }
 
+    pub(super) fn ids(&self) -> impl Iterator<Item = FrameId> + use<> {
+        // As many as `new` has counted.
+        (0..u32::try_from(self.count()).unwrap_or(u32::MAX)).map(FrameId)
+    }
+
     pub(super) fn tag(&self, frame: FrameId) -> &Tag {
         &self.tags[frame.index()]
     }

@@ -7,11 +7,15 @@
 //!
 //! Jobs hold several runs, so that many small reads wake few threads. Two queues: what
 //! computing waits for goes first, then what is read ahead or written behind, in order.
+//!
+//! A thread whose operation hangs is lost until it ends, and so is the memory of its job; nobody
+//! waits for it longer than the timeout, not even to end.
 
 use std::collections::VecDeque;
 use std::io::IoSliceMut;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use bytes::BytesMut;
 use kvasir_types::Checksum;
@@ -23,6 +27,11 @@ use super::frames::{FrameId, PieceId};
 
 /// Operations in flight at once, at most.
 pub(super) const THREADS: usize = 32;
+
+/// While the disk hangs, waits last this share of the timeout, and this long at least: few of
+/// those that need it then hold up the others.
+const HANGING_SHARE: u32 = 10;
+const HANGING_LEAST: Duration = Duration::from_millis(100);
 
 /// Adjoining pieces to be read.
 #[derive(Debug)]
@@ -54,25 +63,47 @@ pub(super) struct WriteRun {
     pub(super) outcome: Result<(), Errno>,
 }
 
+/// A piece read past the frames, for one who waits for it.
+#[derive(Debug)]
+pub(super) struct ReadOut {
+    offset: u64,
+    memory: BytesMut,
+    checksum: Checksum,
+    to: mpsc::Sender<Result<BytesMut, Fault>>,
+}
+
 /// Why a piece has not come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Fault {
     Device(Errno),
     Corrupt,
+    Timeout,
 }
 
-/// Work for one thread.
+/// What one thread does.
 #[derive(Debug)]
-pub(super) enum Job {
+pub(super) enum Work {
     Read(Vec<ReadRun>),
     Write(WriteRun),
+    ReadOut(ReadOut),
 }
 
-/// The threads. Dropping it waits until operations in flight are done; others are forgotten.
+/// Work, and how often waiting had been given up when it was submitted.
+#[derive(Debug)]
+pub(super) struct Job {
+    pub(super) work: Work,
+    generation: u64,
+}
+
+/// The threads. Dropping it waits until operations in flight are done, as long as the timeout
+/// allows; threads that hang are left behind. What has not begun is forgotten.
 #[derive(Debug)]
 pub(super) struct Device {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
+    timeout: Duration,
+    /// How often waiting was given up.
+    generation: u64,
 }
 
 #[derive(Debug)]
@@ -90,11 +121,17 @@ struct Queues {
     urgent: VecDeque<Job>,
     ahead: VecDeque<Job>,
     done: Vec<Job>,
+    /// Jobs under way.
+    busy: usize,
+    /// A wait was in vain, and nothing has come since.
+    hangs: bool,
+    /// Waits in vain.
+    timeouts: u64,
     closed: bool,
 }
 
 impl Device {
-    pub(super) fn new(backing: Arc<dyn Backing>) -> Result<Self, PagingError> {
+    pub(super) fn new(backing: Arc<dyn Backing>, timeout: Duration) -> Result<Self, PagingError> {
         let mut device = Self {
             shared: Arc::new(Shared {
                 backing,
@@ -103,6 +140,8 @@ impl Device {
                 landed: Condvar::new(),
             }),
             threads: Vec::new(),
+            timeout,
+            generation: 0,
         };
         for _ in 0..THREADS {
             let shared = Arc::clone(&device.shared);
@@ -115,25 +154,52 @@ impl Device {
         Ok(device)
     }
 
-    /// Reads one piece on this thread.
-    pub(super) fn read_now(
-        &self,
-        into: &mut [u8],
-        offset: u64,
-        checksum: Checksum,
-    ) -> Result<(), Fault> {
-        let mut slices = [IoSliceMut::new(into)];
-        file::read_full(&*self.shared.backing, &mut slices, offset).map_err(Fault::Device)?;
-        if Checksum::of(into) == checksum {
-            Ok(())
-        } else {
-            Err(Fault::Corrupt)
-        }
+    pub(super) fn timeout(&self) -> Duration {
+        self.timeout
     }
 
-    /// Queues jobs; those that are urgent go before those that are not.
-    pub(super) fn submit(&self, jobs: Vec<Job>, urgent: bool) {
-        let count = jobs.len();
+    pub(super) fn set_timeout(&mut self, timeout: Duration) {
+        self.timeout = timeout;
+    }
+
+    /// Whether nothing has come since a wait in vain.
+    #[cfg(test)]
+    pub(super) fn hangs(&self) -> bool {
+        self.shared.lock().hangs
+    }
+
+    /// Waits in vain so far.
+    pub(super) fn timeouts(&self) -> u64 {
+        self.shared.lock().timeouts
+    }
+
+    /// Reads one piece into `memory`, and waits for it.
+    pub(super) fn read_out(
+        &self,
+        memory: BytesMut,
+        offset: u64,
+        checksum: Checksum,
+    ) -> Result<BytesMut, Fault> {
+        let (to, from) = mpsc::channel();
+        let work = Work::ReadOut(ReadOut {
+            offset,
+            memory,
+            checksum,
+            to,
+        });
+        self.submit(vec![work], true);
+        let patience = self.patience(self.shared.lock().hangs);
+        from.recv_timeout(patience).unwrap_or_else(|_| {
+            self.shared.lock().note_timeout();
+            Err(Fault::Timeout)
+        })
+    }
+
+    /// Queues work; what is urgent goes before what is not.
+    pub(super) fn submit(&self, work: Vec<Work>, urgent: bool) {
+        let count = work.len();
+        let generation = self.generation;
+        let jobs = work.into_iter().map(|work| Job { work, generation });
         let mut queues = self.shared.lock();
         if urgent {
             queues.urgent.extend(jobs);
@@ -158,17 +224,45 @@ impl Device {
         std::mem::take(&mut self.shared.lock().done)
     }
 
-    /// The same, once there is something. Something must be in flight.
-    pub(super) fn wait(&self) -> Vec<Job> {
-        let mut queues = self.shared.lock();
-        while queues.done.is_empty() {
-            queues = self
-                .shared
-                .landed
-                .wait(queues)
-                .unwrap_or_else(PoisonError::into_inner);
+    /// The same, once there is something; nothing after a wait in vain. The wait is short where
+    /// all that is in flight `is_overdue`.
+    pub(super) fn wait(&self, is_overdue: bool) -> Vec<Job> {
+        let queues = self.shared.lock();
+        let patience = self.patience(queues.hangs || is_overdue);
+        let (mut queues, _) = self
+            .shared
+            .landed
+            .wait_timeout_while(queues, patience, |queues| queues.done.is_empty())
+            .unwrap_or_else(PoisonError::into_inner);
+        if queues.done.is_empty() {
+            queues.note_timeout();
         }
         std::mem::take(&mut queues.done)
+    }
+
+    /// Makes everything overdue that is in flight, and calls off what has not begun.
+    pub(super) fn give_up(&mut self) -> Vec<Job> {
+        self.generation += 1;
+        let mut queues = self.shared.lock();
+        let Queues { urgent, ahead, .. } = &mut *queues;
+        let mut jobs: Vec<Job> = urgent.drain(..).chain(ahead.drain(..)).collect();
+        drop(queues);
+        jobs.iter_mut().for_each(|job| job.work.call_off());
+        jobs
+    }
+
+    /// Whether it has been given up since the job was submitted.
+    pub(super) fn is_overdue(&self, job: &Job) -> bool {
+        job.generation < self.generation
+    }
+
+    fn patience(&self, hangs: bool) -> Duration {
+        if hangs {
+            let short = (self.timeout / HANGING_SHARE).max(HANGING_LEAST);
+            short.min(self.timeout)
+        } else {
+            self.timeout
+        }
     }
 }
 
@@ -178,8 +272,23 @@ impl Drop for Device {
         queues.closed = true;
         queues.urgent.clear();
         queues.ahead.clear();
-        drop(queues);
         self.shared.work.notify_all();
+        let patience = self.patience(queues.hangs);
+        let (queues, _) = self
+            .shared
+            .landed
+            .wait_timeout_while(queues, patience, |queues| queues.busy > 0)
+            .unwrap_or_else(PoisonError::into_inner);
+        let busy = queues.busy;
+        drop(queues);
+        if busy > 0 {
+            // They own what they read and write, and end when their operation does.
+            tracing::warn!(
+                threads = busy,
+                "the disk of the scratch file hangs: its threads are left behind"
+            );
+            return;
+        }
         for thread in self.threads.drain(..) {
             // A thread that panicked has nothing left to wait for.
             let _ = thread.join();
@@ -197,30 +306,84 @@ impl Shared {
         let mut queues = self.lock();
         while !queues.closed {
             let next = queues.urgent.pop_front();
-            let Some(mut job) = next.or_else(|| queues.ahead.pop_front()) else {
+            let Some(job) = next.or_else(|| queues.ahead.pop_front()) else {
                 queues = self
                     .work
                     .wait(queues)
                     .unwrap_or_else(PoisonError::into_inner);
                 continue;
             };
+            queues.busy += 1;
             drop(queues);
-            job.run(&*self.backing);
+            let Job { work, generation } = job;
+            let work = work.run(&*self.backing);
             queues = self.lock();
-            queues.done.push(job);
+            queues.busy -= 1;
+            queues.hangs = false;
+            let job = work.map(|work| Job { work, generation });
+            queues.done.extend(job);
             self.landed.notify_one();
         }
     }
 }
 
-impl Job {
-    fn run(&mut self, backing: &dyn Backing) {
+impl Queues {
+    fn note_timeout(&mut self) {
+        self.timeouts += 1;
+        if !std::mem::replace(&mut self.hangs, true) {
+            tracing::warn!("the disk of the scratch file hangs");
+        }
+    }
+}
+
+impl Work {
+    /// Does it. Nothing is left of what somebody waits for elsewhere.
+    fn run(self, backing: &dyn Backing) -> Option<Self> {
         match self {
-            Self::Read(runs) => runs.iter_mut().for_each(|run| run.run(backing)),
-            Self::Write(run) => {
+            Self::Read(mut runs) => {
+                runs.iter_mut().for_each(|run| run.run(backing));
+                Some(Self::Read(runs))
+            }
+            Self::Write(mut run) => {
                 run.outcome = file::write_full(backing, &run.buffer[..run.len], run.offset);
+                Some(Self::Write(run))
+            }
+            Self::ReadOut(read) => {
+                read.run(backing);
+                None
             }
         }
+    }
+
+    /// It has not begun, and never will.
+    fn call_off(&mut self) {
+        match self {
+            Self::Read(runs) => {
+                let pieces = runs.iter_mut().flat_map(|run| &mut run.pieces);
+                pieces.for_each(|piece| piece.outcome = Err(Fault::Timeout));
+            }
+            Self::Write(run) => run.outcome = Err(Errno::TIMEDOUT),
+            Self::ReadOut(_) => {}
+        }
+    }
+}
+
+impl ReadOut {
+    fn run(self, backing: &dyn Backing) {
+        let Self {
+            offset,
+            mut memory,
+            checksum,
+            to,
+        } = self;
+        let mut slices = [IoSliceMut::new(&mut memory)];
+        let read = file::read_full(backing, &mut slices, offset);
+        // Who has stopped waiting wants it no more.
+        let _ = to.send(match read {
+            Err(error) => Err(Fault::Device(error)),
+            Ok(()) if Checksum::of(&memory) == checksum => Ok(memory),
+            Ok(()) => Err(Fault::Corrupt),
+        });
     }
 }
 

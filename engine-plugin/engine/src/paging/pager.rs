@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::BytesMut;
 use kvasir_types::Checksum;
@@ -129,6 +129,10 @@ pub struct Pager {
     writes_in_flight: usize,
     /// Pieces on their way.
     loading: usize,
+    /// What is in flight beside these, and waited for no more: pieces whose frames are out of
+    /// the pool, and writes.
+    overdue_reads: usize,
+    overdue_writes: usize,
     /// Of those, the ones that the latest request wants: not predicted, and predicted.
     awaited: [usize; 2],
     /// The first piece of the latest request that could not be read.
@@ -140,6 +144,10 @@ pub struct Pager {
 }
 
 impl Pager {
+    /// How long the disk may take to complete any operation before nobody waits for it any more,
+    /// by default.
+    pub const TIMEOUT: Duration = Duration::from_secs(10);
+
     pub(crate) fn new(
         shape: Shape,
         frames: usize,
@@ -161,7 +169,7 @@ impl Pager {
                 shape.layers,
                 replacement,
             ),
-            device: Device::new(backing)?,
+            device: Device::new(backing, Self::TIMEOUT)?,
             shape,
             epoch: 0,
             dirty: VecDeque::new(),
@@ -169,6 +177,8 @@ impl Pager {
             buffers: (0..WRITE_GROUPS).map(|_| BytesMut::new()).collect(),
             writes_in_flight: 0,
             loading: 0,
+            overdue_reads: 0,
+            overdue_writes: 0,
             awaited: [0; 2],
             unread: None,
             unwritten: None,
@@ -177,14 +187,27 @@ impl Pager {
         })
     }
 
+    /// The same with another timeout than [`Self::TIMEOUT`].
+    pub(crate) fn set_timeout(&mut self, timeout: Duration) {
+        self.device.set_timeout(timeout);
+    }
+
     /// Counts since the pool was made.
     pub fn stats(&self) -> PagerStats {
-        self.stats
+        PagerStats {
+            timeouts: self.device.timeouts(),
+            ..self.stats
+        }
     }
 
     /// Pieces that fit into memory.
     pub fn frames(&self) -> usize {
         self.frames.count()
+    }
+
+    /// The same without those that reads hold which hang.
+    pub(crate) fn usable_frames(&self) -> usize {
+        self.frames.count() - self.overdue_reads
     }
 
     /// Bytes of a frame, padding included.
@@ -223,9 +246,10 @@ impl Pager {
         if !entry.stored {
             return Ok(None);
         }
-        let mut bytes = aligned(self.frame_bytes());
-        self.device
-            .read_now(&mut bytes, self.offset(piece), entry.checksum)
+        let memory = aligned(self.frame_bytes());
+        let mut bytes = self
+            .device
+            .read_out(memory, self.offset(piece), entry.checksum)
             .map_err(|fault| self.read_error(piece, fault))?;
         bytes.truncate(self.shape.piece_bytes);
         Ok(Some(bytes))
@@ -428,18 +452,19 @@ impl Pager {
             *tried |= self.writes_in_flight > before;
         }
         if self.writes_in_flight > 0 {
-            self.wait();
+            let came = self.wait();
             self.stats.stalls.write += started.elapsed();
+            came?;
             return match self.unwritten {
                 // What else is in flight may still succeed.
                 Some(error) if self.writes_in_flight == 0 && *tried => Err(write_error(error)),
                 _ => Ok(()),
             };
         }
-        if self.loading > 0 {
-            self.wait();
+        if self.loading + self.overdue_reads + self.overdue_writes > 0 {
+            let came = self.wait();
             self.stats.stalls.frame += started.elapsed();
-            return Ok(());
+            return came;
         }
         // What is wanted fits, so something can always be written or awaited.
         Err(PagingError::Frames {

@@ -29,6 +29,8 @@ pub struct PagerStats {
     pub writes: u64,
     /// Pieces that gave way to others.
     pub evictions: u64,
+    /// Waits that were given up because nothing came in time.
+    pub timeouts: u64,
     /// What the computation waited for.
     pub stalls: Stalls,
 }
@@ -63,6 +65,7 @@ impl PagerStats {
             written_bytes: self.written_bytes - before.written_bytes,
             writes: self.writes - before.writes,
             evictions: self.evictions - before.evictions,
+            timeouts: self.timeouts - before.timeouts,
             stalls: Stalls {
                 read: self.stalls.read - before.stalls.read,
                 late: self.stalls.late - before.stalls.late,

@@ -7,6 +7,7 @@ use kvasir_types::{Hints, LayerIdx};
 use super::engine_loop::EngineLoop;
 use super::sequence::Phase;
 use crate::cache::PoolBackend;
+use crate::kv::KvError;
 
 impl EngineLoop {
     /// Copies chunks out of the pages for the cache, of sequences whose first token is
@@ -57,6 +58,7 @@ impl EngineLoop {
             return;
         };
         let first = chunk * prompt.chunk_tokens();
+        let mut hangs = false;
         let layers: Result<Vec<Bytes>, _> = (0..layout.layers())
             .map(|layer| {
                 let mut payload = vec![0u8; layout.layer_bytes()];
@@ -68,6 +70,7 @@ impl EngineLoop {
                     .bring(&sequence.blocks, first, tokens, one..one + 1);
                 if let Err(error) = brought {
                     tracing::debug!(%error, chunk, "a chunk is read page by page");
+                    hangs |= matches!(error, KvError::Paging(error) if error.is_timeout());
                 }
                 PoolBackend::new(&mut self.pool, &layout)
                     .read_layer(&sequence.blocks, chunk, LayerIdx(layer), &mut payload)
@@ -93,7 +96,14 @@ impl EngineLoop {
                     tracing::debug!(%key, "a chunk was not captured: too many wait");
                 }
             }
-            Err(error) => tracing::error!(%error, chunk, "a chunk could not be copied"),
+            Err(error) => {
+                tracing::error!(%error, chunk, "a chunk could not be copied");
+                if hangs {
+                    // Each of the others would hold everybody up as well.
+                    plugin.note_dropped_captures(sequence.capture.len());
+                    sequence.capture = 0..0;
+                }
+            }
         }
     }
 

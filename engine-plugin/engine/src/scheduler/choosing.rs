@@ -166,3 +166,51 @@ impl Sequence {
         Some((budget.max(1) + 1).min(total))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::super::fixtures;
+    use super::*;
+    use crate::paging::Options;
+
+    /// A sequence chooses its pages when it decodes, is long enough, and all of its full pages
+    /// have digests: by fewer, the others would be read as if they were not full yet.
+    #[test]
+    fn pages_are_chosen_by_digests_of_all() {
+        let (mut engine, _commands, _file) = fixtures::engine(64, Duration::from_secs(10));
+        let (mut sequence, _events) = fixtures::decoding(&mut engine);
+        let selection = PageSelection {
+            options: Options::default(),
+            from_tokens: 32,
+            reads_ahead: false,
+            digest_bytes: usize::MAX,
+        };
+        sequence.choice = Some(Choice::new(&engine.model, &selection));
+        // Position, pages with digests.
+        let cases = [
+            (40, 0, false),
+            (40, 1, false),
+            (40, 2, true),
+            (47, 2, true),
+            (31, 2, false),
+            (48, 2, false),
+            (48, 3, true),
+        ];
+        for (position, pages, chooses) in cases {
+            sequence.position = position;
+            let choice = sequence.choice.as_mut().unwrap();
+            let tokens = pages * BLOCK_TOKENS;
+            choice
+                .digests
+                .extend(&mut engine.pool, &sequence.blocks, tokens)
+                .unwrap();
+            assert_eq!(choice.digests.pages(), pages);
+            assert_eq!(sequence.chooses(), chooses, "{position}, {pages}");
+            assert_eq!(sequence.chosen_pages().is_some(), chooses);
+        }
+        sequence.phase = Phase::Prefill;
+        assert!(!sequence.chooses());
+    }
+}

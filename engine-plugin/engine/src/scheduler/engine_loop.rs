@@ -217,3 +217,35 @@ impl EngineLoop {
         gauge!(FREE_BLOCKS).set(self.pool.free_blocks() as f64);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::fixtures;
+    use super::*;
+
+    /// A sequence that nobody listens to any more gives back its pages, be they in memory or
+    /// parked.
+    #[test]
+    fn cancelled_sequences_give_back_their_pages() {
+        let (mut engine, commands, _file) = fixtures::engine(16, Duration::from_secs(10));
+        for is_parked in [false, true] {
+            let (submission, events) = fixtures::submission(40);
+            engine.waiting_count.fetch_add(1, Ordering::AcqRel);
+            commands.send(submission).unwrap();
+            assert!(engine.receive());
+            engine.admit();
+            assert!(engine.run_batch());
+            assert_eq!(engine.pool.free_blocks(), fixtures::BLOCKS - 3);
+            if is_parked {
+                assert!(engine.park(0));
+                assert!(engine.running[0].turn.is_parked);
+            }
+            engine.cancel();
+            assert_eq!(engine.running.len(), 1);
+            drop(events);
+            engine.cancel();
+            assert_eq!(engine.running.len(), 0);
+            assert_eq!(engine.pool.free_blocks(), fixtures::BLOCKS, "{is_parked}");
+        }
+    }
+}

@@ -32,6 +32,8 @@ mod choosing;
 mod compile;
 mod engine_loop;
 mod fetching;
+#[cfg(test)]
+mod fixtures;
 mod pages;
 mod parking;
 mod recovery;
@@ -379,7 +381,8 @@ fn paged_pool(
         Replacement::default(),
         Arc::clone(&paging.backing),
     )
-    .map_err(StartError::Paging)?;
+    .map_err(StartError::Paging)?
+    .with_timeout(paging.timeout);
     let tokens = config.context_tokens.unwrap_or(1);
     let needed = tokens.div_ceil(BLOCK_TOKENS) * model.config().kv_heads;
     if needed > paging.frames {

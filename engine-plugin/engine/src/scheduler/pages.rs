@@ -2,10 +2,11 @@
 
 use std::num::NonZeroUsize;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use super::engine_loop::EngineLoop;
 use crate::kv::BlockId;
-use crate::paging::{Backing, Options, PagerStats};
+use crate::paging::{Backing, Options, Pager, PagerStats};
 
 /// Keeps KV in memory only in part; see [`crate::paging`].
 ///
@@ -24,19 +25,24 @@ pub struct PagingConfig {
     /// where it decodes. More move fewer bytes, and let others wait longer. Default:
     /// [`Self::TURN_BATCHES`].
     pub turn_batches: NonZeroUsize,
+    /// How long the backing may take to complete any operation: then it hangs, nobody waits for
+    /// it any more, and what needs it is computed again, or fails. Until then it may hold up
+    /// everybody. Default: [`Pager::TIMEOUT`].
+    pub timeout: Duration,
 }
 
 impl PagingConfig {
     /// Default of [`Self::turn_batches`].
     pub const TURN_BATCHES: NonZeroUsize = NonZeroUsize::MIN.saturating_add(63);
 
-    /// Exact, with default turns.
+    /// Exact, everything else by default.
     pub fn new(frames: usize, backing: Arc<dyn Backing>) -> Self {
         Self {
             frames,
             backing,
             selection: None,
             turn_batches: Self::TURN_BATCHES,
+            timeout: Pager::TIMEOUT,
         }
     }
 }

@@ -9,6 +9,10 @@
 //! Sequences run together while all that they read is in memory at once, so that a turn moves
 //! their pages once. Those that are too large for that even alone read all of theirs with every
 //! token, and run together as far as one layer of them fits.
+//!
+//! Parking waits for its writes, and so does everybody, as long as they come to their end: until
+//! none has for [`PagingConfig::timeout`](super::PagingConfig). What could not be parked runs on,
+//! and nobody else comes in for a turn.
 
 use super::engine_loop::EngineLoop;
 use super::sequence::{Phase, Sequence};
@@ -166,7 +170,7 @@ impl EngineLoop {
     /// Those that run, of the ones that may.
     fn who_fits(&self, may: impl Fn(&Sequence) -> bool) -> Vec<bool> {
         let config = self.model.config();
-        let pages = |pager: &Pager| pager.frames() / config.kv_heads;
+        let pages = |pager: &Pager| pager.usable_frames() / config.kv_heads;
         let memory = self.pool.pager().map_or(usize::MAX, pages);
         let wishes = self.running.iter().map(|sequence| {
             let turn = &sequence.turn;
@@ -183,7 +187,7 @@ impl EngineLoop {
     }
 
     /// Moves what a sequence has to the scratch file. False when that cannot be written.
-    fn park(&mut self, index: usize) -> bool {
+    pub(super) fn park(&mut self, index: usize) -> bool {
         let sequence = &mut self.running[index];
         let Some(paged) = &mut self.paged else {
             return false;
@@ -253,7 +257,12 @@ fn seen(window: Option<usize>, from: usize, end: usize) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use std::time::{Duration, Instant};
+
+    use super::super::fixtures;
     use super::*;
+    use crate::kv::KvError;
+    use crate::paging::PagingError;
 
     fn fits(most: usize, needs: &[(usize, usize)]) -> Vec<bool> {
         let mut room = Room::new(most);
@@ -307,5 +316,43 @@ mod tests {
         assert_eq!(seen(Some(16), 15, 16), 1);
         assert_eq!(seen(Some(16), 79, 80), 1);
         assert_eq!(seen(Some(16), 78, 80), 5);
+    }
+
+    /// Frames that are held by reads which hang are no room for anybody.
+    #[test]
+    fn what_hangs_is_no_room() {
+        let timeout = Duration::from_millis(50);
+        let (mut engine, _commands, file) = fixtures::engine(12, timeout);
+        let mut listeners = Vec::new();
+        for _ in 0..2 {
+            let (sequence, events) = fixtures::decoding(&mut engine);
+            engine.running.push(sequence);
+            listeners.push(events);
+        }
+        // Three pages of two layers each.
+        assert_eq!(engine.who_fits(|_| true), [true, true]);
+        let blocks = engine.take_blocks(1).unwrap();
+        let payload = vec![0; engine.pool.layer_bytes(16)];
+        engine
+            .pool
+            .write_layer(&blocks, 0, 16, 0, &payload)
+            .unwrap();
+        engine.pool.park(&blocks).unwrap();
+        file.reads.close_all();
+        let hung = engine.pool.bring(&blocks, 0, 16, 0..1).unwrap_err();
+        let (block, layer) = (blocks[0], 0);
+        let expected = PagingError::ReadTimeout {
+            block,
+            layer,
+            timeout,
+        };
+        assert!(matches!(hung, KvError::Paging(error) if error == expected));
+        assert_eq!(engine.who_fits(|_| true), [true, false]);
+        file.reads.open();
+        let started = Instant::now();
+        while engine.who_fits(|_| true) != [true, true] {
+            assert!(started.elapsed() < Duration::from_secs(60));
+            let _ = engine.pool.bring(&blocks, 0, 16, 0..1);
+        }
     }
 }

@@ -5,6 +5,10 @@
 //! written, what holds memory is given up, beginning with what came last, so that the others have
 //! room; it is computed again behind them. A sequence to which that happens more than
 //! [`RESTARTS`] times fails, with an error that says why; others go on.
+//!
+//! A disk that hangs is no different, but that each failure of it holds up everybody for as long
+//! as the [timeout](super::PagingConfig::timeout) says, and the next ones a tenth as long while
+//! nothing comes from it.
 
 use super::batch::Planned;
 use super::engine_loop::EngineLoop;
@@ -86,5 +90,104 @@ impl EngineLoop {
             paged.stats.restarts += 1;
         }
         true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::super::fixtures;
+    use super::*;
+    use crate::kv::BlockId;
+    use crate::request::Event;
+
+    fn planned(sequence: usize) -> Planned {
+        Planned {
+            sequence,
+            from: 40,
+            to: 41,
+            wants_logits: true,
+            rows: None,
+        }
+    }
+
+    fn paging(step: Option<usize>, source: PagingError) -> ForwardError {
+        ForwardError::Paging { step, source }
+    }
+
+    fn restarts(engine: &EngineLoop) -> Vec<u32> {
+        engine.running.iter().map(|it| it.restarts).collect()
+    }
+
+    /// Where nothing can be written, what has ended otherwise is given up first, then what came
+    /// last of that which holds memory, whether it runs or not; who holds none has no room to
+    /// give.
+    #[test]
+    fn who_came_last_makes_room() {
+        for source in [
+            PagingError::Full,
+            PagingError::Timeout {
+                timeout: Duration::from_secs(1),
+            },
+        ] {
+            let (mut engine, _commands, _file) = fixtures::engine(64, Duration::from_secs(10));
+            let mut listeners = Vec::new();
+            for _ in 0..4 {
+                let (sequence, events) = fixtures::decoding(&mut engine);
+                engine.running.push(sequence);
+                listeners.push(events);
+            }
+            engine.running[0].phase = Phase::Draining;
+            engine.running[3].turn.is_parked = true;
+            let full = paging(None, source);
+            engine.fail(&[planned(1)], &full);
+            assert_eq!(restarts(&engine), [0, 0, 0]);
+            engine.fail(&[planned(0)], &full);
+            assert_eq!(restarts(&engine), [0, 1, 0]);
+            assert_eq!(engine.running[1].position, 0);
+            // Who was about to come in has begun to write.
+            engine.fail(&[planned(0), planned(2)], &full);
+            assert_eq!(restarts(&engine), [0, 1, 1]);
+            engine.fail(&[planned(0)], &full);
+            assert_eq!(restarts(&engine), [1, 1, 1]);
+            engine.fail(&[planned(0), planned(1)], &full);
+            assert_eq!(restarts(&engine), [1, 2, 1]);
+            assert!(listeners.iter_mut().all(|it| it.try_recv().is_err()));
+        }
+    }
+
+    /// Whose page cannot be read is computed again, as often as it may be, and then fails; nobody
+    /// else is.
+    #[test]
+    fn who_lost_a_page_is_computed_again() {
+        let (block, layer) = (BlockId(0), 1);
+        let timeout = Duration::from_secs(1);
+        let lost = [
+            PagingError::Corrupt { block, layer },
+            PagingError::ReadTimeout {
+                block,
+                layer,
+                timeout,
+            },
+        ];
+        for source in lost {
+            assert_eq!(source.block(), Some(block));
+            let (mut engine, _commands, _file) = fixtures::engine(64, Duration::from_secs(10));
+            let (first, mut events) = fixtures::decoding(&mut engine);
+            let (second, mut others) = fixtures::decoding(&mut engine);
+            engine.running.extend([first, second]);
+            let plan = [planned(1), planned(0)];
+            for round in 1..=RESTARTS {
+                engine.fail(&plan, &paging(Some(1), source));
+                assert_eq!(restarts(&engine), [round, 0]);
+            }
+            engine.fail(&plan, &paging(Some(1), source));
+            assert_eq!(restarts(&engine), [0]);
+            let failed = events.try_recv().unwrap();
+            assert!(matches!(failed, Event::Failed(RequestError::Pages(error)) if error == source));
+            assert!(others.try_recv().is_err());
+            assert_eq!(engine.pool.free_blocks(), fixtures::BLOCKS - 4);
+        }
     }
 }

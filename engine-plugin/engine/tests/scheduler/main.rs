@@ -16,6 +16,7 @@ use safetensors::SafeTensors;
 use tokio::sync::mpsc::Receiver;
 
 mod broken;
+mod hanging;
 mod paged;
 
 const PROMPTS: usize = 6;

@@ -1,18 +1,20 @@
 //! Where the KV of sequences is: in memory, or on disk in part.
 
-use std::num::NonZeroUsize;
+use std::num::{NonZeroU64, NonZeroUsize};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
 use clap::ValueEnum;
 use kvasir_engine::paging::Options;
 use kvasir_engine::scheduler::{EngineConfig, PageSelection, PagingConfig};
-use kvasir_engine::{BLOCK_TOKENS, KvDtype, KvPool, ModelConfig, ScratchFile};
+use kvasir_engine::{BLOCK_TOKENS, KvDtype, KvPool, ModelConfig, Pager, ScratchFile};
 use kvasir_types::ByteSize;
 
 const DEFAULT_KV_MEMORY: ByteSize = ByteSize::gib(1);
 const DEFAULT_SEQUENCES: u64 = 8;
+const DEFAULT_TIMEOUT: NonZeroU64 = NonZeroU64::new(Pager::TIMEOUT.as_secs()).unwrap();
 
 #[derive(Debug, clap::Args)]
 pub(super) struct MemoryArgs {
@@ -38,6 +40,10 @@ pub(super) struct MemoryArgs {
     /// Tokens that a sequence generates before others have their turn.
     #[arg(long, value_name = "TOKENS", requires = "scratch", default_value_t = PagingConfig::TURN_BATCHES)]
     turn_tokens: NonZeroUsize,
+    /// Seconds that the disk may take to complete any read or write. Then nobody waits for it any
+    /// more: what is on it is computed again, or answered 503.
+    #[arg(long, value_name = "SECONDS", requires = "scratch", default_value_t = DEFAULT_TIMEOUT)]
+    scratch_timeout: NonZeroU64,
     /// Decoding attends to this share of a sequence's KV, the part that matters to each token, so
     /// that less is read. An approximation. Default: all of it.
     #[arg(long, value_name = "SHARE", requires = "scratch", value_parser = share)]
@@ -179,6 +185,7 @@ impl MemoryArgs {
         Ok(PagingConfig {
             selection,
             turn_batches: self.turn_tokens,
+            timeout: Duration::from_secs(self.scratch_timeout.get()),
             ..PagingConfig::new(frames, Arc::new(file))
         })
     }
@@ -229,10 +236,17 @@ mod tests {
     fn memory_is_split_into_frames_and_digests() {
         let directory = tempfile::tempdir().unwrap();
         let scratch = format!("--scratch={}", directory.path().display());
-        let config = engine(&[&scratch, "--kv-memory=1MiB", "--turn-tokens=5"]).unwrap();
+        let config = engine(&[
+            &scratch,
+            "--kv-memory=1MiB",
+            "--turn-tokens=5",
+            "--scratch-timeout=3",
+        ])
+        .unwrap();
         let paging = config.paging.unwrap();
         assert_eq!((config.blocks, config.context_tokens), (8 * 16, Some(256)));
         assert_eq!((paging.frames, paging.turn_batches.get()), (256, 5));
+        assert_eq!(paging.timeout, Duration::from_secs(3));
         assert_eq!(paging.selection, None);
 
         let config = engine(&[&scratch, "--kv-memory=1MiB", "--page-share=0.25"]).unwrap();

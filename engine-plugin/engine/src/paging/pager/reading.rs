@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use super::super::PagingError;
 use super::super::frames::{FrameId, Heat, PieceId, Tag};
-use super::super::io::{Fault, Job, ReadPiece, ReadRun, THREADS};
+use super::super::io::{Fault, Job, ReadPiece, ReadRun, THREADS, Work};
 use super::super::stats::Stalls;
 use super::{NOWHERE, Pager, Unread};
 
@@ -63,7 +63,7 @@ impl Pager {
     fn read(&mut self, reads: Vec<ReadPiece>, urgent: bool) {
         let most = self.group_pieces();
         let share = reads.len().div_ceil(THREADS).clamp(1, most);
-        let mut jobs: Vec<Job> = Vec::new();
+        let mut jobs: Vec<Work> = Vec::new();
         let (mut runs, mut in_job): (Vec<ReadRun>, usize) = (Vec::new(), 0);
         for read in reads {
             let adjoins = runs
@@ -72,7 +72,7 @@ impl Pager {
                 .is_some_and(|last| last.piece.0 + 1 == read.piece.0);
             // A run is cut only where it is as long as an operation may be.
             if in_job >= most || (in_job >= share && !adjoins) {
-                jobs.push(Job::Read(std::mem::take(&mut runs)));
+                jobs.push(Work::Read(std::mem::take(&mut runs)));
                 in_job = 0;
             }
             in_job += 1;
@@ -88,7 +88,7 @@ impl Pager {
             }
         }
         if !runs.is_empty() {
-            jobs.push(Job::Read(runs));
+            jobs.push(Work::Read(runs));
         }
         if !jobs.is_empty() {
             self.device.submit(jobs, urgent);
@@ -99,7 +99,8 @@ impl Pager {
         while self.awaited != [0; 2] {
             let cause = usize::from(self.awaited[UNPREDICTED] == 0);
             let started = Instant::now();
-            self.wait();
+            // A wait in vain leaves nothing awaited, and says what is unread.
+            let _ = self.wait();
             let waited = started.elapsed();
             let Stalls { read, late, .. } = &mut self.stats.stalls;
             *[read, late][cause] += waited;
@@ -112,26 +113,76 @@ impl Pager {
         }
     }
 
-    /// Lands what is done, once there is something.
-    pub(super) fn wait(&mut self) {
-        for job in self.device.wait() {
+    /// Lands what is done, once there is something; an error when nothing comes in time.
+    pub(super) fn wait(&mut self) -> Result<(), PagingError> {
+        let is_overdue = self.loading + self.writes_in_flight == 0;
+        let done = self.device.wait(is_overdue);
+        if done.is_empty() {
+            return Err(self.give_up());
+        }
+        for job in done {
             self.land(job);
+        }
+        Ok(())
+    }
+
+    /// Stops waiting for all that is in flight, and says for what it was.
+    ///
+    /// A read that hangs keeps the memory that it fills: its frame is out of the pool until it
+    /// lands, and its piece is read anew into another one. What is being written stays in
+    /// memory, and is not written again until that write has ended.
+    fn give_up(&mut self) -> PagingError {
+        for frame in self.frames.ids() {
+            let tag = self.frames.tag_mut(frame);
+            if !tag.loading {
+                continue;
+            }
+            let wanted = tag.epoch == self.epoch;
+            let Some(piece) = tag.piece.take() else {
+                continue;
+            };
+            self.pieces[piece.index()].frame = NOWHERE;
+            if wanted {
+                self.unread.get_or_insert(Unread {
+                    piece,
+                    fault: Fault::Timeout,
+                    ahead: false,
+                });
+            }
+        }
+        self.awaited = [0; 2];
+        self.overdue_reads += std::mem::take(&mut self.loading);
+        self.overdue_writes += std::mem::take(&mut self.writes_in_flight);
+        for job in self.device.give_up() {
+            self.land(job);
+        }
+        match self.unread {
+            Some(Unread { piece, fault, .. }) => self.read_error(piece, fault),
+            None => PagingError::Timeout {
+                timeout: self.device.timeout(),
+            },
         }
     }
 
     fn land(&mut self, job: Job) {
-        match job {
-            Job::Read(runs) => {
-                for run in runs {
-                    run.pieces.into_iter().for_each(|read| self.landed(read));
-                }
+        let is_overdue = self.device.is_overdue(&job);
+        match job.work {
+            Work::Read(runs) => {
+                let reads = runs.into_iter().flat_map(|run| run.pieces);
+                reads.for_each(|read| self.landed(read, is_overdue));
             }
-            Job::Write(run) => self.written(run),
+            Work::Write(run) => self.written(run, is_overdue),
+            // Never among what is done: somebody else has it.
+            Work::ReadOut(_) => {}
         }
     }
 
-    fn landed(&mut self, read: ReadPiece) {
-        self.loading -= 1;
+    fn landed(&mut self, read: ReadPiece, is_overdue: bool) {
+        if is_overdue {
+            self.overdue_reads -= 1;
+        } else {
+            self.loading -= 1;
+        }
         if read.outcome.is_ok() {
             self.stats.read_bytes += read.memory.len() as u64;
         }
@@ -169,6 +220,11 @@ impl Pager {
                 block,
                 layer,
                 source,
+            },
+            Fault::Timeout => PagingError::ReadTimeout {
+                block,
+                layer,
+                timeout: self.device.timeout(),
             },
         }
     }

@@ -1,79 +1,14 @@
 use std::collections::HashMap;
-use std::io::{self, IoSliceMut};
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use proptest::prelude::*;
 
 use super::*;
 use crate::paging::ScratchFile;
+use crate::paging::faulty::FaultyFile;
 
-/// A file in memory whose operations fail when told to.
-#[derive(Debug, Default)]
-struct FaultyFile {
-    bytes: Mutex<Vec<u8>>,
-    full: AtomicBool,
-    broken: AtomicBool,
-    /// Flips a bit of every read.
-    lies: AtomicBool,
-    /// Reads and writes move this many bytes at most; 0 for any number.
-    short: AtomicU64,
-    /// Writes wait while this is held.
-    gate: Mutex<()>,
-}
-
-impl FaultyFile {
-    fn cut(&self, len: usize) -> usize {
-        match self.short.load(Ordering::Relaxed) {
-            0 => len,
-            most => len.min(usize::try_from(most).unwrap()),
-        }
-    }
-}
-
-impl Backing for FaultyFile {
-    fn prepare(&self, bytes: u64) -> io::Result<()> {
-        self.bytes
-            .lock()
-            .unwrap()
-            .resize(usize::try_from(bytes).unwrap(), 0xa5);
-        Ok(())
-    }
-
-    fn read_at(&self, into: &mut [IoSliceMut<'_>], offset: u64) -> io::Result<usize> {
-        if self.broken.load(Ordering::Relaxed) {
-            return Err(Errno::IO.into());
-        }
-        let bytes = self.bytes.lock().unwrap();
-        let start = usize::try_from(offset).unwrap();
-        let (mut done, most) = (0, self.cut(usize::MAX));
-        for slice in into {
-            let len = slice.len().min(most - done);
-            slice[..len].copy_from_slice(&bytes[start + done..][..len]);
-            if self.lies.load(Ordering::Relaxed) {
-                slice[len / 2] ^= 4;
-            }
-            done += len;
-            if done == most {
-                break;
-            }
-        }
-        Ok(done)
-    }
-
-    fn write_at(&self, from: &[u8], offset: u64) -> io::Result<usize> {
-        let _open = self.gate.lock().unwrap();
-        let len = self.cut(from.len());
-        let start = usize::try_from(offset).unwrap();
-        if self.full.load(Ordering::Relaxed) {
-            // Some of it may have been written.
-            self.bytes.lock().unwrap()[start..][..len / 2].copy_from_slice(&from[..len / 2]);
-            return Err(Errno::NOSPC.into());
-        }
-        self.bytes.lock().unwrap()[start..][..len].copy_from_slice(&from[..len]);
-        Ok(len)
-    }
-}
+mod hanging;
 
 const SHAPE: Shape = Shape {
     layers: 2,
@@ -92,6 +27,15 @@ fn fill(pager: &mut Pager, piece: PieceId, value: u8) -> Result<(), PagingError>
     pager.ensure(&[piece], Heat::Scanned)?;
     pager.bytes_mut(piece).unwrap().fill(value);
     Ok(())
+}
+
+/// Lands all that is in flight.
+fn settle(pager: &mut Pager) {
+    let started = Instant::now();
+    while pager.loading + pager.writes_in_flight + pager.overdue_reads + pager.overdue_writes > 0 {
+        assert!(started.elapsed() < Duration::from_secs(60), "{pager:?}");
+        let _ = pager.wait();
+    }
 }
 
 fn value(pager: &Pager, piece: PieceId) -> u8 {
@@ -113,13 +57,16 @@ enum Action {
     Full(bool),
     Broken(bool),
     Lies(bool),
+    /// Reads and writes.
+    Hang(bool, bool),
 }
 
-fn any_action(faults: bool) -> impl Strategy<Value = Action> {
+fn any_action(faults: bool, hangs: bool) -> impl Strategy<Value = Action> {
     let pieces = u32::try_from(SHAPE.pieces()).unwrap();
     let some = move || prop::collection::vec(0..pieces, 0..10);
     let blocks = 0..u32::try_from(SHAPE.blocks).unwrap();
     let weight = u32::from(faults);
+    let hanging = u32::from(hangs);
     prop_oneof![
         8 => (0..pieces, 1..=255u8).prop_map(|(piece, value)| Action::Fill(piece, value)),
         6 => (some(), any::<bool>()).prop_map(|(some, hot)| Action::Want(some, hot)),
@@ -129,6 +76,7 @@ fn any_action(faults: bool) -> impl Strategy<Value = Action> {
         weight => any::<bool>().prop_map(Action::Full),
         weight => any::<bool>().prop_map(Action::Broken),
         weight => any::<bool>().prop_map(Action::Lies),
+        2 * hanging => any::<(bool, bool)>().prop_map(|(reads, writes)| Action::Hang(reads, writes)),
     ]
 }
 
@@ -139,14 +87,17 @@ struct Expected {
     full: bool,
     unreadable: bool,
     lies: bool,
+    /// The disk has hung: what it did then may take long still.
+    hung: bool,
 }
 
 impl Expected {
     fn allows(&self, error: PagingError) -> bool {
         match error {
-            PagingError::Full => self.full,
+            PagingError::Full => self.full || self.hung,
             PagingError::Read { .. } => self.unreadable,
             PagingError::Corrupt { .. } => self.lies,
+            PagingError::ReadTimeout { .. } | PagingError::Timeout { .. } => self.hung,
             _ => false,
         }
     }
@@ -211,6 +162,18 @@ fn follow(pager: &mut Pager, file: Option<&FaultyFile>, actions: &[Action]) {
                 expected.lies = *on;
                 Ok(())
             }
+            Action::Hang(reads, writes) => {
+                let file = file.expect("only a faulty file hangs");
+                for (gate, closed) in [(&file.reads, *reads), (&file.writes, *writes)] {
+                    if closed {
+                        gate.close_all()
+                    } else {
+                        gate.open()
+                    }
+                }
+                expected.hung |= *reads || *writes;
+                Ok(())
+            }
         };
         if let Err(error) = outcome {
             assert!(expected.allows(error), "{action:?}: {error}");
@@ -219,11 +182,18 @@ fn follow(pager: &mut Pager, file: Option<&FaultyFile>, actions: &[Action]) {
     set(|file| &file.full, false);
     set(|file| &file.broken, false);
     set(|file| &file.lies, false);
+    if let Some(file) = file {
+        file.reads.open();
+        file.writes.open();
+        pager.set_timeout(Pager::TIMEOUT);
+    }
     // Once all is well again, nothing is lost.
     for (&piece, &held) in &expected.values {
         pager.ensure(&[piece], Heat::Scanned).unwrap();
         assert_eq!(value(pager, piece), held, "{piece:?}");
     }
+    settle(pager);
+    assert_eq!(pager.usable_frames(), pager.frames.count());
     let resident = pager.frames.count();
     assert!(pager.dirty_count <= resident && pager.dirty.len() <= SHAPE.pieces());
 }
@@ -234,7 +204,7 @@ proptest! {
         frames in 10usize..40,
         short in prop_oneof![Just(0u64), Just(4096), Just(512)],
         least_recent: bool,
-        actions in prop::collection::vec(any_action(true), 1..80),
+        actions in prop::collection::vec(any_action(true, false), 1..80),
     ) {
         let file = Arc::new(FaultyFile::default());
         file.short.store(short, Ordering::Relaxed);
@@ -248,11 +218,27 @@ proptest! {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
 
+    /// The same over a disk that hangs now and then, and comes back.
+    #[test]
+    fn what_hangs_changes_nothing(
+        frames in 10usize..40,
+        actions in prop::collection::vec(any_action(true, true), 1..60),
+    ) {
+        let file = Arc::new(FaultyFile::default());
+        let mut pager = pager(SHAPE, frames, &file);
+        pager.set_timeout(Duration::from_millis(5));
+        follow(&mut pager, Some(&file), &actions);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
     /// The same over a real file.
     #[test]
     fn a_scratch_file_keeps_the_contract(
         frames in 10usize..40,
-        actions in prop::collection::vec(any_action(false), 1..80),
+        actions in prop::collection::vec(any_action(false, false), 1..80),
     ) {
         let directory = tempfile::tempdir().unwrap();
         let file = ScratchFile::create(directory.path()).unwrap();
@@ -365,7 +351,7 @@ fn a_full_disk_loses_nothing() {
 fn what_is_forgotten_while_it_is_written_stays_forgotten() {
     let file: Arc<FaultyFile> = Arc::default();
     let mut pager = pager(SHAPE, 8, &file);
-    let closed = file.gate.lock().unwrap();
+    file.writes.close_all();
     for piece in 0..5 {
         fill(&mut pager, PieceId(piece), 6).unwrap();
     }
@@ -376,7 +362,7 @@ fn what_is_forgotten_while_it_is_written_stays_forgotten() {
     pager.forget(BlockId(1));
     // Room for it in memory, while the write of what it held before goes on.
     fill(&mut pager, PieceId(1), 5).unwrap();
-    drop(closed);
+    file.writes.open();
     let blocks: Vec<BlockId> = (0..8).map(BlockId).collect();
     pager.park(&blocks).unwrap();
     for (piece, held) in [(0, 0), (1, 5), (2, 0), (4, 6)] {

@@ -8,7 +8,7 @@ use rustix::io::Errno;
 
 use super::super::PagingError;
 use super::super::frames::{PieceId, aligned};
-use super::super::io::{Job, WriteRun};
+use super::super::io::{Work, WriteRun};
 use super::{DIRTY_SHARE, GROUP_BYTES, NOWHERE, Pager};
 use crate::kv::BlockId;
 
@@ -17,7 +17,8 @@ impl Pager {
     /// bytes written for it. What was written before and has not changed is not written again.
     ///
     /// # Errors
-    /// [`PagingError::Full`] or [`PagingError::Write`]: then all of it is where it was.
+    /// [`PagingError::Full`], [`PagingError::Write`] or [`PagingError::Timeout`]: then nothing is
+    /// lost, and all of it that was in memory still is.
     pub(crate) fn park(&mut self, blocks: &[BlockId]) -> Result<u64, PagingError> {
         let mut pieces = Vec::with_capacity(blocks.len());
         for layer in 0..self.shape.layers {
@@ -28,9 +29,17 @@ impl Pager {
         }
         pieces.sort_unstable();
         self.epoch += 1;
+        self.unread = None;
+        self.collect();
         // What is being written cannot be written again yet.
         while self.writes_in_flight > 0 {
-            self.wait();
+            self.wait()?;
+        }
+        if pieces.iter().any(|it| self.pieces[it.index()].writing) {
+            // By a write that hangs: the only copy of it is in memory.
+            return Err(PagingError::Timeout {
+                timeout: self.device.timeout(),
+            });
         }
         self.unwritten = None;
         let dirty: Vec<PieceId> = pieces
@@ -149,18 +158,22 @@ impl Pager {
         }
         self.writes_in_flight += 1;
         self.stats.writes += 1;
-        let job = Job::Write(WriteRun {
+        let work = Work::Write(WriteRun {
             offset: self.offset(run[0]),
             len: run.len() * bytes,
             pieces,
             buffer,
             outcome: Ok(()),
         });
-        self.device.submit(vec![job], !behind);
+        self.device.submit(vec![work], !behind);
     }
 
-    pub(super) fn written(&mut self, run: WriteRun) {
-        self.writes_in_flight -= 1;
+    pub(super) fn written(&mut self, run: WriteRun, is_overdue: bool) {
+        if is_overdue {
+            self.overdue_writes -= 1;
+        } else {
+            self.writes_in_flight -= 1;
+        }
         self.buffers.push(run.buffer);
         match run.outcome {
             Ok(()) => self.stats.written_bytes += run.len as u64,
@@ -190,8 +203,9 @@ impl Pager {
     /// Something must be written.
     fn wait_for_write(&mut self) -> Result<(), PagingError> {
         let started = Instant::now();
-        self.wait();
+        let came = self.wait();
         self.stats.stalls.write += started.elapsed();
+        came?;
         self.unwritten
             .map_or(Ok(()), |error| Err(write_error(error)))
     }
