@@ -92,6 +92,7 @@
 //! longest sequence has to fit into memory. Reads have no deadline: a disk that hangs holds all
 //! sequences.
 
+pub(crate) mod coded;
 mod digest;
 mod estimate;
 pub mod file;
@@ -108,6 +109,7 @@ use rustix::io::Errno;
 
 use crate::kv::BlockId;
 
+pub use coded::ScratchBits;
 pub use digest::{Detail, Digests, GROUP_PAGES};
 pub use estimate::page_weights;
 pub use file::{Backing, ScratchFile};

@@ -18,6 +18,7 @@ use kvasir_types::Checksum;
 use rustix::io::Errno;
 
 use super::PagingError;
+use super::coded::Slots;
 use super::file::{self, Backing, errno};
 use super::frames::{FrameId, PieceId};
 
@@ -78,6 +79,7 @@ pub(super) struct Device {
 #[derive(Debug)]
 struct Shared {
     backing: Arc<dyn Backing>,
+    slots: Slots,
     queues: Mutex<Queues>,
     /// Rung when there is work, or none any more.
     work: Condvar,
@@ -94,10 +96,11 @@ struct Queues {
 }
 
 impl Device {
-    pub(super) fn new(backing: Arc<dyn Backing>) -> Result<Self, PagingError> {
+    pub(super) fn new(backing: Arc<dyn Backing>, slots: Slots) -> Result<Self, PagingError> {
         let mut device = Self {
             shared: Arc::new(Shared {
                 backing,
+                slots,
                 queues: Mutex::default(),
                 work: Condvar::new(),
                 landed: Condvar::new(),
@@ -205,7 +208,7 @@ impl Shared {
                 continue;
             };
             drop(queues);
-            job.run(&*self.backing);
+            job.run(&*self.backing, &self.slots);
             queues = self.lock();
             queues.done.push(job);
             self.landed.notify_one();
@@ -214,9 +217,9 @@ impl Shared {
 }
 
 impl Job {
-    fn run(&mut self, backing: &dyn Backing) {
+    fn run(&mut self, backing: &dyn Backing, slots: &Slots) {
         match self {
-            Self::Read(runs) => runs.iter_mut().for_each(|run| run.run(backing)),
+            Self::Read(runs) => runs.iter_mut().for_each(|run| run.run(backing, slots)),
             Self::Write(run) => {
                 run.outcome = file::write_full(backing, &run.buffer[..run.len], run.offset);
             }
@@ -225,19 +228,22 @@ impl Job {
 }
 
 impl ReadRun {
-    fn run(&mut self, backing: &dyn Backing) {
+    fn run(&mut self, backing: &dyn Backing, slots: &Slots) {
         let mut memory: Vec<IoSliceMut<'_>> = self
             .pieces
             .iter_mut()
-            .map(|piece| IoSliceMut::new(&mut piece.memory))
+            .map(|piece| IoSliceMut::new(slots.part(&mut piece.memory)))
             .collect();
         let read = file::read_full(backing, &mut memory, self.offset);
         for piece in &mut self.pieces {
             piece.outcome = match read {
                 Err(error) => Err(Fault::Device(error)),
-                Ok(()) if Checksum::of(&piece.memory) == piece.checksum => Ok(()),
+                Ok(()) if Checksum::of(slots.part(&mut piece.memory)) == piece.checksum => Ok(()),
                 Ok(()) => Err(Fault::Corrupt),
             };
+            if piece.outcome.is_ok() {
+                slots.unpack(&mut piece.memory);
+            }
         }
     }
 }

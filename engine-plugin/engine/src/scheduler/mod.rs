@@ -378,6 +378,7 @@ fn paged_pool(
         paging.frames,
         Replacement::default(),
         Arc::clone(&paging.backing),
+        paging.bits,
     )
     .map_err(StartError::Paging)?;
     let tokens = config.context_tokens.unwrap_or(1);

@@ -8,7 +8,7 @@ use kvasir_engine::request::{FinishReason, RequestError};
 use kvasir_engine::scheduler::{
     Engine, EngineConfig, PageSelection, PagingConfig, PagingStats, StartError,
 };
-use kvasir_engine::{Backing, Model, ScratchFile};
+use kvasir_engine::{Backing, Model, ScratchBits, ScratchFile};
 
 use super::*;
 
@@ -130,6 +130,45 @@ fn parked_sequences_are_as_those_in_memory() {
         assert!(run(&engine, &prompts) == expected, "{name}");
         let stats = stats(&engine);
         assert_eq!((stats.parks, stats.pager.read_bytes), (0, 0), "{name}");
+    }
+}
+
+/// With 8 bits an element on disk, sequences are parked and resumed as ever, move fewer bytes, and
+/// choose the tokens that they would have chosen, as long as those are not next to equal.
+#[test]
+fn parked_sequences_in_8_bits_answer_alike() {
+    for name in ["llama3-gqa", "qwen3", "mistral-window"] {
+        let model = fixture(name).model;
+        let prompts = prompts(&model, 6);
+        let expected = whole(&model, &prompts);
+        let mut moved = Vec::new();
+        let mut alike = Vec::new();
+        for bits in [ScratchBits::AsInMemory, ScratchBits::Eight] {
+            let mut config = paging(frames(&model, 2 * 208), file());
+            if let Some(paging) = &mut config.paging {
+                paging.bits = bits;
+            }
+            let engine = start(&model, &config);
+            let answers = run(&engine, &prompts);
+            let stats = stats(&engine);
+            assert!(stats.parks > 0 && stats.resumes > 0, "{name}: {stats:?}");
+            assert_eq!(stats.restarts, 0, "{name}");
+            moved.push((stats.pager.read_bytes, stats.parked_bytes));
+            // Tokens up to the first that differs.
+            let same = |(answer, expected): (&Answer, &Answer)| {
+                let pairs = answer.0.iter().zip(&expected.0);
+                pairs.take_while(|(a, b)| a == b).count()
+            };
+            let tokens: usize = expected.iter().map(|answer| answer.0.len()).sum();
+            let same: usize = answers.iter().zip(&expected).map(same).sum();
+            println!("{name} {bits:?} {same} of {tokens}, {moved:?}");
+            alike.push(same as f64 / tokens as f64);
+        }
+        assert!(alike[0] == 1.0 && alike[1] > 0.8, "{name}: {alike:?}");
+        assert!(
+            2 * moved[1].0 < moved[0].0 && 2 * moved[1].1 < moved[0].1,
+            "{name}: {moved:?}"
+        );
     }
 }
 
