@@ -40,13 +40,14 @@ use half::slice::HalfFloatSliceExt as _;
 use half::{bf16, f16};
 
 use super::pager::frame_bytes;
-use crate::kernels::{Isa, dequantise, quantise, step_of};
+use crate::kernels::{Isa, STEP_BYTES, dequantise, narrow_bf16, quantise};
 use crate::kv::{BLOCK_TOKENS, KvDtype};
 
 /// Channels that share a step, at most.
 const GROUP: usize = 32;
 
-const STEP_BYTES: usize = size_of::<f32>();
+/// Groups that are coded at once: a row of usual length.
+const STRIP_GROUPS: usize = 8;
 
 /// Rows of a piece: K and V of each token.
 const ROWS: usize = 2 * BLOCK_TOKENS;
@@ -158,18 +159,14 @@ impl Coding {
     /// Codes the piece at the beginning of `frame`.
     fn encode(&self, frame: &[u8], coded: &mut [u8]) {
         let size = self.dtype.bytes();
-        let mut values = [0.0; GROUP];
+        let mut values = [0.0; STRIP_GROUPS * GROUP];
         let rows = frame.chunks_exact(self.head_dim * size);
         for (row, coded) in rows.zip(coded.chunks_exact_mut(self.row_bytes())) {
-            let groups = row.chunks(self.group * size);
-            for (group, coded) in groups.zip(coded.chunks_mut(STEP_BYTES + self.group)) {
-                let values = &mut values[..group.len() / size];
-                widen(self.dtype, group, values);
-                let mut step = 0.0;
-                step_of(self.isa, values, &mut step);
-                let (head, codes) = coded.split_at_mut(STEP_BYTES);
-                head.copy_from_slice(&step.to_le_bytes());
-                quantise(self.isa, values, step, codes);
+            let strips = coded.chunks_mut(STRIP_GROUPS * (STEP_BYTES + self.group));
+            for (strip, coded) in row.chunks(STRIP_GROUPS * self.group * size).zip(strips) {
+                let values = &mut values[..strip.len() / size];
+                widen(self.dtype, strip, values);
+                quantise(self.isa, values, self.group, coded);
             }
         }
     }
@@ -177,18 +174,17 @@ impl Coding {
     /// Decodes what is at the end of `frame` to its beginning.
     fn decode(&self, frame: &mut [u8]) {
         let size = self.dtype.bytes();
-        let mut values = [0.0; GROUP];
+        let mut values = [0.0; STRIP_GROUPS * GROUP];
         let (mut from, mut to) = (frame.len() - self.bytes(), 0);
         for _ in 0..ROWS {
             let mut left = self.head_dim;
             while left > 0 {
-                let len = left.min(self.group);
+                let len = left.min(STRIP_GROUPS * self.group);
                 let values = &mut values[..len];
-                let (step, codes) = frame[from..][..STEP_BYTES + len].split_at(STEP_BYTES);
-                let step = f32::from_le_bytes(step.try_into().expect("as many bytes as a step"));
-                dequantise(self.isa, codes, step, values);
-                from += STEP_BYTES + len;
-                narrow(self.dtype, values, &mut frame[to..][..len * size]);
+                let coded = len + len.div_ceil(self.group) * STEP_BYTES;
+                dequantise(self.isa, &frame[from..][..coded], self.group, values);
+                from += coded;
+                narrow(self.isa, self.dtype, values, &mut frame[to..][..len * size]);
                 to += len * size;
                 left -= len;
             }
@@ -205,7 +201,7 @@ fn widen(dtype: KvDtype, bytes: &[u8], values: &mut [f32]) {
             }
         }
         KvDtype::F16 => {
-            let mut halves = [f16::ZERO; GROUP];
+            let mut halves = [f16::ZERO; STRIP_GROUPS * GROUP];
             let halves = &mut halves[..values.len()];
             bytemuck::cast_slice_mut(halves).copy_from_slice(bytes);
             halves.convert_to_f32_slice(values);
@@ -213,17 +209,17 @@ fn widen(dtype: KvDtype, bytes: &[u8], values: &mut [f32]) {
     }
 }
 
-fn narrow(dtype: KvDtype, values: &[f32], bytes: &mut [u8]) {
+fn narrow(isa: Isa, dtype: KvDtype, values: &[f32], bytes: &mut [u8]) {
     match dtype {
         KvDtype::F32 => bytes.copy_from_slice(bytemuck::cast_slice(values)),
         KvDtype::Bf16 => {
-            let mut halves = [bf16::ZERO; GROUP];
+            let mut halves = [0u16; STRIP_GROUPS * GROUP];
             let halves = &mut halves[..values.len()];
-            halves.convert_from_f32_slice(values);
+            narrow_bf16(isa, values, halves);
             bytes.copy_from_slice(bytemuck::cast_slice(halves));
         }
         KvDtype::F16 => {
-            let mut halves = [f16::ZERO; GROUP];
+            let mut halves = [f16::ZERO; STRIP_GROUPS * GROUP];
             let halves = &mut halves[..values.len()];
             halves.convert_from_f32_slice(values);
             bytes.copy_from_slice(bytemuck::cast_slice(halves));

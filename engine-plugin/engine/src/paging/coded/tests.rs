@@ -23,7 +23,7 @@ fn bytes_of(dtype: KvDtype, values: &[f32]) -> Vec<u8> {
     let mut bytes = vec![0; values.len() * dtype.bytes()];
     let parts = bytes.chunks_mut(GROUP * dtype.bytes());
     for (values, bytes) in values.chunks(GROUP).zip(parts) {
-        narrow(dtype, values, bytes);
+        narrow(Isa::detect(), dtype, values, bytes);
     }
     bytes
 }
