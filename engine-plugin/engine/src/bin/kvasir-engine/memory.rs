@@ -28,7 +28,8 @@ pub(super) struct MemoryArgs {
     context_tokens: Option<usize>,
     /// A directory on a local disk for the KV that --kv-memory does not hold. Memory then has to
     /// hold one layer of the longest sequence, no more; sequences that do not fit together take
-    /// turns. Answers are the same, unless --scratch-bits or --page-share say otherwise. The file has no name and is gone with the engine.
+    /// turns. Answers are the same, but for --scratch-bits and --page-share. The file has no name
+    /// and is gone with the engine.
     #[arg(long, value_name = "DIR")]
     scratch: Option<PathBuf>,
     /// KV of all sequences, in memory or not, in the size that it has in memory. Default: enough
