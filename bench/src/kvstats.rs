@@ -11,6 +11,9 @@
 //!   correlation, `lag1_delta` variance of the difference from the token before over
 //!   variance (2.0: independent), `anchor_delta` the same for the first of ten tokens,
 //!   `predicted_bits` what predicting from the token before could save;
+//! - `layer/L/PLANE/rounding_RULE` with PLANE `k_post` or `v`: error of 8 bits a value, root of the
+//!   mean square over that of the values, one step for a `token` and head, for a `channel` over 16
+//!   tokens, or for a `group` of 32 channels of a token;
 //! - `layer/L/k/rope_ratio`: variance with RoPE undone over variance as stored;
 //! - `layer/L/PLANE/klt_…` with PLANE `k` or `v`: gain of a Karhunen–Loève transform
 //!   over per-channel tables, per `head`, per `layer`, and over the layer and the next
@@ -44,12 +47,14 @@ pub(crate) mod deviation;
 mod klt;
 mod moments;
 pub(crate) mod plane;
+mod rounding;
 mod sinks;
 
 use deviation::Deviation;
 use klt::Scatter;
 use moments::Moments;
 use plane::{Plane, Shape};
+use rounding::Rounding;
 use sinks::Sinks;
 
 /// Correlation of ranks of neighbouring layers, median over layers.
@@ -158,6 +163,8 @@ struct Layer {
     k_post: Moments,
     v: Moments,
     sinks: [Sinks; 2],
+    /// Of K as stored, and of V.
+    rounding: [Rounding; 2],
 }
 
 impl Statistics {
@@ -193,6 +200,9 @@ impl Statistics {
             let (k, v) = (matrix(unrotated, Plane::K), matrix(full, Plane::V));
             layer.k.add(&k);
             layer.v.add(&v);
+            for (rounding, plane) in layer.rounding.iter_mut().zip([Plane::K, Plane::V]) {
+                rounding.add(self.shape, full, index, plane);
+            }
             planes[0].push(k);
             planes[1].push(v);
             for (sinks, plane) in layer.sinks.iter_mut().zip([Plane::K, Plane::V]) {
@@ -279,6 +289,11 @@ impl Layer {
                 ("predicted_bits", s.predicted_bits, "bits/value"),
             ] {
                 rows.layer(index, format!("{plane}/{measure}"), value, unit);
+            }
+        }
+        for (plane, rounding) in ["k_post", "v"].into_iter().zip(&self.rounding) {
+            for (rule, error) in rounding.errors() {
+                rows.layer(index, format!("{plane}/rounding_{rule}"), error, "ratio");
             }
         }
         let ratio = self.k.variance() / self.k_post.variance();

@@ -18,6 +18,9 @@
 //!   that were in memory; `METHOD/stall_CAUSE/N`: what a token waited for, in ms;
 //! - `ours/mass/N`: share of attention that the chosen pages have of full attention's, and
 //!   `oracle/mass/N`: what the best choice of as many has;
+//! - with `--bits 8`, `load_all_8/…`, `ours_8/…`: the same over a scratch file of 8 bits an element;
+//!   `limit` is the one as in memory, `ratio` how many times sooner. `park/N` and `resume/N`, and
+//!   `park_8/N`, `resume_8/N`: ms to write a layer of the contexts and park it, and to bring it;
 //! - `rss/N`: resident memory with the pool less that without, in MB; `limit` is what its
 //!   frames and buffers may take. Digests, 5.9 % of the KV, are beside it.
 //!
@@ -32,7 +35,9 @@ use std::sync::Arc;
 
 use anyhow::Context as _;
 use kvasir_engine::paging::{Options as Selection, Rule};
-use kvasir_engine::{KvPool, Model, Pager, PagerStats, Replacement, ScratchFile, Threads};
+use kvasir_engine::{
+    KvPool, Model, Pager, PagerStats, Replacement, ScratchBits, ScratchFile, Threads,
+};
 
 use crate::checkpoint::{self, Attention, Shape};
 use crate::report::{Report, Row, percentile};
@@ -45,6 +50,9 @@ const SHAPE: Shape = Shape {
     kv_heads: 2,
     ..Shape::SERVING
 };
+
+/// Layers that are parked and resumed; the median counts.
+const LAYERS_MOVED: usize = 5;
 
 /// What to read.
 #[derive(Clone, Debug, clap::Args)]
@@ -71,6 +79,9 @@ pub(crate) struct Options {
     /// --quick, none.
     #[arg(long, default_value_t = 4)]
     batch: usize,
+    /// Measures a scratch file of so many bits an element besides.
+    #[arg(long, value_parser = clap::value_parser!(u8).range(8..=8))]
+    bits: Option<u8>,
     /// Directory of the scratch file. Default: that of temporary files.
     #[arg(long)]
     scratch: Option<std::path::PathBuf>,
@@ -157,10 +168,19 @@ impl Case<'_> {
         if self.options.mass_only {
             return Ok(());
         }
-        let lru = bed.copied(|blocks| self.paged(&bed, blocks, Replacement::LeastRecent))?;
+        let exact = ScratchBits::AsInMemory;
+        let lru = bed.copied(|blocks| self.paged(&bed, blocks, Replacement::LeastRecent, exact))?;
         let before = resident_bytes()?;
-        let clock = bed.copied(|blocks| self.paged(&bed, blocks, Replacement::Clock))?;
+        let clock = bed.copied(|blocks| self.paged(&bed, blocks, Replacement::Clock, exact))?;
         let taken = resident_bytes()? - before;
+        let eight = match self.options.bits {
+            None => None,
+            Some(_) => {
+                let bits = ScratchBits::Eight;
+                let pool = bed.copied(|blocks| self.paged(&bed, blocks, Replacement::Clock, bits));
+                Some(pool?)
+            }
+        };
         let cap = clock.pager().map_or(0, Pager::resident_bytes);
         #[expect(clippy::cast_precision_loss, reason = "bytes of memory")]
         let (taken, cap) = (taken as f64 / 1e6, cap as f64 / 1e6);
@@ -172,6 +192,7 @@ impl Case<'_> {
         costs(report, "load_all", name, &all.stats, all.times.len());
         let limit = [0.5, 0.99].map(|share| percentile(&mut all.times, share));
 
+        let mut chosen = limit;
         for (method, how) in [
             ("ours", Method::Chosen(ours)),
             ("foreseen", Method::Foreseen(ours)),
@@ -185,12 +206,35 @@ impl Case<'_> {
                 &of_method.stats,
                 of_method.times.len(),
             );
+            if method == "ours" {
+                chosen = [0.5, 0.99].map(|share| percentile(&mut of_method.times, share));
+            }
             let choosing = percentile(&mut of_method.choosing, 0.5);
             report.push(Row::new(
                 format!("{method}/choosing/{name}"),
                 choosing,
                 "ms",
             ));
+        }
+
+        if let Some(eight) = eight {
+            let before = bed.moves(LAYERS_MOVED)?;
+            drop(bed.replace(eight));
+            let mut all = bed.decode(Method::All, steps_all)?;
+            push(report, "load_all_8", name, &mut all.times, Some(limit));
+            costs(report, "load_all_8", name, &all.stats, all.times.len());
+            let mut ours = bed.decode(Method::Chosen(ours), steps)?;
+            push(report, "ours_8", name, &mut ours.times, Some(chosen));
+            costs(report, "ours_8", name, &ours.stats, ours.times.len());
+            let after = bed.moves(LAYERS_MOVED)?;
+            for (what, [before, after]) in [
+                ("park", [before.park, after.park]),
+                ("resume", [before.resume, after.resume]),
+            ] {
+                report.push(Row::new(format!("{what}/{name}"), before, "ms"));
+                let row = Row::new(format!("{what}_8/{name}"), after, "ms");
+                report.push(row.against(before, before / after));
+            }
         }
 
         drop(bed.replace(lru));
@@ -206,6 +250,7 @@ impl Case<'_> {
         bed: &Bed<'_>,
         blocks: usize,
         replacement: Replacement,
+        bits: ScratchBits,
     ) -> anyhow::Result<KvPool> {
         let config = self.model.config();
         let directory = self
@@ -223,6 +268,7 @@ impl Case<'_> {
             frames,
             replacement,
             Arc::new(file),
+            bits,
         )?)
     }
 }

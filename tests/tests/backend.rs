@@ -13,7 +13,7 @@ use kvasir_engine::cache::{PoolBackend, Turns};
 use kvasir_engine::kernels::{self, Isa};
 use kvasir_engine::kv::{BLOCK_TOKENS, BlockId, KvDtype, KvPool};
 use kvasir_engine::rope::RopeScaling;
-use kvasir_engine::{ModelConfig, Replacement, ScratchFile};
+use kvasir_engine::{ModelConfig, Replacement, ScratchBits, ScratchFile};
 use kvasir_plugin::{BackendError, EngineBackend, Placement};
 use kvasir_tests::conformance::backend::{self, Keys};
 use kvasir_types::{KvLayout, LayerIdx, Slice, TokenRange};
@@ -64,8 +64,8 @@ fn pool_on_disk() {
     for frames in [1, 7] {
         for dtype in [KvDtype::F32, KvDtype::F16] {
             let file = Arc::new(ScratchFile::create(directory.path()).unwrap());
-            let replacement = Replacement::Clock;
-            let pool = KvPool::paged(&config, blocks(48), dtype, frames, replacement, file);
+            let (replacement, bits) = (Replacement::Clock, ScratchBits::AsInMemory);
+            let pool = KvPool::paged(&config, blocks(48), dtype, frames, replacement, file, bits);
             run_over(pool.unwrap(), &config, 48);
         }
     }

@@ -14,6 +14,8 @@ use kvasir_types::LayerIdx;
 use rand::{Rng as _, SeedableRng as _};
 use rand_chacha::ChaCha8Rng;
 
+use crate::report::median;
+
 pub(super) const DTYPE: KvDtype = KvDtype::F16;
 
 /// Tokens that are computed together.
@@ -46,6 +48,13 @@ pub(super) struct Decoded {
     /// What of it went into choosing pages.
     pub(super) choosing: Vec<f64>,
     pub(super) stats: PagerStats,
+}
+
+/// What moving a layer took, in ms.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Moves {
+    pub(super) park: f64,
+    pub(super) resume: f64,
 }
 
 #[derive(Debug)]
@@ -164,6 +173,42 @@ impl<'a> Bed<'a> {
             to.park(table)?;
         }
         Ok(to)
+    }
+
+    /// Medians of writing and parking a layer of all contexts, and of bringing it back: a layer is
+    /// what is in memory at once.
+    pub(super) fn moves(&mut self, layers: usize) -> anyhow::Result<Moves> {
+        let part = CHUNK_TOKENS.min(self.context);
+        let mut payload = vec![0; self.pool.layer_bytes(part)];
+        let (mut parks, mut resumes) = (Vec::new(), Vec::new());
+        for layer in 0..layers.min(self.model.config().layers) {
+            self.tables
+                .iter()
+                .try_for_each(|table| self.pool.park(table).map(|_| ()))?;
+            let begun = Instant::now();
+            for table in &self.tables {
+                self.pool.bring(table, 0, self.context, layer..layer + 1)?;
+            }
+            resumes.push(begun.elapsed().as_secs_f64() * 1e3);
+            let mut spent = Duration::ZERO;
+            for table in &self.tables {
+                for first in (0..self.context).step_by(part) {
+                    self.pool
+                        .read_layer(table, first, part, layer, &mut payload)?;
+                    let begun = Instant::now();
+                    self.pool.write_layer(table, first, part, layer, &payload)?;
+                    spent += begun.elapsed();
+                }
+                let begun = Instant::now();
+                self.pool.park(table)?;
+                spent += begun.elapsed();
+            }
+            parks.push(spent.as_secs_f64() * 1e3);
+        }
+        Ok(Moves {
+            park: median(&mut parks),
+            resume: median(&mut resumes),
+        })
     }
 
     /// Goes on with another pool from the contexts, and gives the one before back.

@@ -22,9 +22,10 @@ use half::{bf16, f16};
 
 use crate::config::ModelConfig;
 use crate::kernels::AlignedBuf;
+use crate::paging::coded::Coding;
 use crate::paging::frames::Heat;
 use crate::paging::pager::{Shape, frame_bytes};
-use crate::paging::{Backing, Pager, PagingError, Replacement};
+use crate::paging::{Backing, Pager, PagingError, Replacement, ScratchBits};
 
 mod demand;
 mod free;
@@ -109,7 +110,7 @@ impl KvPool {
     }
 
     /// `blocks` pages for a model, of which `frames` pieces are in memory and others in
-    /// `backing`. A piece is one KV head of one layer of one page.
+    /// `backing`, in `bits`. A piece is one KV head of one layer of one page.
     ///
     /// Memory: [`Pager::resident_bytes`]. A batch needs frames for all pieces that one of its
     /// layers attends to.
@@ -128,6 +129,7 @@ impl KvPool {
         frames: usize,
         replacement: Replacement,
         backing: Arc<dyn Backing>,
+        bits: ScratchBits,
     ) -> Result<Self, PagingError> {
         let geometry = Geometry::new(config, blocks, dtype);
         let shape = Shape {
@@ -135,6 +137,10 @@ impl KvPool {
             kv_heads: geometry.kv_heads,
             blocks,
             piece_bytes: geometry.piece_bytes(),
+            coding: match bits {
+                ScratchBits::AsInMemory => None,
+                ScratchBits::Eight => Some(Coding::new(geometry.head_dim, dtype)),
+            },
         };
         let pager = Pager::new(shape, frames, replacement, backing)?;
         Ok(Self {
@@ -266,6 +272,13 @@ impl KvPool {
         if let Memory::Paged(pager) = &mut self.memory {
             blocks.iter().for_each(|&block| pager.forget(block));
         }
+    }
+
+    /// Whether all that some pages hold is what was written to them: nothing of it has come back
+    /// from [fewer bits](ScratchBits).
+    pub(crate) fn is_exact(&self, blocks: &[BlockId]) -> bool {
+        let rounded = |pager: &Pager| blocks.iter().any(|&block| pager.is_rounded(block));
+        !self.pager().is_some_and(rounded)
     }
 
     /// Pages of which a whole layer is in memory at once, at most.

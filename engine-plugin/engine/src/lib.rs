@@ -55,4 +55,6 @@ pub use model::{
     BeforeLayer, Fate, ForwardError, LoadError, Logits, LogitsWanted, Model, Pages, Positions,
     Scratch, Step,
 };
-pub use paging::{Backing, Pager, PagerStats, PagingError, Replacement, ScratchFile, Stalls};
+pub use paging::{
+    Backing, Pager, PagerStats, PagingError, Replacement, ScratchBits, ScratchFile, Stalls,
+};

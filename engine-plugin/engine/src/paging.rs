@@ -17,8 +17,9 @@
 //!
 //! A *piece* is one KV head of one layer of one block: `[K, V][token][head_dim]`, 4 KiB for 64
 //! dimensions in 16 bits. It is the smallest thing that moves, because pages are chosen by KV
-//! head. A *frame* is memory for one piece. Both are padded to [`file::SECTOR_BYTES`], the unit
-//! of direct I/O: pools of less than 4 KiB a piece waste the rest, in memory and on disk.
+//! head. A *frame* is memory for one piece, a *slot* its place in the file. Both are padded to
+//! [`file::SECTOR_BYTES`], which does for direct I/O everywhere: pools of less than 4 KiB a piece
+//! waste the rest, in memory and on disk.
 //!
 //! # Movement
 //!
@@ -29,6 +30,24 @@
 //! that a page may be read while it is written behind. Loading only the pieces that matter, by
 //! head, and one layer ahead, follows LeoAM (arXiv 2506.20187); parking that moves only what
 //! changed, in groups, FastSwitch (arXiv 2411.18424, section 3).
+//!
+//! # Fewer bits on disk
+//!
+//! With [`ScratchBits::Eight`] a slot holds 8 bits an element, and an f32 for every 32 channels of a
+//! token: 4,608 bytes for 128 channels, of 8,192 in f16 or 16,384 in f32. Slots are padded to the
+//! sectors that the file asks for then ([`Backing::sector_bytes`]: 512 bytes on most disks);
+//! where that saves nothing, as in f16 where sectors are of 4 KiB, pieces are stored as they are.
+//! Threads that read decode what has come, each in its frame, so memory holds the pool's
+//! element type and takes no more. Checksums are of what the file holds.
+//!
+//! That loses precision, once: a value comes back within 1/254 of the largest magnitude of its 32
+//! channels (and 2^-15 of that), rounded to the element type. A group with a value that is infinite
+//! or no number comes back as NaN. What came back and is written again is the same bits, also
+//! where tokens were written beside it: steps are per token, and the same for rounded
+//! values as for those that were rounded. So neither parking often nor pages that fill up token by
+//! token add to the error. What has not come back is exact; so results depend on which
+//! pages gave way. Chunks computed over what came back are not captured for the cache.
+//! How pieces are coded, and why not by the codec: `coded.rs`.
 //!
 //! # Failure
 //!
@@ -106,10 +125,11 @@
 //!
 //! # Not here
 //!
-//! Pieces are not compressed on disk. A prompt is computed over all of its pages: a layer of the
-//! longest sequence has to fit into memory. Who waits for the disk computes nothing meanwhile, be
-//! it for other sequences: parking waits for its writes.
+//! Pieces are not compressed further on disk: slots have one size. A prompt is computed over all
+//! of its pages: a layer of the longest sequence has to fit into memory. Who waits for the disk
+//! computes nothing meanwhile, be it for other sequences: parking waits for its writes.
 
+pub(crate) mod coded;
 mod digest;
 mod estimate;
 #[cfg(test)]
@@ -130,6 +150,7 @@ use rustix::io::Errno;
 
 use crate::kv::BlockId;
 
+pub use coded::ScratchBits;
 pub use digest::{Detail, Digests, GROUP_PAGES};
 pub use estimate::page_weights;
 pub use file::{Backing, ScratchFile};

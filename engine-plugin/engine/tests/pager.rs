@@ -11,7 +11,7 @@ use std::sync::Arc;
 use kvasir_engine::paging::{Detail, Digests};
 use kvasir_engine::{
     BLOCK_TOKENS, BlockId, ForwardError, KvDtype, KvPool, LogitsWanted, Model, Pages, PagingError,
-    Positions, Replacement, Scratch, ScratchFile, Step, Threads,
+    Positions, Replacement, Scratch, ScratchBits, ScratchFile, Step, Threads,
 };
 
 mod models;
@@ -20,13 +20,21 @@ use models::models;
 /// Tokens of a sequence, at most.
 const TOKENS: usize = 176;
 const SEQUENCES: usize = 3;
+/// How far logits over 8 bits an element are from those over memory: root of the mean square,
+/// over that of the logits.
+const LOGITS_8_BITS: f64 = 0.01;
 
 fn paged(model: &Model, dtype: KvDtype, frames: usize) -> KvPool {
+    paged_in(model, dtype, frames, ScratchBits::AsInMemory)
+}
+
+fn paged_in(model: &Model, dtype: KvDtype, frames: usize, bits: ScratchBits) -> KvPool {
     let directory = tempfile::tempdir().unwrap();
     let file = Arc::new(ScratchFile::create(directory.path()).unwrap());
     let blocks = SEQUENCES * TOKENS / BLOCK_TOKENS;
     let replacement = Replacement::Clock;
-    KvPool::paged(model.config(), blocks, dtype, frames, replacement, file).unwrap()
+    let config = model.config();
+    KvPool::paged(config, blocks, dtype, frames, replacement, file, bits).unwrap()
 }
 
 fn whole(model: &Model, dtype: KvDtype) -> KvPool {
@@ -188,6 +196,56 @@ fn parked_and_resumed_is_uninterrupted() {
             logits
         };
         assert!(decode(true) == decode(false), "{name}");
+    }
+}
+
+/// The largest of some logits, and by how much.
+fn best(logits: &[f32]) -> (usize, f32) {
+    let mut all: Vec<(usize, f32)> = logits.iter().copied().enumerate().collect();
+    all.sort_by(|a, b| b.1.total_cmp(&a.1));
+    (all[0].0, all[0].1 - all[1].1)
+}
+
+/// With 8 bits an element on disk, logits stay close to those over memory: all pages have been
+/// there and back, some of them many times, while they were filled.
+#[test]
+fn logits_over_8_bits_are_close() {
+    for (name, model) in models() {
+        let tokens = tokens(&model);
+        for dtype in [KvDtype::F32, KvDtype::Bf16, KvDtype::F16] {
+            let frames = frames(&model, SEQUENCES);
+            let exact = Run::new(&model, paged(&model, dtype, frames), ALL).story(&tokens);
+            let pool = paged_in(&model, dtype, frames, ScratchBits::Eight);
+            let mut run = Run::new(&model, pool, ALL);
+            let close = run.story(&tokens);
+            let pager = run.pool.pager().unwrap();
+            let (stats, slot) = (pager.stats(), pager.slot_bytes() as u64);
+            assert!(stats.evictions > 0 && stats.read_bytes > 0, "{name}");
+            assert_eq!(stats.read_bytes % slot, 0, "{name}");
+            let rms = |values: &mut dyn Iterator<Item = f32>| {
+                let squares = values.map(|value| f64::from(value).powi(2));
+                (squares.sum::<f64>() / exact.len() as f64).sqrt()
+            };
+            let size = rms(&mut exact.iter().copied());
+            let error = rms(&mut exact.iter().zip(&close).map(|(a, b)| a - b)) / size;
+            let is_coded = pager.slot_bytes() < pager.frame_bytes();
+            assert_eq!(is_coded, error > 0.0, "{name} {dtype:?}: {error}");
+            assert!(error < LOGITS_8_BITS, "{name} {dtype:?}: {error}");
+            // The first choice is the same, unless it was next to a tie.
+            let vocabulary = model.config().vocab_size;
+            let (mut clear, mut rows) = (0, 0);
+            for (a, b) in exact.chunks(vocabulary).zip(close.chunks(vocabulary)) {
+                let (first, margin) = best(a);
+                let is_clear = f64::from(margin) > 4.0 * LOGITS_8_BITS * size;
+                rows += 1;
+                clear += usize::from(is_clear);
+                assert!(
+                    !is_clear || best(b).0 == first,
+                    "{name} {dtype:?}: {margin}"
+                );
+            }
+            assert!(2 * clear > rows, "{name} {dtype:?}: {clear} of {rows}");
+        }
     }
 }
 

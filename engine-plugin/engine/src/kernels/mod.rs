@@ -16,6 +16,7 @@
 
 mod attention;
 mod boxes;
+mod eight_bits;
 mod elementwise;
 mod isa;
 mod matmul;
@@ -32,6 +33,7 @@ pub(crate) use boxes::{
     CODE_ROWS, Reach, Weighed, add_signs, add_weights, dots, log_means, log_sum, max_weights,
     reach, reach_ends, weigh, widen,
 };
+pub(crate) use eight_bits::{STEP_BYTES, dequantise, narrow_bf16, quantise};
 pub(crate) use elementwise::{LANES, add_bias, rms_norm, rms_norm_in_place, silu_mul};
 pub(crate) use matmul::{PANEL, PackedMatrix, matmul, matmul_row};
 

@@ -12,7 +12,7 @@ use super::file::Backing;
 /// A file in memory whose operations fail when told to.
 #[derive(Debug, Default)]
 pub(crate) struct FaultyFile {
-    bytes: Mutex<Vec<u8>>,
+    pub(crate) bytes: Mutex<Vec<u8>>,
     pub(crate) full: AtomicBool,
     pub(crate) broken: AtomicBool,
     /// Flips a bit of every read.
@@ -61,6 +61,10 @@ impl FaultyFile {
 }
 
 impl Backing for FaultyFile {
+    fn sector_bytes(&self) -> usize {
+        512
+    }
+
     fn prepare(&self, bytes: u64) -> io::Result<()> {
         self.bytes
             .lock()

@@ -7,25 +7,31 @@ use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use rustix::fs::OFlags;
+use rustix::fs::{AtFlags, OFlags, StatxFlags, statx};
 use rustix::io::{Errno, preadv};
 
 use super::PagingError;
 
-/// What direct I/O asks of addresses, lengths and offsets: the largest logical block in use.
+/// What direct I/O asks of addresses, lengths and offsets, at most: the largest logical block in use.
 pub const SECTOR_BYTES: usize = 4096;
 
 /// Bytes outside memory, which nobody needs once the pool is gone. [`ScratchFile`] is the real
 /// one; others exist to make I/O fail.
 ///
 /// # Contract
-/// - Offsets, lengths and addresses are multiples of [`SECTOR_BYTES`].
+/// - Offsets, lengths and addresses are multiples of [`Self::sector_bytes`].
 /// - Reads and writes may be short; zero bytes read means the end of the file.
 /// - After a write that succeeded, reads see it. Ranges never written are never read.
 /// - Many threads call at once. Writes do not overlap then; what is read while it is written may
 ///   be anything, and is not used.
 /// - Calls may take any time: nobody waits for them for ever.
 pub trait Backing: Send + Sync + fmt::Debug {
+    /// What offsets, lengths and addresses have to be multiples of: a power of two, at most
+    /// [`SECTOR_BYTES`], which is the default.
+    fn sector_bytes(&self) -> usize {
+        SECTOR_BYTES
+    }
+
     /// Prepares for `bytes` bytes, of which none need be reserved.
     ///
     /// # Errors
@@ -52,6 +58,7 @@ pub trait Backing: Send + Sync + fmt::Debug {
 pub struct ScratchFile {
     file: File,
     direct: bool,
+    sector_bytes: usize,
 }
 
 impl ScratchFile {
@@ -82,7 +89,16 @@ impl ScratchFile {
         };
         let made = opened.and_then(|opened| fs::remove_file(&path).map(|()| opened));
         let (file, direct) = made.map_err(|error| PagingError::Create(errno(&error)))?;
-        Ok(Self { file, direct })
+        let sector_bytes = if direct {
+            direct_sector_bytes(&file)
+        } else {
+            SMALLEST_SECTOR_BYTES
+        };
+        Ok(Self {
+            file,
+            direct,
+            sector_bytes,
+        })
     }
 
     /// Whether reads and writes go past the page cache.
@@ -91,7 +107,29 @@ impl ScratchFile {
     }
 }
 
+/// What direct I/O asks for, if the file system says so (Linux 6.1), and what does everywhere if
+/// not.
+fn direct_sector_bytes(file: &File) -> usize {
+    let Ok(found) = statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN) else {
+        return SECTOR_BYTES;
+    };
+    let bytes = found.stx_dio_mem_align.max(found.stx_dio_offset_align);
+    let says = found.stx_mask & StatxFlags::DIOALIGN.bits() != 0;
+    match usize::try_from(bytes) {
+        Ok(bytes) if says && bytes.is_power_of_two() => {
+            bytes.clamp(SMALLEST_SECTOR_BYTES, SECTOR_BYTES)
+        }
+        _ => SECTOR_BYTES,
+    }
+}
+
+const SMALLEST_SECTOR_BYTES: usize = 512;
+
 impl Backing for ScratchFile {
+    fn sector_bytes(&self) -> usize {
+        self.sector_bytes
+    }
+
     fn prepare(&self, bytes: u64) -> io::Result<()> {
         // Writes past the end of a file take turns, those inside do not.
         self.file.set_len(bytes)

@@ -22,6 +22,7 @@ use kvasir_types::Checksum;
 use rustix::io::Errno;
 
 use super::PagingError;
+use super::coded::Slots;
 use super::file::{self, Backing, errno};
 use super::frames::{FrameId, PieceId};
 
@@ -109,6 +110,7 @@ pub(super) struct Device {
 #[derive(Debug)]
 struct Shared {
     backing: Arc<dyn Backing>,
+    slots: Slots,
     queues: Mutex<Queues>,
     /// Rung when there is work, or none any more.
     work: Condvar,
@@ -131,10 +133,15 @@ struct Queues {
 }
 
 impl Device {
-    pub(super) fn new(backing: Arc<dyn Backing>, timeout: Duration) -> Result<Self, PagingError> {
+    pub(super) fn new(
+        backing: Arc<dyn Backing>,
+        slots: Slots,
+        timeout: Duration,
+    ) -> Result<Self, PagingError> {
         let mut device = Self {
             shared: Arc::new(Shared {
                 backing,
+                slots,
                 queues: Mutex::default(),
                 work: Condvar::new(),
                 landed: Condvar::new(),
@@ -316,7 +323,7 @@ impl Shared {
             queues.busy += 1;
             drop(queues);
             let Job { work, generation } = job;
-            let work = work.run(&*self.backing);
+            let work = work.run(&*self.backing, &self.slots);
             queues = self.lock();
             queues.busy -= 1;
             queues.hangs = false;
@@ -338,10 +345,10 @@ impl Queues {
 
 impl Work {
     /// Does it. Nothing is left of what somebody waits for elsewhere.
-    fn run(self, backing: &dyn Backing) -> Option<Self> {
+    fn run(self, backing: &dyn Backing, slots: &Slots) -> Option<Self> {
         match self {
             Self::Read(mut runs) => {
-                runs.iter_mut().for_each(|run| run.run(backing));
+                runs.iter_mut().for_each(|run| run.run(backing, slots));
                 Some(Self::Read(runs))
             }
             Self::Write(mut run) => {
@@ -349,7 +356,7 @@ impl Work {
                 Some(Self::Write(run))
             }
             Self::ReadOut(read) => {
-                read.run(backing);
+                read.run(backing, slots);
                 None
             }
         }
@@ -369,38 +376,45 @@ impl Work {
 }
 
 impl ReadOut {
-    fn run(self, backing: &dyn Backing) {
+    fn run(self, backing: &dyn Backing, slots: &Slots) {
         let Self {
             offset,
             mut memory,
             checksum,
             to,
         } = self;
-        let mut slices = [IoSliceMut::new(&mut memory)];
-        let read = file::read_full(backing, &mut slices, offset);
+        let part = slots.part(&mut memory);
+        let read = file::read_full(backing, &mut [IoSliceMut::new(part)], offset);
+        let is_sound = Checksum::of(part) == checksum;
         // Who has stopped waiting wants it no more.
         let _ = to.send(match read {
             Err(error) => Err(Fault::Device(error)),
-            Ok(()) if Checksum::of(&memory) == checksum => Ok(memory),
+            Ok(()) if is_sound => {
+                slots.unpack(&mut memory);
+                Ok(memory)
+            }
             Ok(()) => Err(Fault::Corrupt),
         });
     }
 }
 
 impl ReadRun {
-    fn run(&mut self, backing: &dyn Backing) {
+    fn run(&mut self, backing: &dyn Backing, slots: &Slots) {
         let mut memory: Vec<IoSliceMut<'_>> = self
             .pieces
             .iter_mut()
-            .map(|piece| IoSliceMut::new(&mut piece.memory))
+            .map(|piece| IoSliceMut::new(slots.part(&mut piece.memory)))
             .collect();
         let read = file::read_full(backing, &mut memory, self.offset);
         for piece in &mut self.pieces {
             piece.outcome = match read {
                 Err(error) => Err(Fault::Device(error)),
-                Ok(()) if Checksum::of(&piece.memory) == piece.checksum => Ok(()),
+                Ok(()) if Checksum::of(slots.part(&mut piece.memory)) == piece.checksum => Ok(()),
                 Ok(()) => Err(Fault::Corrupt),
             };
+            if piece.outcome.is_ok() {
+                slots.unpack(&mut piece.memory);
+            }
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::BytesMut;
@@ -9,6 +10,7 @@ use kvasir_types::Checksum;
 use rustix::io::Errno;
 
 use super::PagingError;
+use super::coded::{Coding, Slots};
 use super::file::{Backing, SECTOR_BYTES, errno};
 use super::foresight::Foresight;
 use super::frames::{FrameId, Frames, Heat, PieceId, Replacement, aligned};
@@ -42,6 +44,8 @@ pub(crate) struct Shape {
     pub(crate) blocks: usize,
     /// Bytes of a piece, padding not counted.
     pub(crate) piece_bytes: usize,
+    /// How pieces lie in the file, if not as they are.
+    pub(crate) coding: Option<Coding>,
 }
 
 impl Shape {
@@ -116,7 +120,10 @@ impl Piece {
 #[derive(Debug)]
 pub struct Pager {
     shape: Shape,
+    slots: Slots,
     pieces: Vec<Piece>,
+    /// By block, whether anything of it has come back from the file not as it was.
+    rounded: Vec<AtomicBool>,
     frames: Frames,
     device: Device,
     /// The latest request; what it wanted stays until the next one.
@@ -158,8 +165,9 @@ impl Pager {
         if u32::try_from(pieces).is_err() {
             return Err(PagingError::TooLarge(pieces));
         }
+        let slots = Slots::new(shape.piece_bytes, shape.coding, backing.sector_bytes());
         backing
-            .prepare(pieces as u64 * shape.frame_bytes() as u64)
+            .prepare(pieces as u64 * slots.bytes() as u64)
             .map_err(|error| write_error(errno(&error)))?;
         Ok(Self {
             pieces: vec![Piece::EMPTY; pieces],
@@ -169,7 +177,9 @@ impl Pager {
                 shape.layers,
                 replacement,
             ),
-            device: Device::new(backing, Self::TIMEOUT)?,
+            device: Device::new(backing, slots, Self::TIMEOUT)?,
+            rounded: (0..shape.blocks).map(|_| AtomicBool::new(false)).collect(),
+            slots,
             shape,
             epoch: 0,
             dirty: VecDeque::new(),
@@ -215,6 +225,11 @@ impl Pager {
         self.shape.frame_bytes()
     }
 
+    /// Bytes of a piece in the file, padding included.
+    pub fn slot_bytes(&self) -> usize {
+        self.slots.bytes()
+    }
+
     /// Bytes in memory, in use or not: the frames, and buffers of writes.
     pub fn resident_bytes(&self) -> usize {
         self.frames.count() * self.frame_bytes() + WRITE_GROUPS * GROUP_BYTES
@@ -251,8 +266,21 @@ impl Pager {
             .device
             .read_out(memory, self.offset(piece), entry.checksum)
             .map_err(|fault| self.read_error(piece, fault))?;
+        self.note_rounded(piece);
         bytes.truncate(self.shape.piece_bytes);
         Ok(Some(bytes))
+    }
+
+    /// Whether anything that a block holds has come back from the file not as it was.
+    pub(crate) fn is_rounded(&self, block: BlockId) -> bool {
+        self.rounded[block.0 as usize].load(Ordering::Relaxed)
+    }
+
+    fn note_rounded(&self, piece: PieceId) {
+        if self.slots.are_coded() {
+            let (_, block) = self.shape.layer_and_block(piece);
+            self.rounded[block.0 as usize].store(true, Ordering::Relaxed);
+        }
     }
 
     fn resident(&self, piece: PieceId) -> Option<FrameId> {
@@ -378,6 +406,7 @@ impl Pager {
 
     /// Lets go of all pieces of a block: they hold nothing from now on.
     pub(crate) fn forget(&mut self, block: BlockId) {
+        *self.rounded[block.0 as usize].get_mut() = false;
         for layer in 0..self.shape.layers {
             for kv_head in 0..self.shape.kv_heads {
                 let piece = self.shape.piece(layer, kv_head, block);
@@ -479,6 +508,6 @@ impl Pager {
     }
 
     fn offset(&self, piece: PieceId) -> u64 {
-        u64::from(piece.0) * self.frame_bytes() as u64
+        u64::from(piece.0) * self.slots.bytes() as u64
     }
 }

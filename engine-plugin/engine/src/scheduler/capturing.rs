@@ -7,7 +7,7 @@ use kvasir_types::{Hints, LayerIdx};
 use super::engine_loop::EngineLoop;
 use super::sequence::Phase;
 use crate::cache::PoolBackend;
-use crate::kv::KvError;
+use crate::kv::{BLOCK_TOKENS, KvError};
 
 impl EngineLoop {
     /// Copies chunks out of the pages for the cache, of sequences whose first token is
@@ -77,6 +77,13 @@ impl EngineLoop {
                     .map(|()| Bytes::from(payload))
             })
             .collect();
+        // Others would take for exact what was rounded, or computed over what was.
+        let end = (first + prompt.chunk_tokens()).div_ceil(BLOCK_TOKENS);
+        if !self.pool.is_exact(&sequence.blocks[..end]) {
+            tracing::debug!(chunk, "a chunk is not stored: its pages were rounded");
+            sequence.capture = 0..0;
+            return;
+        }
         match layers {
             Ok(layers) => {
                 let keys = prompt.keys();

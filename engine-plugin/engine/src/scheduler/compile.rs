@@ -231,6 +231,10 @@ impl EngineLoop {
                     .map(|()| Bytes::from(payload))
             })
             .collect();
+        if !self.pool.is_exact(blocks) {
+            tracing::debug!(key = %job.key, "a compiled chunk is not stored: its pages were rounded");
+            return;
+        }
         match layers {
             Ok(layers) => {
                 let copy = ChunkCopy {

@@ -16,7 +16,7 @@ use crate::kernels::Threads;
 use crate::kv::{KvDtype, KvPool};
 use crate::model::Model;
 use crate::paging::faulty::FaultyFile;
-use crate::paging::{Backing, Replacement};
+use crate::paging::{Backing, Replacement, ScratchBits};
 use crate::request::{Event, GenerateRequest};
 use crate::sampling::SamplingParams;
 
@@ -45,6 +45,7 @@ pub(super) fn engine(
         frames,
         Replacement::Clock,
         backing,
+        ScratchBits::default(),
     );
     let pool = pool.unwrap().with_timeout(timeout);
     let config = EngineConfig::for_tokens(BLOCKS * 16);

@@ -380,6 +380,7 @@ fn paged_pool(
         paging.frames,
         Replacement::default(),
         Arc::clone(&paging.backing),
+        paging.bits,
     )
     .map_err(StartError::Paging)?
     .with_timeout(paging.timeout);

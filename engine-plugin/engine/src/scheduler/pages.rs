@@ -6,19 +6,22 @@ use std::time::Duration;
 
 use super::engine_loop::EngineLoop;
 use crate::kv::BlockId;
-use crate::paging::{Backing, Options, Pager, PagerStats};
+use crate::paging::{Backing, Options, Pager, PagerStats, ScratchBits};
 
 /// Keeps KV in memory only in part; see [`crate::paging`].
 ///
 /// A layer of one sequence has to fit into memory, no more. Sequences that do not fit together
 /// are parked and take turns. All of it gives the very tokens and logits that memory for
-/// everything gives, unless pages are [selected](Self::selection).
+/// everything gives, unless pages are [selected](Self::selection) or [rounded](Self::bits).
 #[derive(Clone, Debug)]
 pub struct PagingConfig {
     /// Pieces in memory: [`crate::KvPool::frames_in`] says how many some bytes hold.
     pub frames: usize,
     /// Where the others are.
     pub backing: Arc<dyn Backing>,
+    /// How the others lie there. Default: as in memory, which is exact. Chunks that were computed
+    /// over pages that have come back from fewer bits are not stored in the cache.
+    pub bits: ScratchBits,
     /// Pages that decoding attends to. Default: all, which is exact.
     pub selection: Option<PageSelection>,
     /// Batches that a sequence is in before others that wait for memory have their turn: tokens,
@@ -40,6 +43,7 @@ impl PagingConfig {
         Self {
             frames,
             backing,
+            bits: ScratchBits::default(),
             selection: None,
             turn_batches: Self::TURN_BATCHES,
             timeout: Pager::TIMEOUT,

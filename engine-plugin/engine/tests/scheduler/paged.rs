@@ -8,7 +8,7 @@ use kvasir_engine::request::{FinishReason, RequestError};
 use kvasir_engine::scheduler::{
     Engine, EngineConfig, PageSelection, PagingConfig, PagingStats, StartError,
 };
-use kvasir_engine::{Backing, Model, ScratchFile};
+use kvasir_engine::{Backing, Model, ScratchBits, ScratchFile};
 
 use super::*;
 
@@ -130,6 +130,66 @@ fn parked_sequences_are_as_those_in_memory() {
         assert!(run(&engine, &prompts) == expected, "{name}");
         let stats = stats(&engine);
         assert_eq!((stats.parks, stats.pager.read_bytes), (0, 0), "{name}");
+    }
+}
+
+/// Tokens and their log probabilities, of sequences of 200 tokens, all at once.
+fn choices(engine: &Engine, prompts: &[Vec<u32>]) -> Vec<Vec<(u32, f32)>> {
+    let handle = engine.handle();
+    let all: Vec<_> = prompts
+        .iter()
+        .map(|prompt| submit(&handle, prompt, 200 - prompt.len()))
+        .collect();
+    all.into_iter()
+        .map(|mut events| {
+            std::iter::from_fn(|| events.blocking_recv())
+                .filter_map(|event| match event {
+                    Event::Token { id, logprob, .. } => Some((id, logprob)),
+                    Event::Failed(error) => panic!("{error}"),
+                    _ => None,
+                })
+                .collect()
+        })
+        .collect()
+}
+
+/// With 8 bits an element on disk, sequences are parked and resumed as ever, move fewer bytes, and
+/// choose the tokens that they would have chosen, up to one that is next to a tie.
+#[test]
+fn parked_sequences_in_8_bits_answer_alike() {
+    for name in ["llama3-gqa", "qwen3", "mistral-window"] {
+        let model = fixture(name).model;
+        let prompts = prompts(&model, 6);
+        let mut moved = Vec::new();
+        let [exact, close] = [ScratchBits::AsInMemory, ScratchBits::Eight].map(|bits| {
+            let mut config = paging(frames(&model, 2 * 208), file());
+            if let Some(paging) = &mut config.paging {
+                paging.bits = bits;
+            }
+            let engine = start(&model, &config);
+            let answers = choices(&engine, &prompts);
+            let stats = stats(&engine);
+            assert!(stats.parks > 0 && stats.resumes > 0, "{name}: {stats:?}");
+            assert_eq!(stats.restarts, 0, "{name}");
+            moved.push((stats.pager.read_bytes, stats.parked_bytes));
+            answers
+        });
+        let (mut same, mut all) = (0, 0);
+        for (exact, close) in exact.iter().zip(&close) {
+            assert_eq!(exact.len(), close.len());
+            all += exact.len();
+            for ((token, likely), (other, as_likely)) in exact.iter().zip(close) {
+                let off = (likely - as_likely).abs();
+                assert!(off < 0.05, "{name}: {off}");
+                if token != other {
+                    break;
+                }
+                same += 1;
+            }
+        }
+        assert!(2 * same > all, "{name}: {same} of {all}");
+        assert!(2 * moved[1].0 < moved[0].0, "{name}: {moved:?}");
+        assert!(2 * moved[1].1 < moved[0].1, "{name}: {moved:?}");
     }
 }
 

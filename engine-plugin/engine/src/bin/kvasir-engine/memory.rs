@@ -9,7 +9,7 @@ use anyhow::{Context as _, bail, ensure};
 use clap::ValueEnum;
 use kvasir_engine::paging::Options;
 use kvasir_engine::scheduler::{EngineConfig, PageSelection, PagingConfig};
-use kvasir_engine::{BLOCK_TOKENS, KvDtype, KvPool, ModelConfig, Pager, ScratchFile};
+use kvasir_engine::{BLOCK_TOKENS, KvDtype, KvPool, ModelConfig, Pager, ScratchBits, ScratchFile};
 use kvasir_types::ByteSize;
 
 const DEFAULT_KV_MEMORY: ByteSize = ByteSize::gib(1);
@@ -30,13 +30,19 @@ pub(super) struct MemoryArgs {
     context_tokens: Option<usize>,
     /// A directory on a local disk for the KV that --kv-memory does not hold. Memory then has to
     /// hold one layer of the longest sequence, no more; sequences that do not fit together take
-    /// turns. Answers are the same. The file has no name and is gone with the engine.
+    /// turns. Answers are the same, but for --scratch-bits and --page-share. The file has no name
+    /// and is gone with the engine.
     #[arg(long, value_name = "DIR")]
     scratch: Option<PathBuf>,
-    /// KV of all sequences, in memory or not. Default: enough for eight sequences of the longest
-    /// context, at most half of what is free on that disk.
+    /// KV of all sequences, in memory or not, in the size that it has in memory. Default: enough
+    /// for eight sequences of the longest context, at most half of what is free on that disk.
     #[arg(long, value_name = "BYTES", requires = "scratch")]
     scratch_capacity: Option<ByteSize>,
+    /// Bits an element in the file: 16 for as in memory, whatever --kv-dtype says; 8 for fewer
+    /// bytes to move, an approximation: what comes back is within 1/254 of the largest of 32
+    /// channels. What was computed over it is not stored in the cache.
+    #[arg(long, value_name = "BITS", requires = "scratch", value_enum, default_value_t = ScratchBitsArg::AsInMemory)]
+    scratch_bits: ScratchBitsArg,
     /// Tokens that a sequence generates before others have their turn.
     #[arg(long, value_name = "TOKENS", requires = "scratch", default_value_t = PagingConfig::TURN_BATCHES)]
     turn_tokens: NonZeroUsize,
@@ -70,6 +76,23 @@ impl From<KvDtypeArg> for KvDtype {
             KvDtypeArg::F32 => Self::F32,
             KvDtypeArg::Bf16 => Self::Bf16,
             KvDtypeArg::F16 => Self::F16,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum ScratchBitsArg {
+    #[value(name = "8")]
+    Eight,
+    #[value(name = "16")]
+    AsInMemory,
+}
+
+impl From<ScratchBitsArg> for ScratchBits {
+    fn from(arg: ScratchBitsArg) -> Self {
+        match arg {
+            ScratchBitsArg::Eight => Self::Eight,
+            ScratchBitsArg::AsInMemory => Self::AsInMemory,
         }
     }
 }
@@ -183,6 +206,7 @@ impl MemoryArgs {
             "KV goes to disk"
         );
         Ok(PagingConfig {
+            bits: self.scratch_bits.into(),
             selection,
             turn_batches: self.turn_tokens,
             timeout: Duration::from_secs(self.scratch_timeout.get()),
@@ -227,6 +251,7 @@ mod tests {
             "--scratch-capacity=1MiB",
             "--page-share=0.5",
             "--turn-tokens=3",
+            "--scratch-bits=8",
         ] {
             assert!(refusal(&[flag]).contains("--scratch"), "{flag}");
         }
@@ -248,6 +273,9 @@ mod tests {
         assert_eq!((paging.frames, paging.turn_batches.get()), (256, 5));
         assert_eq!(paging.timeout, Duration::from_secs(3));
         assert_eq!(paging.selection, None);
+        assert_eq!(paging.bits, ScratchBits::AsInMemory);
+        let config = engine(&[&scratch, "--scratch-bits=8"]).unwrap();
+        assert_eq!(config.paging.unwrap().bits, ScratchBits::Eight);
 
         let config = engine(&[&scratch, "--kv-memory=1MiB", "--page-share=0.25"]).unwrap();
         let paging = config.paging.unwrap();

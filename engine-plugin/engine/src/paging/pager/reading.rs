@@ -184,7 +184,7 @@ impl Pager {
             self.loading -= 1;
         }
         if read.outcome.is_ok() {
-            self.stats.read_bytes += read.memory.len() as u64;
+            self.stats.read_bytes += self.slots.bytes() as u64;
         }
         self.frames.return_memory(read.frame, read.memory);
         let tag = self.frames.tag_mut(read.frame);
@@ -196,7 +196,7 @@ impl Pager {
         }
         match (piece, read.outcome) {
             (None, _) => self.frames.release(read.frame),
-            (Some(_), Ok(())) => (),
+            (Some(piece), Ok(())) => self.note_rounded(piece),
             (Some(piece), Err(fault)) => {
                 self.pieces[piece.index()].frame = NOWHERE;
                 self.frames.release(read.frame);

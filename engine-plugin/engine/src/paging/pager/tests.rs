@@ -8,13 +8,17 @@ use super::*;
 use crate::paging::ScratchFile;
 use crate::paging::faulty::FaultyFile;
 
+mod coded;
 mod hanging;
+
+use coded::coded;
 
 const SHAPE: Shape = Shape {
     layers: 2,
     kv_heads: 2,
     blocks: 8,
     piece_bytes: 4096,
+    coding: None,
 };
 
 fn pager(shape: Shape, frames: usize, file: &Arc<FaultyFile>) -> Pager {
@@ -68,7 +72,8 @@ fn any_action(faults: bool, hangs: bool) -> impl Strategy<Value = Action> {
     let weight = u32::from(faults);
     let hanging = u32::from(hangs);
     prop_oneof![
-        8 => (0..pieces, 1..=255u8).prop_map(|(piece, value)| Action::Fill(piece, value)),
+        // As halves, all are numbers: they come back as they are from 8 bits too.
+        8 => (0..pieces, 1..=120u8).prop_map(|(piece, value)| Action::Fill(piece, value)),
         6 => (some(), any::<bool>()).prop_map(|(some, hot)| Action::Want(some, hot)),
         4 => some().prop_map(Action::Expect),
         2 => prop::collection::vec(blocks.clone(), 1..4).prop_map(Action::Park),
@@ -204,13 +209,15 @@ proptest! {
         frames in 10usize..40,
         short in prop_oneof![Just(0u64), Just(4096), Just(512)],
         least_recent: bool,
+        in_8_bits: bool,
         actions in prop::collection::vec(any_action(true, false), 1..80),
     ) {
         let file = Arc::new(FaultyFile::default());
         file.short.store(short, Ordering::Relaxed);
         let replacement = if least_recent { Replacement::LeastRecent } else { Replacement::Clock };
         let backing = Arc::clone(&file) as Arc<dyn Backing>;
-        let mut pager = Pager::new(SHAPE, frames, replacement, backing).unwrap();
+        let shape = if in_8_bits { coded(SHAPE) } else { SHAPE };
+        let mut pager = Pager::new(shape, frames, replacement, backing).unwrap();
         follow(&mut pager, Some(&file), &actions);
     }
 }
@@ -238,12 +245,14 @@ proptest! {
     #[test]
     fn a_scratch_file_keeps_the_contract(
         frames in 10usize..40,
+        in_8_bits: bool,
         actions in prop::collection::vec(any_action(false, false), 1..80),
     ) {
         let directory = tempfile::tempdir().unwrap();
         let file = ScratchFile::create(directory.path()).unwrap();
         prop_assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
-        let mut pager = Pager::new(SHAPE, frames, Replacement::Clock, Arc::new(file)).unwrap();
+        let shape = if in_8_bits { coded(SHAPE) } else { SHAPE };
+        let mut pager = Pager::new(shape, frames, Replacement::Clock, Arc::new(file)).unwrap();
         follow(&mut pager, None, &actions);
     }
 }
@@ -256,6 +265,7 @@ fn adjoining_pieces_are_one_operation() {
         kv_heads: 1,
         blocks: 600,
         piece_bytes: 4096,
+        coding: None,
     };
     let file = Arc::default();
     let mut pager = pager(shape, 600, &file);

@@ -59,7 +59,7 @@ impl Pager {
                 self.frames.release(frame);
             }
         }
-        Ok((dirty.len() * self.frame_bytes()) as u64)
+        Ok((dirty.len() * self.slots.bytes()) as u64)
     }
 
     /// Starts to write when much is dirty, without waiting.
@@ -137,7 +137,7 @@ impl Pager {
 
     /// There must be a buffer, and no piece of the run being written.
     fn submit_write(&mut self, run: &[PieceId], behind: bool) {
-        let bytes = self.frame_bytes();
+        let bytes = self.slots.bytes();
         let mut buffer = self.buffers.pop().expect("there is a buffer");
         if buffer.len() < run.len() * bytes {
             buffer = aligned(GROUP_BYTES.max(bytes));
@@ -145,7 +145,7 @@ impl Pager {
         let mut pieces = Vec::with_capacity(run.len());
         for (&piece, copy) in run.iter().zip(buffer.chunks_exact_mut(bytes)) {
             let frame = self.resident(piece).expect("dirty pieces are in memory");
-            copy.copy_from_slice(self.frames.bytes(frame));
+            self.slots.pack(self.frames.bytes(frame), copy);
             pieces.push((piece, Checksum::of(copy)));
             let tag = self.frames.tag_mut(frame);
             tag.dirty = false;
