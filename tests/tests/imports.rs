@@ -49,6 +49,10 @@ const ALLOWED: &[(&str, &[&str])] = &[
         "kvasir-engine",
         &["kvasir-types", "kvasir-plugin", "kvasir-cuda"],
     ),
+    (
+        "kvasir-python",
+        &["kvasir-types", "kvasir-client", "kvasir-plugin"],
+    ),
     ("kvasir-bench", ANY),
     ("kvasir-tests", ANY),
     // Small, because it is built once more with a sanitizer.
@@ -73,6 +77,7 @@ const CONFINED: &[(&str, &[&str])] = &[
         ],
     ),
     ("rocksdb", &["kvasir-store"]),
+    ("pyo3", &["kvasir-python"]),
     ("cudarc", &["kvasir-cuda", "kvasir-engine"]),
     ("ibverbs", &["kvasir-transport"]),
     ("ibverbs-sys", &["kvasir-transport"]),
