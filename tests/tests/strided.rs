@@ -19,7 +19,8 @@ use kvasir_tests::harness::start_daemon;
 use kvasir_types::{ChunkKey, DType, Hints, KvLayout, LayerIdx, ModelIdentity, Namespace, Planes};
 
 const DAEMON: &str = env!("CARGO_BIN_EXE_daemon");
-const BLOCKS: u32 = 2 * backend::CHUNKS as u32;
+/// Of two sequences of [`backend::CHUNKS`] each.
+const BLOCKS: u32 = 6;
 const ROW: usize = 32;
 
 #[derive(Debug)]
