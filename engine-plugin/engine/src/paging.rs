@@ -119,9 +119,10 @@
 //!
 //! [`EngineConfig::paging`](crate::scheduler::EngineConfig::paging) makes the engine's loop run
 //! over such a pool: sequences that do not fit together take turns and are parked in between;
-//! while a layer computes, the next one is read, as much of it as its input foresees; and a
-//! sequence whose pages cannot be moved is computed again. Decoding chooses pages only if told
-//! to ([`PageSelection`](crate::scheduler::PageSelection)).
+//! while a layer computes, the next one is read; and a sequence whose pages cannot be moved is
+//! computed again. Decoding chooses pages only if told to
+//! ([`PageSelection`](crate::scheduler::PageSelection)), and then reads ahead what a layer's input
+//! foresees of the next one only if told to, too.
 //!
 //! # Not here
 //!
