@@ -382,6 +382,10 @@ mod tests {
             found: whole - 1,
         };
         assert_eq!(new(whole - 1), Err(refused));
+        // Memory behind the blocks is not theirs.
+        let mut fewer = Strided::new(layout(), strides("BHTP", 0), 4, small(whole)).unwrap();
+        let write = fewer.write_layer(&[4], 0, LayerIdx(0), &payload);
+        assert_eq!(write, Err(BackendError::OutsidePages { chunk: 0 }));
         let one = vec![Bytes(RefCell::new(Vec::new()))];
         let refused = Strided::new(layout(), strides("PBTH", 0), 5, one).map(|_| ());
         assert!(matches!(refused, Err(StridesError::Layers { .. })));
