@@ -216,11 +216,14 @@ class KvasirConnector(KVConnectorBase_V1, SupportsHMA):
         self._tracked.setdefault(request.request_id, Tracked(request))
         if num_external_tokens == 0:
             return
-        (table,) = blocks.get_block_ids()
+        table = blocks.get_block_ids()[0]
+        wanted = Blocks(request.request_id, [], table)
+        # vLLM waits for it from now on, whatever comes next: without names it fails.
+        self._wanted.append(wanted)
         first = self._found[request.request_id]
         end = first + num_external_tokens // self._geometry.layout.tokens
-        names = _names(request, first, end)
-        self._wanted.append(Blocks(request.request_id, names, table[first:end]))
+        wanted.names = _names(request, first, end)
+        wanted.blocks = table[first:end]
 
     def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> Work:
         work = Work(loads=self._wanted)
