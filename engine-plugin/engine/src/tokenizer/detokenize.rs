@@ -3,7 +3,9 @@
 //! A token's text can depend on the tokens before it (spaces between words)
 //! and be part of a character. So a short window of tokens is decoded again
 //! with each new one, and text is handed out once it no longer ends in the
-//! replacement character that stands for an unfinished one.
+//! replacement character that stands for an unfinished one. Bytes that belong
+//! to no character wait for a few tokens only; a character begun behind them
+//! still arrives whole.
 
 use std::sync::Arc;
 
@@ -47,15 +49,23 @@ impl Detokenizer {
         }
         self.window.push(id);
         let text = self.tokenizer.decode(&self.window, true)?;
-        if text.ends_with(UNFINISHED) && self.window.len() - self.settled < PENDING_TOKENS {
+        let unfinished = text.ends_with(UNFINISHED);
+        if unfinished && self.window.len() - self.settled < PENDING_TOKENS {
             return Ok(String::new());
         }
-        let new = self.fresh(&text);
+        // After so many bytes of no character, the last may begin one.
+        let (held_text, held_tokens) = if unfinished {
+            (UNFINISHED.len_utf8(), CHARACTER_BYTES - 1)
+        } else {
+            (0, 0)
+        };
+        let new = self.fresh(&text[..text.len() - held_text]);
         if !new.is_empty() {
             // What was handed out before is context no longer.
             self.window.drain(..self.settled);
-            self.settled = self.window.len();
-            self.emitted = self.tokenizer.decode(&self.window, true)?.len();
+            self.settled = self.window.len() - held_tokens;
+            let context = self.tokenizer.decode(&self.window, true)?;
+            self.emitted = context.len().saturating_sub(held_text);
         }
         Ok(new)
     }
@@ -77,8 +87,11 @@ impl Detokenizer {
 /// Tokens of the prompt that decide how the first word is joined to it.
 const CONTEXT_TOKENS: usize = 6;
 
-/// Tokens that may wait for a character to end. A character has at most four
-/// bytes; more tokens than this are bytes that belong to none.
+/// Bytes of the longest character in UTF-8.
+const CHARACTER_BYTES: usize = 4;
+
+/// Tokens that may wait for a character to end. Of more than this, at most the
+/// last `CHARACTER_BYTES - 1` are part of one; the others are of none.
 const PENDING_TOKENS: usize = 8;
 
 const UNFINISHED: char = char::REPLACEMENT_CHARACTER;
