@@ -58,6 +58,20 @@ class Daemon:
     def thaw(self) -> None:
         self._process.send_signal(signal.SIGCONT)
 
+    def damage(self, every: int) -> None:
+        """Ends it, and turns a bit in as many bytes of what it has on disk; it will not know
+        before it reads that.
+        """
+        self.stop()
+        for path in (self._directory / "data" / "segments").iterdir():
+            with path.open("r+b") as segment:
+                for at in range(every, path.stat().st_size, every):
+                    segment.seek(at)
+                    (byte,) = segment.read(1)
+                    segment.seek(at)
+                    segment.write(bytes([byte ^ 1]))
+        self.start()
+
 
 def _state(task: Path) -> str:
     return (task / "stat").read_text().rpartition(") ")[2][0]

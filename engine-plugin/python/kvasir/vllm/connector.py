@@ -1,8 +1,9 @@
 """vLLM's connector to a Kvasir daemon.
 
 The scheduler asks what is cached (`BlockCache.find`), the worker loads and stores it. Blocks are
-loaded between steps, by threads that do not hold the GIL, and copied out of the engine's memory
-before a step ends, so that no block is ever held for the cache's sake.
+loaded between steps, by threads that do not hold the GIL, or on request while the step runs that
+needs them, each layer until it is its turn (`layerwise`). They are copied out of the engine's
+memory before a step ends, so that no block is ever held for the cache's sake.
 
 Whatever becomes of the daemon, requests are answered as without it: what is not found is
 computed, what was found and does not come is reported as failed, and computed
@@ -45,6 +46,9 @@ logger = logging.getLogger("vllm.kvasir")
 
 # How long an engine that ends waits for blocks to be stored.
 SHUTDOWN_SECONDS = 5.0
+
+# How long one call waits for a load that has been late already.
+PATIENCE_SECONDS = 1.0
 
 
 @dataclass
@@ -111,8 +115,8 @@ def _harmless(default: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]
 
 class KvasirConnector(KVConnectorBase_V1, SupportsHMA):
     """Options, in `kv_connector_extra_config`: `endpoint` (127.0.0.1:7420); `lookup_timeout`,
-    `load_timeout` and `cooldown`, in seconds; `store_buffer`, in bytes; `durable`; `min_tokens`,
-    below which nothing is looked for.
+    `load_timeout` and `cooldown`, in seconds; `store_buffer`, in bytes; `durable`; `layerwise`;
+    `min_tokens`, below which nothing is looked for.
     """
 
     def __init__(
@@ -128,14 +132,17 @@ class KvasirConnector(KVConnectorBase_V1, SupportsHMA):
         # Of requests that were asked for: where what was found begins.
         self._found: dict[str, int] = {}
         self._loading: dict[str, tuple[Load, Blocks]] = {}
-        # Loads that have ended, and how many of their blocks are whole.
-        self._over: dict[str, tuple[int, Blocks]] = {}
+        # Loads that the step which runs waits for, layer by layer.
+        self._awaited: list[tuple[Load, Blocks]] = []
+        # Requests whose loads have ended.
+        self._over: set[str] = set()
         self._failed: set[int] = set()
         self._blocks = {"blocks_loaded": 0, "blocks_failed": 0}
         # What was counted when that was asked last.
         self._counted: dict[str, int] = {}
         option = self._kv_transfer_config.get_from_extra_config
         self._min_tokens = int(option("min_tokens", 0))
+        self._layerwise = bool(option("layerwise", False))
         try:
             if self._kv_transfer_config.kv_load_failure_policy != "recompute":
                 raise Unsupported(
@@ -172,6 +179,11 @@ class KvasirConnector(KVConnectorBase_V1, SupportsHMA):
             logger.error("the Kvasir cache is off: %s", why)
         self._cache = None
 
+    @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        """A graph of the whole step would not wait for a layer."""
+        return bool(extra_config.get("layerwise", False))
+
     @property
     def requires_kv_delivery(self) -> bool:
         """A cache may lose what it was given."""
@@ -205,7 +217,7 @@ class KvasirConnector(KVConnectorBase_V1, SupportsHMA):
             return 0, False
         found = self._cache.find(names)
         self._found[request.request_id] = first
-        return found * size, found > 0
+        return found * size, found > 0 and not self._layerwise
 
     @_harmless(default=None)
     def update_state_after_alloc(
@@ -264,6 +276,8 @@ class KvasirConnector(KVConnectorBase_V1, SupportsHMA):
         tracked = self._tracked.get(request)
         if tracked is None:
             return
+        # What failed to load is computed, and stored, like what comes behind it.
+        tracked.stored = min(tracked.stored, computed // self._geometry.layout.tokens)
         tokens = computed + scheduled.num_scheduled_tokens.get(request, 0)
         # Tokens that are guessed have no hash yet.
         end = min(
@@ -306,12 +320,24 @@ class KvasirConnector(KVConnectorBase_V1, SupportsHMA):
                 load = self._cache.load(wanted.names, wanted.blocks)
             except Exception as error:
                 self._disable(error)
-                self._over[wanted.request] = (0, wanted)
+                self._count(0, wanted)
+                if not self._layerwise:
+                    self._over.add(wanted.request)
             else:
-                self._loading[wanted.request] = (load, wanted)
+                if self._layerwise:
+                    self._awaited.append((load, wanted))
+                else:
+                    self._loading[wanted.request] = (load, wanted)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Blocks are loaded between steps, and there when one begins."""
+        """Waits for a layer's blocks, until their load gives up if they do not come."""
+        if not self._awaited:
+            return
+        layers = self._geometry.layers
+        # One that has no blocks of its own uses those of any other.
+        layer = layers.index(layer_name) if layer_name in layers else len(layers) - 1
+        for load, _ in self._awaited:
+            load.wait_layer(layer)
 
     def save_kv_layer(
         self,
@@ -324,7 +350,9 @@ class KvasirConnector(KVConnectorBase_V1, SupportsHMA):
 
     @_harmless(default=None)
     def wait_for_save(self) -> None:
-        if self._cache is None:
+        is_whole = self._end_awaited()
+        # What was computed behind blocks that did not come is not what it should be.
+        if self._cache is None or not is_whole:
             return
         for full in self._work().stores:
             self._cache.store(full.names, full.blocks, parent=full.parent)
@@ -335,14 +363,28 @@ class KvasirConnector(KVConnectorBase_V1, SupportsHMA):
         for request, (load, wanted) in list(self._loading.items()):
             if (came := load.poll()) is not None:
                 del self._loading[request]
-                self._over[request] = (came, wanted)
-        for came, wanted in self._over.values():
-            self._failed.update(wanted.blocks[came:])
-            self._blocks["blocks_loaded"] += came
-            self._blocks["blocks_failed"] += len(wanted.blocks) - came
-        over = set(self._over)
-        self._over.clear()
+                self._count(came, wanted)
+                self._over.add(request)
+        over, self._over = self._over, set()
         return None, over or None
+
+    def _end_awaited(self) -> bool:
+        """Whether all came whole that the step has waited for."""
+        is_whole = True
+        for load, wanted in self._awaited:
+            # The blocks are the load's until it has ended, which its own deadlines see to.
+            while (came := load.wait(PATIENCE_SECONDS)) is None:
+                pass
+            self._count(came, wanted)
+            is_whole = is_whole and came == len(wanted.blocks)
+        self._awaited.clear()
+        return is_whole
+
+    def _count(self, came: int, wanted: Blocks) -> None:
+        """Notes how many of a load's leading blocks are whole; the others are to be computed."""
+        self._failed.update(wanted.blocks[came:])
+        self._blocks["blocks_loaded"] += came
+        self._blocks["blocks_failed"] += len(wanted.blocks) - came
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         failed, self._failed = self._failed, set()
@@ -352,7 +394,7 @@ class KvasirConnector(KVConnectorBase_V1, SupportsHMA):
         return Findings(is_off=True) if self._cache is None else None
 
     def get_kv_connector_stats(self) -> KvasirStats | None:
-        if self._cache is None or self.role != KVConnectorRole.WORKER:
+        if self._cache is None:
             return None
         now = self._cache.stats() | self._blocks
         since = {name: now[name] - self._counted.get(name, 0) for name in COUNTERS}

@@ -1,6 +1,7 @@
 """vLLM in a process of its own, told what to do by lines of JSON.
 
-Run by `test_vllm.py` as `python engine.py MODEL [ENDPOINT]`, with the interpreter that has vLLM.
+Run by `test_vllm.py` as `python engine.py MODEL [OPTIONS_JSON]`, with the interpreter that has
+vLLM. The options are those of the connector; without them there is none.
 """
 
 import json
@@ -16,21 +17,17 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 from vllm import LLM, SamplingParams, TokensPrompt  # noqa: E402
 
 
-def transfer(endpoint: str) -> dict[str, object]:
+def transfer(options: dict[str, object]) -> dict[str, object]:
     return {
         "kv_connector": "KvasirConnector",
         "kv_connector_module_path": "kvasir.vllm",
         "kv_role": "kv_both",
         "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": {
-            "endpoint": endpoint,
-            "load_timeout": 1.0,
-            "cooldown": 0.5,
-        },
+        "kv_connector_extra_config": {"load_timeout": 1.0, "cooldown": 0.5} | options,
     }
 
 
-def main(model: str, endpoint: str | None) -> None:
+def main(model: str, options: dict[str, object] | None) -> None:
     # What is said to the one who started this is kept apart from what vLLM prints.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -44,7 +41,7 @@ def main(model: str, endpoint: str | None) -> None:
         max_num_seqs=8,
         block_size=32,
         enable_prefix_caching=True,
-        kv_transfer_config=transfer(endpoint) if endpoint else None,
+        kv_transfer_config=transfer(options) if options else None,
     )
     print(json.dumps({"ready": True}), file=answers, flush=True)
     for line in sys.stdin:
@@ -70,4 +67,4 @@ def main(model: str, endpoint: str | None) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else None)
+    main(sys.argv[1], json.loads(sys.argv[2]) if len(sys.argv) > 2 else None)

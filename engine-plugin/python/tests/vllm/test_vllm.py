@@ -22,11 +22,13 @@ MODELS = os.environ["KVASIR_TEST_MODELS"].split(":")
 class Engine:
     """A vLLM of its own, with a cache if it is told where."""
 
-    def __init__(self, model: str, endpoint: str | None = None) -> None:
+    def __init__(self, model: str, endpoint: str | None = None, **options: object) -> None:
         arguments = [sys.executable, str(ENGINE), model]
+        if endpoint:
+            arguments.append(json.dumps({"endpoint": endpoint} | options))
         self.log = b""
         self._process = subprocess.Popen(
-            arguments + ([endpoint] if endpoint else []),
+            arguments,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -124,12 +126,15 @@ def test_answers_are_those_without_a_cache_and_outlive_restarts(
     engine.close()
 
 
-@pytest.mark.parametrize("fault", ["kill", "freeze", "slow"])
+@pytest.mark.parametrize(
+    ("fault", "layerwise"),
+    [("kill", False), ("freeze", False), ("slow", False), ("kill", True), ("freeze", True)],
+)
 def test_a_daemon_that_fails_harms_no_request(
-    model: str, expected: list[list[int]], daemon: Daemon, fault: str
+    model: str, expected: list[list[int]], daemon: Daemon, fault: str, layerwise: bool
 ) -> None:
     prompts = workload(1)
-    engine = Engine(model, daemon.endpoint)
+    engine = Engine(model, daemon.endpoint, layerwise=layerwise)
     assert engine.run(prompts)["outputs"] == expected
     over = threading.Event()
 
@@ -152,6 +157,44 @@ def test_a_daemon_that_fails_harms_no_request(
     finally:
         over.set()
         thread.join()
+    engine.close()
+
+
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_what_is_found_and_does_not_come_is_computed(
+    model: str, expected: list[list[int]], daemon: Daemon, layerwise: bool
+) -> None:
+    prompts = workload(1)
+    engine = Engine(model, daemon.endpoint, layerwise=layerwise)
+    # Of what is asked later, the end is computed in the step that finds the beginning.
+    engine.run([prompt[:500] for prompt in prompts])
+    engine.close()
+    daemon.damage(every=1 << 20)
+
+    engine = Engine(model, daemon.endpoint, layerwise=layerwise)
+    assert engine.run(prompts)["outputs"] == expected
+    assert b"Recovered from KV load failure" in engine.log
+    # Nothing that was computed in between was stored as something else; what is damaged is found
+    # out and stored again, of each prompt a block at a time.
+    for _ in range(20):
+        again = engine.run(prompts, reset=True)
+        assert again["outputs"] == expected
+        if sum(again["cached"]) >= 0.95 * possible(prompts):
+            break
+    else:
+        pytest.fail("not all was stored again")
+    engine.close()
+
+
+def test_layers_are_loaded_while_a_step_runs(
+    model: str, expected: list[list[int]], daemon: Daemon
+) -> None:
+    prompts = workload(1)
+    engine = Engine(model, daemon.endpoint, layerwise=True)
+    assert engine.run(prompts)["outputs"] == expected
+    warm = engine.run(prompts, reset=True)
+    assert warm["outputs"] == expected
+    assert sum(warm["cached"]) >= 0.95 * possible(prompts)
     engine.close()
 
 
