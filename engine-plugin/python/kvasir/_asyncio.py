@@ -8,6 +8,8 @@ from kvasir._native import Chunk, Client, Layout
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
+    from kvasir._native import Tensor
+
 
 class AsyncClient:
     """As `Client`, with calls to be awaited. Cancelling one ends it."""
@@ -27,7 +29,7 @@ class AsyncClient:
         return await self._client.lookup_async(keys)
 
     async def put(
-        self, key: bytes, layout: Layout, data: "Buffer", *, durable: bool = True
+        self, key: bytes, layout: Layout, data: "Buffer | Tensor", *, durable: bool = True
     ) -> bool:
         return await self._client.put_async(key, layout, data, durable=durable)
 

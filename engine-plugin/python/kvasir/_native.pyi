@@ -1,7 +1,7 @@
 """The native half. Times are in seconds."""
 
 from collections.abc import Awaitable, Sequence
-from typing import final
+from typing import Any, Protocol, final
 
 from typing_extensions import Buffer
 
@@ -60,12 +60,27 @@ class Namespace:
     def content_key(self, tokens: Sequence[int]) -> bytes: ...
     def opaque_key(self, name: bytes) -> bytes: ...
 
+class Tensor(Protocol):
+    """What has DLPack: tensors of torch, arrays of numpy and jax, and others."""
+
+    def __dlpack__(self) -> Any: ...
+    def __dlpack_device__(self) -> tuple[int, int]: ...
+
 @final
 class Data:
-    """Bytes that came from a daemon; has the buffer protocol, read-only."""
+    """Bytes that came from a daemon; has the buffer protocol and DLPack, read-only."""
 
     def __len__(self) -> int: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
+    def __dlpack__(
+        self,
+        *,
+        stream: object = None,
+        max_version: tuple[int, int] | None = None,
+        dl_device: tuple[int, int] | None = None,
+        copy: bool | None = None,
+    ) -> Any: ...
+    def __dlpack_device__(self) -> tuple[int, int]: ...
 
 @final
 class Chunk:
@@ -91,7 +106,7 @@ class Client:
         """How many of the leading chunks are there."""
 
     def put(
-        self, key: bytes, layout: Layout, data: Buffer, *, durable: bool = True
+        self, key: bytes, layout: Layout, data: Buffer | Tensor, *, durable: bool = True
     ) -> bool:
         """Stores a chunk; true if it was not there.
 
@@ -113,7 +128,7 @@ class Client:
     def data_path(self) -> str | None: ...
     def lookup_async(self, keys: Sequence[bytes]) -> Awaitable[int]: ...
     def put_async(
-        self, key: bytes, layout: Layout, data: Buffer, *, durable: bool = True
+        self, key: bytes, layout: Layout, data: Buffer | Tensor, *, durable: bool = True
     ) -> Awaitable[bool]: ...
     def get_async(
         self, keys: Sequence[bytes], *, timeout: float | None = None

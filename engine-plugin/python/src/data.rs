@@ -8,8 +8,10 @@ use pyo3::exceptions::PyBufferError;
 use pyo3::ffi;
 use pyo3::prelude::*;
 
-/// Bytes that cannot be changed. Has the buffer protocol: `memoryview`, `numpy.frombuffer` and
-/// `torch.frombuffer` take it as it is.
+use crate::dlpack;
+
+/// Bytes that cannot be changed. Has the buffer protocol and DLPack: `memoryview`,
+/// `numpy.frombuffer`, `torch.frombuffer` and `torch.from_dlpack` take it as it is.
 #[pyclass(frozen, module = "kvasir")]
 #[derive(Debug)]
 pub(crate) struct Data(pub(crate) Bytes);
@@ -54,6 +56,31 @@ impl Data {
         }
     }
 
+    /// A tensor of bytes, for libraries that know DLPack 1.0.
+    #[pyo3(signature = (*, stream = None, max_version = None, dl_device = None, copy = None))]
+    fn __dlpack__(
+        &self,
+        py: Python<'_>,
+        stream: Option<Bound<'_, PyAny>>,
+        max_version: Option<(u32, u32)>,
+        dl_device: Option<(i32, i32)>,
+        copy: Option<bool>,
+    ) -> PyResult<Py<PyAny>> {
+        if dl_device.is_some_and(|device| device != self.__dlpack_device__()) || copy == Some(true)
+        {
+            let text = "the bytes are on the CPU and are not copied: ask for nothing else";
+            return Err(PyBufferError::new_err(text));
+        }
+        // Of devices alone.
+        drop(stream);
+        dlpack::tensor(py, &self.0, max_version)
+    }
+
+    #[expect(clippy::unused_self, reason = "a method by its protocol")]
+    fn __dlpack_device__(&self) -> (i32, i32) {
+        (1, 0)
+    }
+
     fn __repr__(&self) -> String {
         format!("<{} bytes>", self.0.len())
     }
@@ -71,8 +98,13 @@ impl AsRef<[u8]> for Given {
     }
 }
 
-/// A buffer's bytes, of whatever type, without a copy.
+/// The bytes of a buffer or of a tensor (DLPack), of whatever type, without a copy.
 pub(crate) fn bytes(object: &Bound<'_, PyAny>) -> PyResult<Bytes> {
+    // SAFETY: takes any object.
+    let is_buffer = unsafe { ffi::PyObject_CheckBuffer(object.as_ptr()) } != 0;
+    if !is_buffer && object.hasattr("__dlpack__")? {
+        return dlpack::bytes(object);
+    }
     let buffer = PyUntypedBuffer::get(object)?;
     if !buffer.is_c_contiguous() {
         return Err(PyBufferError::new_err(

@@ -11,6 +11,7 @@
 mod cache;
 mod client;
 mod data;
+mod dlpack;
 mod identity;
 mod memory;
 

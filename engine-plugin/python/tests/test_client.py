@@ -4,6 +4,7 @@ import asyncio
 import gc
 import os
 import random
+import sys
 import threading
 import time
 
@@ -60,6 +61,64 @@ def test_bytes_are_seen_without_a_copy(daemon: Daemon) -> None:
     assert (seen == array[size : 2 * size]).all()
     with pytest.raises(ValueError):
         seen[0] = 1
+
+
+class Tensor:
+    """Has DLPack and no buffer, as tensors of torch do; of the version that it is told."""
+
+    def __init__(self, array: numpy.ndarray, version: int, device: int = 1) -> None:
+        self._array = array
+        self._version = version
+        self._device = device
+
+    def __dlpack__(self, **options: object) -> object:
+        if self._version == 0 and options:
+            raise TypeError("what is a version?")
+        return self._array.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self._device, 0
+
+
+@pytest.mark.parametrize("version", [0, 1])
+def test_tensors_are_seen_without_a_copy(daemon: Daemon, version: int) -> None:
+    client = Client(daemon.endpoint)
+    key = namespace().opaque_key(b"a tensor")
+    array = numpy.frombuffer(bytearray(chunk(2)), dtype=numpy.float32)
+    # Behind the beginning of what it is a part of.
+    whole = numpy.concatenate([array[:4], array])
+    tensor = whole[4:].reshape(2, -1)
+    client.put(key, LAYOUT, Tensor(tensor, version))
+    assert sys.getrefcount(tensor) == 2
+    (came,) = client.get([key])
+    assert b"".join(bytes(layer) for layer in came.layers) == chunk(2)
+
+    layer = came.layers[0]
+    seen = numpy.from_dlpack(layer)
+    assert numpy.shares_memory(seen, numpy.frombuffer(layer, dtype=numpy.uint8))
+    del client, came, layer
+    gc.collect()
+    assert bytes(seen) == chunk(2)[: LAYOUT.layer_bytes] and not seen.flags.writeable
+
+
+def test_tensors_that_cannot_be_seen_are_refused(daemon: Daemon) -> None:
+    client = Client(daemon.endpoint)
+    key = namespace().opaque_key(b"a tensor")
+    array = numpy.frombuffer(bytearray(chunk(2)), dtype=numpy.float32).reshape(2, -1)
+    with pytest.raises(BufferError, match="contiguous"):
+        client.put(key, LAYOUT, Tensor(array.T, 1))
+    with pytest.raises(BufferError, match="on a device"):
+        client.put(key, LAYOUT, Tensor(array, 1, device=2))
+    with pytest.raises(ValueError, match="bytes"):
+        client.put(key, LAYOUT, Tensor(array[:1], 1))
+    client.put(key, LAYOUT, Tensor(array, 1))
+    (came,) = client.get([key])
+    with pytest.raises(BufferError, match="DLPack 1.0"):
+        came.layers[0].__dlpack__()
+    # A capsule that nobody takes frees what it holds.
+    came.layers[0].__dlpack__(max_version=(1, 0))
+    with pytest.raises(BufferError, match="not copied"):
+        came.layers[0].__dlpack__(max_version=(1, 0), copy=True)
 
 
 def test_names_are_those_of_the_namespace() -> None:

@@ -18,9 +18,10 @@ from vllm import LLM, SamplingParams, TokensPrompt  # noqa: E402
 
 
 def transfer(options: dict[str, object]) -> dict[str, object]:
+    is_broken = "broken" in options
     return {
-        "kv_connector": "KvasirConnector",
-        "kv_connector_module_path": "kvasir.vllm",
+        "kv_connector": "BrokenConnector" if is_broken else "KvasirConnector",
+        "kv_connector_module_path": "broken" if is_broken else "kvasir.vllm",
         "kv_role": "kv_both",
         "kv_load_failure_policy": "recompute",
         "kv_connector_extra_config": {"load_timeout": 1.0, "cooldown": 0.5} | options,

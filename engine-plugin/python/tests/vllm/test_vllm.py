@@ -1,5 +1,6 @@
 """Unmodified vLLM with the connector, beside vLLM without: `make test-vllm`."""
 
+import functools
 import json
 import os
 import random
@@ -7,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -87,12 +87,18 @@ def model(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture
-def expected(model: str) -> Iterator[list[list[int]]]:
-    """What vLLM answers without a cache of ours."""
+@functools.cache
+def answers(model: str) -> list[list[int]]:
     engine = Engine(model)
-    yield engine.run(workload(1))["outputs"]
+    outputs = engine.run(workload(1))["outputs"]
     engine.close()
+    return outputs
+
+
+@pytest.fixture
+def expected(model: str) -> list[list[int]]:
+    """What vLLM answers without a cache of ours."""
+    return answers(model)
 
 
 def test_answers_are_those_without_a_cache_and_outlive_restarts(
@@ -183,6 +189,23 @@ def test_what_is_found_and_does_not_come_is_computed(
             break
     else:
         pytest.fail("not all was stored again")
+    engine.close()
+
+
+@pytest.mark.parametrize("call", ["find", "plan", "load", "store"])
+def test_a_defect_turns_the_cache_off(daemon: Daemon, call: str) -> None:
+    model, prompts = MODELS[0], workload(1)
+    engine = Engine(model, daemon.endpoint)
+    engine.run(prompts)
+    engine.close()
+    engine = Engine(model, daemon.endpoint, broken=call)
+    # Some prompts are new: there is something to store.
+    others = workload(2)
+    for _ in range(2):
+        assert len(engine.run(others, reset=True)["outputs"]) == len(others)
+        assert engine.run(prompts, reset=True)["outputs"] == answers(model)
+    # Each side of the connector says so once.
+    assert engine.log.count(b"the Kvasir cache is off") in (1, 2)
     engine.close()
 
 
