@@ -18,6 +18,7 @@ class Daemon:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
+        self.data = directory / "data"
         self.endpoint = "127.0.0.1:0"
         self.start()
 
@@ -26,7 +27,7 @@ class Daemon:
         ready = self._directory / "ready"
         ready.unlink(missing_ok=True)
         arguments = ["--listen", self.endpoint, "--ready-file", str(ready)]
-        arguments += ["--data-dir", str(self._directory / "data")]
+        arguments += ["--data-dir", str(self.data)]
         log = (self._directory / "log").open("ab")
         self._process = subprocess.Popen([KVASIRD, *arguments], stdout=log, stderr=log)
         log.close()

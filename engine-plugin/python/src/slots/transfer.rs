@@ -145,6 +145,9 @@ impl Transfer {
         }
         count(&self.counters.stored, done);
         count(&self.counters.stores_failed, wanted - done);
+        // Who waits for the job may want to unmap it.
+        drop(memory);
+        drop(job);
     }
 
     /// False where it did not get there.
@@ -185,14 +188,21 @@ impl Transfer {
 
     /// Loads blocks into their slots. A slot is written when its chunk has come whole and matches
     /// its checksum, and not before.
-    pub(super) async fn load(&self, memory: Arc<Region>, job: Job, mut blocks: Vec<Block>) {
+    pub(super) async fn load(&self, memory: Arc<Region>, job: Job, blocks: Vec<Block>) {
+        self.load_all(&memory, &job, blocks).await;
+        // Who waits for the job may want to unmap it.
+        drop(memory);
+        drop(job);
+    }
+
+    async fn load_all(&self, memory: &Arc<Region>, job: &Job, mut blocks: Vec<Block>) {
         let deadline = Instant::now() + self.load_timeout;
         count(&self.counters.loads, 1);
         for _ in 0..GETS {
             let Some(begun) = self.allowed() else {
                 return;
             };
-            let came = match self.get(&memory, &job, &blocks, deadline).await {
+            let came = match self.get(memory, job, &blocks, deadline).await {
                 Ok(came) => came,
                 Err(error) => {
                     if matches!(error, CallError::DeadlineExceeded) {

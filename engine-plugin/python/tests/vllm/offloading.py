@@ -151,6 +151,7 @@ class Scheduler:
     def settle(self) -> None:
         """Steps until all jobs have ended."""
         until = time.monotonic() + PATIENCE_SECONDS
+        self.step()
         while self.manager.has_pending_work():
             assert time.monotonic() < until, "a job does not end"
             self.step()
@@ -167,16 +168,19 @@ class Scheduler:
             # All of the memory is in use by jobs.
             assert time.monotonic() < until, "memory does not become free"
             self.step()
-        new = prepared.keys_to_store
-        for key, chunk in zip(
-            new, self._chunks(prepared.store_spec.chunk_ids), strict=True
-        ):
-            chunk[:] = content(key, len(chunk))
-        begun = time.monotonic()
-        self.manager.complete_store(new, own)
-        self.longest = max(self.longest, time.monotonic() - begun)
+        if new := prepared.keys_to_store:
+            self._compute(new, prepared.store_spec.chunk_ids, own)
         if context is None:
             self.manager.on_request_finished(own)
+
+    def _compute(
+        self, keys: list[OffloadKey], ids: Iterable[int], context: ReqContext
+    ) -> None:
+        for key, chunk in zip(keys, self._chunks(ids), strict=True):
+            chunk[:] = content(key, len(chunk))
+        begun = time.monotonic()
+        self.manager.complete_store(keys, context)
+        self.longest = max(self.longest, time.monotonic() - begun)
 
     def found(self, keys: list[OffloadKey], context: ReqContext) -> int:
         """How many of the leading chunks can be had; what is loaded is checked."""
