@@ -1,8 +1,11 @@
 """vLLM in a process of its own, told what to do by lines of JSON.
 
-Run by `test_vllm.py` as `python engine.py MODEL [ENDPOINT]`, with the interpreter that has vLLM.
+Run by the tests as `python engine.py MODEL [ENDPOINT [tier]]`, with the interpreter that has vLLM.
+With `tier`, the cache is a tier of vLLM's own offloading, below memory that holds all there is;
+with `small-tier`, it holds a few prompts.
 """
 
+import functools
 import json
 import os
 import sys
@@ -30,7 +33,39 @@ def transfer(endpoint: str) -> dict[str, object]:
     }
 
 
-def main(model: str, endpoint: str | None) -> None:
+def offload(endpoint: str, memory: int = 256 << 20) -> dict[str, object]:
+    tier = {
+        "type": "KvasirTier",
+        "module_path": "kvasir.vllm.tier",
+        "endpoint": endpoint,
+        # Asked for and answered between steps, whatever else the machine does.
+        "lookup_timeout": 1.0,
+        "load_timeout": 1.0,
+        "store_timeout": 1.0,
+        "cooldown": 0.5,
+    }
+    return {
+        "kv_connector": "KvasirOffloadingConnector",
+        "kv_connector_module_path": "kvasir.vllm.tier",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {
+            "spec_name": "CpuTieringSpec",
+            "spec_module_path": "cpu_spec",
+            "cpu_bytes_to_use": memory,
+            "secondary_tiers": [tier],
+        },
+    }
+
+
+CACHES = {
+    "connector": transfer,
+    "tier": offload,
+    "small-tier": functools.partial(offload, memory=48 << 20),
+}
+
+
+def main(model: str, endpoint: str | None, kind: str = "connector") -> None:
     # What is said to the one who started this is kept apart from what vLLM prints.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -44,7 +79,7 @@ def main(model: str, endpoint: str | None) -> None:
         max_num_seqs=8,
         block_size=32,
         enable_prefix_caching=True,
-        kv_transfer_config=transfer(endpoint) if endpoint else None,
+        kv_transfer_config=CACHES[kind](endpoint) if endpoint else None,
     )
     print(json.dumps({"ready": True}), file=answers, flush=True)
     for line in sys.stdin:
@@ -70,4 +105,4 @@ def main(model: str, endpoint: str | None) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else None)
+    main(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else None, *sys.argv[3:])

@@ -22,11 +22,13 @@ MODELS = os.environ["KVASIR_TEST_MODELS"].split(":")
 class Engine:
     """A vLLM of its own, with a cache if it is told where."""
 
-    def __init__(self, model: str, endpoint: str | None = None) -> None:
+    def __init__(
+        self, model: str, endpoint: str | None = None, kind: str = "connector"
+    ) -> None:
         arguments = [sys.executable, str(ENGINE), model]
         self.log = b""
         self._process = subprocess.Popen(
-            arguments + ([endpoint] if endpoint else []),
+            arguments + ([endpoint, kind] if endpoint else []),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -124,12 +126,37 @@ def test_answers_are_those_without_a_cache_and_outlive_restarts(
     engine.close()
 
 
-@pytest.mark.parametrize("fault", ["kill", "freeze", "slow"])
-def test_a_daemon_that_fails_harms_no_request(
-    model: str, expected: list[list[int]], daemon: Daemon, fault: str
+def test_as_a_tier_it_fills_the_memory_of_another_vllm(
+    model: str, expected: list[list[int]], daemon: Daemon
 ) -> None:
     prompts = workload(1)
-    engine = Engine(model, daemon.endpoint)
+    engine = Engine(model, daemon.endpoint, "tier")
+    assert b"a chunk came back as it was stored" in engine.log
+    assert engine.run(prompts)["outputs"] == expected
+    engine.close()
+
+    engine = Engine(model, daemon.endpoint, "tier")
+    warm = engine.run(prompts)
+    assert warm["outputs"] == expected
+    assert sum(warm["cached"]) >= 0.95 * possible(prompts)
+    engine.close()
+
+
+@pytest.mark.parametrize(
+    "fault, kind",
+    [
+        ("kill", "connector"),
+        ("freeze", "connector"),
+        ("slow", "connector"),
+        ("kill", "small-tier"),
+        ("freeze", "small-tier"),
+    ],
+)
+def test_a_daemon_that_fails_harms_no_request(
+    model: str, expected: list[list[int]], daemon: Daemon, fault: str, kind: str
+) -> None:
+    prompts = workload(1)
+    engine = Engine(model, daemon.endpoint, kind)
     assert engine.run(prompts)["outputs"] == expected
     over = threading.Event()
 
