@@ -220,5 +220,12 @@ class Scheduler:
             self.step()
         return had
 
+    def reset(self) -> None:
+        """As when vLLM's weights have changed."""
+        self.manager.reset_cache()
+        # From 0.33 on, it is told when its workers have stopped.
+        if flushed := getattr(self.manager, "on_reset_flushed", None):
+            flushed()
+
     def close(self) -> None:
         self.manager.shutdown()

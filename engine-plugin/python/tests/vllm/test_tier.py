@@ -346,14 +346,14 @@ def test_after_a_reset_nothing_is_found_of_before(
     keys = chain(range(16 * 12))
     scheduler, keeper = start(daemon.endpoint), start(daemon.endpoint, keep_after_reset=True)
     scheduler.store(keys)
-    scheduler.manager.reset_cache()
+    scheduler.reset()
     assert scheduler.found(keys, scheduler.request(keys)) == 0
     scheduler.store(keys)
     scheduler.settle()
     assert stats(scheduler)["stored"] > 12
     keeper.store(keys)
     keeper.settle()
-    keeper.manager.reset_cache()
+    keeper.reset()
     assert keeper.found(keys, keeper.request(keys)) == 12
 
 
@@ -425,7 +425,7 @@ def _is_off(scheduler: Scheduler, said: Callable, why: str) -> None:
     prompts = workload(5)
     scheduler.run(prompts)
     scheduler.settle()
-    scheduler.manager.reset_cache()
+    scheduler.reset()
     assert scheduler.run(prompts[:1]) == 0
     assert len(said()) == 1
 

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -82,17 +81,18 @@ def possible(prompts: list[list[int]]) -> int:
     return sum((len(prompt) - 1) // BLOCK * BLOCK for prompt in prompts)
 
 
-@pytest.fixture(params=MODELS, ids=lambda path: Path(path).name)
+@pytest.fixture(scope="module", params=MODELS, ids=lambda path: Path(path).name)
 def model(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture
-def expected(model: str) -> Iterator[list[list[int]]]:
+@pytest.fixture(scope="module")
+def expected(model: str) -> list[list[int]]:
     """What vLLM answers without a cache of ours."""
     engine = Engine(model)
-    yield engine.run(workload(1))["outputs"]
+    answer = engine.run(workload(1))
     engine.close()
+    return answer["outputs"]
 
 
 def test_answers_are_those_without_a_cache_and_outlive_restarts(
