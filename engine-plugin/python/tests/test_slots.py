@@ -88,6 +88,32 @@ def test_memory_is_not_let_go_before_a_job_has_ended(daemon: Daemon) -> None:
     daemon.thaw()
 
 
+def test_what_is_written_after_a_store_has_failed_is_not_stored(daemon: Daemon) -> None:
+    """More than connections hold, so that most of it is still to be read when the store fails."""
+    size = 24 << 20
+    memory = bytearray(os.urandom(size))
+    before = bytes(memory)
+    limits = {"load_timeout": 30.0, "cooldown": 0.01, "store_buffer": size}
+    slots = SlotCache(
+        daemon.endpoint, names(size), memory, lookup_timeout=5.0, store_timeout=0.5, **limits
+    )
+    daemon.freeze()
+    slots.store(0, NAMES[:1], [0], [None], None)
+    assert ended(slots) == {0: [False]}
+    memory[:] = os.urandom(size)
+    daemon.thaw()
+    # What goes over the same connection comes after whatever is left of the first.
+    client = Client(daemon.endpoint)
+    until = time.monotonic() + 1
+    while time.monotonic() < until:
+        slots.find(NAMES)
+        time.sleep(0.05)
+    if client.get([names(size).opaque_key(NAMES[0])]):
+        slots.load(1, NAMES[:1], [0])
+        assert ended(slots) == {1: [True]}
+        assert memory == before
+
+
 def test_jobs_that_are_cut_end_where_they_are(daemon: Daemon) -> None:
     memory = bytearray(400 * SLOT)
     slots = cache(daemon.endpoint, memory)

@@ -1,9 +1,10 @@
 //! What jobs do.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use futures::{StreamExt as _, future, stream};
 use kvasir_client::{CallError, Chunk, Client, GetEvent, GetOptions, PutOptions};
 use kvasir_plugin::{Breaker, Memory as _};
 use kvasir_types::{ChunkKey, Durability, Hints, KvLayout, Level};
@@ -13,7 +14,7 @@ use tracing::warn;
 use super::jobs::{Job, Jobs};
 use crate::memory::Region;
 
-/// Jobs that store at the same time; more wait for their turn.
+/// Slots that are stored at the same time; more wait for their turn.
 const STORES: usize = 4;
 
 /// Gets that a load is made of, at most: one, if the daemon has all that was found there.
@@ -130,19 +131,23 @@ impl Transfer {
         }
     }
 
-    /// Stores blocks in order, each with the hints beside it, as far as that goes.
+    /// Stores blocks, each with the hints beside it: begins with them in order, and with none
+    /// behind one that did not get there.
     pub(super) async fn store(&self, memory: Arc<Region>, job: Job, blocks: Vec<(Block, Hints)>) {
-        let job = Arc::new(job);
-        let (mut done, wanted) = (0, blocks.len());
-        if let Ok(_turn) = self.turns.acquire().await {
-            for (block, hints) in blocks {
-                if self.jobs.is_halted() || !self.store_one(&memory, &job, &block, hints).await {
-                    break;
-                }
-                job.came(block.index);
-                done += 1;
+        let (job, is_over) = (Arc::new(job), AtomicBool::new(false));
+        let wanted = blocks.len();
+        let stores = blocks.into_iter().map(async |(block, hints)| {
+            let _turn = self.turns.acquire().await.ok()?;
+            let goes_on = !self.jobs.is_halted() && !is_over.load(Ordering::Relaxed);
+            if !goes_on || !self.store_one(&memory, &job, &block, hints).await {
+                is_over.store(true, Ordering::Relaxed);
+                return None;
             }
-        }
+            job.came(block.index);
+            Some(())
+        });
+        let stored = stream::iter(stores).buffered(STORES);
+        let done = stored.filter_map(future::ready).count().await;
         count(&self.counters.stored, done);
         count(&self.counters.stores_failed, wanted - done);
         // Who waits for the job may want to unmap it.

@@ -42,6 +42,7 @@ def config(
     blocks_per_chunk: int = 1,
     dtype: str = "bfloat16",
     layers: int = 2,
+    groups: int = 1,
     **options: Any,
 ) -> OffloadingConfig:
     """As vLLM makes it of its command line."""
@@ -56,12 +57,13 @@ def config(
     }
     row = -(-BLOCK_BYTES * tensor_parallel * blocks_per_chunk // 4096) * 4096
     return OffloadingConfig(
-        groups=(
+        groups=tuple(
             OffloadingGroupConfig(
                 tokens_per_block=TOKENS,
-                layer_names=tuple(f"layers.{it}" for it in range(layers)),
-                group_id=0,
-            ),
+                layer_names=tuple(f"layers.{group}.{it}" for it in range(layers)),
+                group_id=group,
+            )
+            for group in range(groups)
         ),
         worker_kv_bytes_per_block=BLOCK_BYTES,
         enable_kv_cache_events=False,

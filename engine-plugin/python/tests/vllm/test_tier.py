@@ -92,6 +92,18 @@ def test_chunks_come_back_as_they_were_to_another_vllm(
     assert content(keys[0]) != content(keys[1])
 
 
+def test_groups_of_layers_are_kept_apart(daemon: Daemon, start: Callable) -> None:
+    """Their chunks have the same hash, and another number behind it."""
+    one, two = chain(range(16 * 6)), chain(range(16 * 6), group=1)
+    first = start(daemon.endpoint, groups=2)
+    first.store(one)
+    first.store(two[:3])
+    first.settle()
+    second = start(daemon.endpoint, groups=2)
+    assert second.found(one, second.request(one)) == 6
+    assert second.found(two, second.request(two)) == 3
+
+
 def test_a_second_pass_finds_what_is_possible_and_outlives_restarts(
     daemon: Daemon, start: Callable
 ) -> None:
@@ -176,8 +188,8 @@ def test_a_daemon_that_hangs_costs_its_timeouts_once(
     scheduler.store(keys[10:])
     scheduler.settle()
     counted = stats(scheduler)
-    # One call failed, and the others were not begun.
-    assert counted["calls_failed"] == 1 and counted["stores_failed"] == 10
+    # Those failed that were begun together, and the others were not begun.
+    assert 1 <= counted["calls_failed"] <= 4 and counted["stores_failed"] == 10
     # Nobody waits for it any more, not even for a step.
     other = chain(range(7, 16 * 20))
     context = scheduler.request(other)
@@ -238,6 +250,7 @@ def test_without_a_daemon_nothing_is_found_until_there_is_one(
         {"weights": "others"},
         {"dtype": "float16"},
         {"layers": 3},
+        {"groups": 2},
         {"tensor_parallel": 2},
         {"blocks_per_chunk": 2},
     ],
