@@ -236,7 +236,7 @@ def tier_namespace(
     parallel = offloading.parallel
     stored: dict[str, Any] = {
         "vllm": vllm.__version__,
-        "dtype": offloading.model.dtype,
+        "stored_dtype": offloading.model.dtype,
         "groups": [
             [it.group_id, it.tokens_per_block, list(it.layer_names)]
             for it in offloading.groups

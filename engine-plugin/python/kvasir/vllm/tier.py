@@ -275,7 +275,8 @@ class KvasirTier(SecondaryTierManager):
         lost: list[OffloadKey] = []
         ended = self._cache.finished() if self._cache is not None else []
         for number, whole, seconds in ended:
-            job = self._jobs.pop(number)
+            if (job := self._jobs.pop(number, None)) is None:
+                continue
             keys = list(zip(job.keys, whole, strict=True))
             came = [key for key, is_whole in keys if is_whole]
             if job.is_promotion:

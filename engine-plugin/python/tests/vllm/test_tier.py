@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -266,6 +267,57 @@ def test_another_model_or_layout_finds_nothing(
     assert other.found(keys, other.request(keys)) == 0
     same = start(daemon.endpoint)
     assert same.found(keys, same.request(keys)) == 12
+
+
+def computing(**changes: Any) -> SimpleNamespace:
+    """As much of vLLM's configuration as says what is computed."""
+    model = SimpleNamespace(
+        model="nobody/nothing",
+        revision="first",
+        hf_config=SimpleNamespace(to_dict=lambda: {"rope": changes.get("rope", 1e4)}),
+        dtype="bfloat16",
+        quantization=None,
+    )
+    config = SimpleNamespace(
+        model_config=model,
+        cache_config=SimpleNamespace(cache_dtype="auto", calculate_kv_scales=False),
+        attention_config=SimpleNamespace(backend=None),
+        lora_config=None,
+        speculative_config=None,
+        use_v2_model_runner=False,
+    )
+    for part in (model, config.cache_config, config.attention_config, config):
+        vars(part).update({name: it for name, it in changes.items() if name in vars(part)})
+    return config
+
+
+def test_all_that_changes_what_is_computed_is_in_the_namespace(
+    daemon: Daemon, start: Callable
+) -> None:
+    draft = SimpleNamespace(model="nobody/smaller", revision="first")
+    changes = [
+        {},
+        {"revision": "second"},
+        {"rope": 1e6},
+        {"dtype": "float16"},
+        {"quantization": "fp8"},
+        {"cache_dtype": "fp8_e5m2"},
+        {"backend": "FLASHINFER"},
+        {"use_v2_model_runner": True},
+        {"speculative_config": SimpleNamespace(method="eagle", draft_model_config=draft)},
+        {"speculative_config": SimpleNamespace(method="ngram", draft_model_config=None)},
+    ]
+    spec = start(daemon.endpoint).spec
+    names = [
+        layout.tier_namespace(spec, CHUNK_BYTES, computing(**it), None).digest
+        for it in changes
+    ]
+    assert len(set(names)) == len(changes)
+    again = layout.tier_namespace(spec, CHUNK_BYTES, computing(), None)
+    assert again.digest == names[0]
+    for unknown in ({"lora_config": object()}, {"calculate_kv_scales": True}):
+        with pytest.raises(layout.Unsupported):
+            layout.tier_namespace(spec, CHUNK_BYTES, computing(**unknown), None)
 
 
 def test_what_comes_is_told_from_what_does_not(daemon: Daemon, start: Callable) -> None:
