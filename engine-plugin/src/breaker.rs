@@ -2,12 +2,13 @@
 
 use std::time::{Duration, Instant};
 
-/// Opens on failure, for a time that doubles with each failure in a row.
+/// Says whether a daemon may be asked: not while it is open. Opens on failure, for a time that
+/// doubles with each failure in a row, up to 32 times.
 ///
 /// Attempts that began before it opened last saw the same outage: their failures
 /// do not count again.
 #[derive(Debug)]
-pub(crate) struct Breaker {
+pub struct Breaker {
     cooldown: Duration,
     failures: u32,
     opened: Option<Instant>,
@@ -16,7 +17,8 @@ pub(crate) struct Breaker {
 const MAX_DOUBLINGS: u32 = 5;
 
 impl Breaker {
-    pub(crate) fn new(cooldown: Duration) -> Self {
+    /// A closed one, that stays open for `cooldown` after a first failure.
+    pub fn new(cooldown: Duration) -> Self {
         Self {
             cooldown,
             failures: 0,
@@ -24,7 +26,8 @@ impl Breaker {
         }
     }
 
-    pub(crate) fn allows(&self, now: Instant) -> bool {
+    /// Whether an attempt may begin.
+    pub fn allows(&self, now: Instant) -> bool {
         self.opened.is_none_or(|opened| {
             let doublings = self.failures.saturating_sub(1).min(MAX_DOUBLINGS);
             now >= opened + self.cooldown * (1 << doublings)
@@ -32,14 +35,15 @@ impl Breaker {
     }
 
     /// An attempt that began at `begun` failed.
-    pub(crate) fn failed(&mut self, begun: Instant, now: Instant) {
+    pub fn failed(&mut self, begun: Instant, now: Instant) {
         if self.opened.is_none_or(|opened| begun >= opened) {
             self.failures = self.failures.saturating_add(1);
             self.opened = Some(now);
         }
     }
 
-    pub(crate) fn succeeded(&mut self) {
+    /// An attempt succeeded, which closes it.
+    pub fn succeeded(&mut self) {
         self.failures = 0;
         self.opened = None;
     }

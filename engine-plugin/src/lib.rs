@@ -69,6 +69,7 @@ pub use kvasir_client::{
 pub use kvasir_codec::{EncodeError, Encoding, KeyRotation, Pairing, Profile};
 
 pub use backend::{BackendError, EngineBackend, Placement};
+pub use breaker::Breaker;
 pub use capture::{CaptureOutcome, CaptureStats, ChunkCopy};
 pub use coding::CodecConfig;
 pub use cost::{CostModel, Decision, FetchObservation, TierBytes};
@@ -76,7 +77,6 @@ pub use fetch::{FetchOutcome, LayerWait, Prefetch};
 pub use prompt::Prompt;
 pub use strided::{Memory, OutsideMemory, Strided, Strides, StridesError};
 
-use breaker::Breaker;
 use capture::CaptureQueue;
 use coding::Coder;
 use controller::Learnt;

@@ -14,6 +14,7 @@ from kvasir._native import (
     Layout,
     Load,
     Namespace,
+    SlotCache,
     __version__,
 )
 
@@ -27,5 +28,6 @@ __all__ = [
     "Layout",
     "Load",
     "Namespace",
+    "SlotCache",
     "__version__",
 ]

@@ -24,6 +24,10 @@ class Layout:
     def __new__(
         cls, *, layers: int, kv_heads: int, head_dim: int, tokens: int, dtype: str
     ) -> Layout: ...
+    @staticmethod
+    def opaque(bytes: int) -> Layout:
+        """Of bytes that mean something to their writer alone."""
+
     @property
     def layers(self) -> int: ...
     @property
@@ -207,3 +211,76 @@ class Load:
 
     def wait_layer(self, layer: int) -> bool:
         """Waits until a layer of all blocks is there: false if it will not be."""
+
+@final
+class SlotCache:
+    """Slots of an engine's host memory, whose bytes only it understands, in a daemon's cache.
+
+    `memory` is one buffer of slots as large as a chunk of the namespace, which has one layer.
+    Jobs read and write it without a copy, and end behind the caller's back: see `finished`.
+
+    `lookup_timeout` bounds `find`, `load_timeout` a load, `store_timeout` each slot of a store. A
+    daemon that has failed is left alone for `cooldown`, twice as long each time; what is asked for
+    meanwhile is not there. `store_buffer` bounds the bytes of slots that stores hold.
+    """
+
+    def __new__(
+        cls,
+        endpoint: str,
+        namespace: Namespace,
+        memory: Buffer,
+        *,
+        lookup_timeout: float = 0.05,
+        load_timeout: float = 2.0,
+        store_timeout: float = 5.0,
+        cooldown: float = 1.0,
+        store_buffer: int = ...,
+        durable: bool = True,
+    ) -> SlotCache: ...
+    def read(self, slot: int) -> bytes:
+        """What a slot holds."""
+
+    def write(self, slot: int, bytes: bytes) -> None:
+        """Writes a slot."""
+
+    def find(self, names: Sequence[bytes]) -> list[bool]:
+        """Of each name, whether it can be loaded."""
+
+    def load(self, job: int, names: Sequence[bytes], slots: Sequence[int]) -> None:
+        """Begins to load into slots, which are the job's until it has ended.
+
+        A slot is written when all of it has come and matches its checksum, and not before.
+        """
+
+    def store(
+        self,
+        job: int,
+        names: Sequence[bytes],
+        slots: Sequence[int],
+        parents: Sequence[bytes | None],
+        tokens: int | None,
+    ) -> None:
+        """Begins to store slots, in order, which stay as they are until the job has ended.
+
+        `parents` are the names before them in their prompt, `tokens` what it costs to compute one.
+        Where `store_buffer` has no room for all, the last ones are left out.
+        """
+
+    def finished(self) -> list[tuple[int, list[bool], float]]:
+        """Jobs that have ended since: number, which of their slots came whole, seconds."""
+
+    def drain(self, timeout: float, *, cut: bool = False) -> bool:
+        """Waits until all jobs have ended; false after `timeout` seconds.
+
+        Jobs that are `cut` store nothing behind the slot that they are at.
+        """
+
+    @property
+    def rests(self) -> bool:
+        """Whether the daemon is left alone at this moment."""
+
+    def close(self) -> None:
+        """Gives the memory back, once no job is in it."""
+
+    def stats(self) -> dict[str, int]:
+        """What became of jobs and calls so far."""

@@ -130,7 +130,7 @@ fn read(pages: &Strided<Region>, block: u32) -> Result<Vec<Vec<u8>>, BackendErro
     (0..layout.layers()).map(LayerIdx).map(layer).collect()
 }
 
-fn seconds(name: &str, value: f64) -> PyResult<Duration> {
+pub(crate) fn seconds(name: &str, value: f64) -> PyResult<Duration> {
     Duration::try_from_secs_f64(value)
         .map_err(|_| invalid(format!("{name} of {value} seconds is no time")))
 }

@@ -6,6 +6,9 @@ use pyo3::types::PyBytes;
 
 use crate::invalid;
 
+/// Longest row of what is opaque: a page.
+const MAX_ROW: u16 = 4096;
+
 /// Geometry of a chunk: `[layer, plane (K, V), kv_head, token, dim]`, row-major, little-endian.
 #[pyclass(frozen, eq, hash, from_py_object, module = "kvasir")]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -25,6 +28,19 @@ impl Layout {
         };
         let planes = Planes::symmetric(head_dim);
         KvLayout::new(layers, kv_heads, planes, tokens, dtype)
+            .map(Self)
+            .map_err(invalid)
+    }
+
+    /// Of bytes that mean something to their writer alone: one layer of one plane, in rows of as
+    /// many bytes as divide a page.
+    #[staticmethod]
+    fn opaque(bytes: u64) -> PyResult<Self> {
+        let row = 1 << bytes.trailing_zeros().min(MAX_ROW.trailing_zeros());
+        let rows = u32::try_from(bytes / u64::from(row)).unwrap_or(u32::MAX);
+        let planes = Planes::Single { dim: row };
+        // An element is a byte.
+        KvLayout::new(1, 1, planes, rows, DType::F8E4m3)
             .map(Self)
             .map_err(invalid)
     }

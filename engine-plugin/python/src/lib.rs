@@ -4,6 +4,7 @@
 //! - `client`: `Client`: calls of a daemon, blocking and for asyncio;
 //! - `data`: bytes that come from a daemon, seen by Python without a copy;
 //! - `cache`: `BlockCache`: blocks of an engine, found, loaded into its memory and stored;
+//! - `slots`: `SlotCache`: the same, of an engine whose blocks only it understands;
 //! - `memory`: that memory.
 //!
 //! All I/O, waiting and copying runs without the GIL, on one runtime a process.
@@ -14,6 +15,7 @@ mod data;
 mod dlpack;
 mod identity;
 mod memory;
+mod slots;
 
 use std::sync::OnceLock;
 
@@ -79,5 +81,6 @@ fn native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<data::Data>()?;
     module.add_class::<cache::BlockCache>()?;
     module.add_class::<cache::Load>()?;
+    module.add_class::<slots::SlotCache>()?;
     Ok(())
 }

@@ -1,5 +1,8 @@
 //! Memory of an engine.
 
+use std::sync::Arc;
+
+use bytes::Bytes;
 use kvasir_plugin::{Memory, OutsideMemory};
 use pyo3::buffer::PyUntypedBuffer;
 use pyo3::exceptions::PyBufferError;
@@ -29,6 +32,45 @@ impl Region {
             return Err(OutsideMemory { at });
         }
         Ok(self.0.buf_ptr().cast::<u8>().wrapping_add(at))
+    }
+
+    /// Bytes of it without a copy, which hold `until` as long as any of them is in use. Whoever
+    /// calls this promises that nobody writes there before `until` is dropped.
+    ///
+    /// # Errors
+    /// When they do not lie in it.
+    pub(crate) fn lend<T: Send + Sync + 'static>(
+        self: &Arc<Self>,
+        at: usize,
+        len: usize,
+        until: T,
+    ) -> Result<Bytes, OutsideMemory> {
+        self.at(at, len)?;
+        let region = Arc::clone(self);
+        Ok(Bytes::from_owner(Lent {
+            region,
+            at,
+            len,
+            _until: until,
+        }))
+    }
+}
+
+/// Bytes of a region that stay as they are.
+struct Lent<T> {
+    region: Arc<Region>,
+    at: usize,
+    len: usize,
+    _until: T,
+}
+
+impl<T> AsRef<[u8]> for Lent<T> {
+    fn as_ref(&self) -> &[u8] {
+        let from = self.region.0.buf_ptr().cast::<u8>().wrapping_add(self.at);
+        // SAFETY: `lend` checked that the range lies in the buffer, which stays where it is as
+        // long as it is exported. Nobody writes there before `until` is dropped, and that is
+        // after this, by the promise of who called `lend`; every value of a byte is valid.
+        unsafe { std::slice::from_raw_parts(from, self.len) }
     }
 }
 

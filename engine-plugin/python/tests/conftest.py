@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from kvasir import Client
+
 # `make test-python` says where it was built.
 KVASIRD = os.environ.get("KVASIRD", "kvasird")
 
@@ -18,6 +20,7 @@ class Daemon:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
+        self.data = directory / "data"
         self.endpoint = "127.0.0.1:0"
         self.start()
 
@@ -26,7 +29,7 @@ class Daemon:
         ready = self._directory / "ready"
         ready.unlink(missing_ok=True)
         arguments = ["--listen", self.endpoint, "--ready-file", str(ready)]
-        arguments += ["--data-dir", str(self._directory / "data")]
+        arguments += ["--data-dir", str(self.data)]
         log = (self._directory / "log").open("ab")
         self._process = subprocess.Popen([KVASIRD, *arguments], stdout=log, stderr=log)
         log.close()
@@ -57,6 +60,13 @@ class Daemon:
 
     def thaw(self) -> None:
         self._process.send_signal(signal.SIGCONT)
+
+    def settle(self) -> None:
+        """Waits until nothing more is stored for a while."""
+        client, before = Client(self.endpoint), None
+        while (stored := client.stats()) != before:
+            before = stored
+            time.sleep(1)
 
     def damage(self, every: int) -> None:
         """Ends it, and turns a bit in as many bytes of what it has on disk; it will not know

@@ -10,7 +10,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,6 +19,7 @@ from kvasir import BlockCache, Layout, Namespace
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.kv_offload.base import OffloadingSpec
 
 DTYPES = {
     torch.float32: "f32",
@@ -188,20 +189,8 @@ def namespace(config: "VllmConfig", geometry: Geometry, rank: int) -> Namespace:
     """What makes KV of this engine what it is, beside what is in the names of blocks: tokens,
     adapter and salt, by the hash that vLLM is told to use.
     """
-    model, cache, parallel = (
-        config.model_config,
-        config.cache_config,
-        config.parallel_config,
-    )
-    computed = {
-        "config": {
-            name: value
-            for name, value in model.hf_config.to_dict().items()
-            if name not in ("_name_or_path", "transformers_version")
-        },
-        "dtype": str(model.dtype),
-        "kv_dtype": str(cache.cache_dtype),
-        "quantization": model.quantization,
+    model, parallel = config.model_config, config.parallel_config
+    computed = _computed(config) | {
         # Each rank stores the heads, and the layers, that are its own.
         "tensor_parallel": [rank, parallel.tensor_parallel_size],
         "pipeline_parallel": parallel.pipeline_parallel_size,
@@ -211,6 +200,95 @@ def namespace(config: "VllmConfig", geometry: Geometry, rank: int) -> Namespace:
         geometry.layout,
         architecture="vllm " + json.dumps(computed, sort_keys=True, default=str),
         weights=weights(model.model, model.revision),
+    )
+
+
+def _computed(config: "VllmConfig") -> dict[str, Any]:
+    """How the model computes, beside its weights."""
+    model, cache = config.model_config, config.cache_config
+    return {
+        "config": {
+            name: value
+            for name, value in model.hf_config.to_dict().items()
+            if name not in ("_name_or_path", "transformers_version")
+        },
+        "dtype": str(model.dtype),
+        "kv_dtype": str(cache.cache_dtype),
+        "quantization": model.quantization,
+    }
+
+
+def tier_namespace(
+    spec: "OffloadingSpec",
+    chunk_bytes: int,
+    config: "VllmConfig | None",
+    named: str | None,
+) -> Namespace:
+    """The same for a tier of vLLM's offloading, where a chunk holds whatever all workers of a
+    replica wrote there: their number, the order of layers, the version of vLLM decide on it.
+
+    vLLM tells its tiers the name of the model, and nothing else of what it computes. Where there
+    is no `config`, whoever runs it has `named` that.
+    """
+    import vllm
+
+    offloading = spec.config
+    parallel = offloading.parallel
+    stored: dict[str, Any] = {
+        "vllm": vllm.__version__,
+        "stored_dtype": offloading.model.dtype,
+        "groups": [
+            [it.group_id, it.tokens_per_block, list(it.layer_names)]
+            for it in offloading.groups
+        ],
+        "hash_tokens": offloading.cache.tokens_per_hash,
+        "chunk_blocks": offloading.cache.blocks_per_chunk,
+        "worker_block_bytes": offloading.worker_kv_bytes_per_block,
+        "workers": [
+            parallel.world_size,
+            parallel.tp_size,
+            parallel.pp_size,
+            parallel.pcp_size,
+            parallel.dcp_size,
+        ],
+        "replicated": offloading.replicated_layout,
+        "canonical": offloading.canonical_layout,
+        "layout": offloading.kv_cache_layout,
+    }
+    if config is not None:
+        if config.lora_config is not None:
+            raise Unsupported("vLLM names adapters, and does not tell which ones have those names")
+        if getattr(config.cache_config, "calculate_kv_scales", False):
+            raise Unsupported("the scales of quantised KV differ from run to run")
+        stored |= _computed(config) | {
+            "attention": str(config.attention_config.backend),
+            "model_runner": bool(config.use_v2_model_runner),
+            "draft": _draft(config),
+        }
+        model, revision = config.model_config.model, config.model_config.revision
+    elif named is not None:
+        model, revision = offloading.model.name, None
+    else:
+        raise Unsupported(
+            "vLLM does not tell its tiers what it computes: have it use the connector "
+            'KvasirOffloadingConnector of kvasir.vllm.tier, or name all of it in "weights"'
+        )
+    return Namespace(
+        Layout.opaque(chunk_bytes),
+        architecture="vllm tier " + json.dumps(stored, sort_keys=True, default=str),
+        weights=weights(model, revision),
+        salt=(named or "").encode(),
+    )
+
+
+def _draft(config: "VllmConfig") -> list[str] | None:
+    """Which model guesses tokens: its KV lies beside that of the other."""
+    speculative = config.speculative_config
+    if speculative is None:
+        return None
+    draft = speculative.draft_model_config
+    return [str(speculative.method)] + (
+        [weights(draft.model, draft.revision)] if draft is not None else []
     )
 
 

@@ -1,9 +1,12 @@
 """vLLM in a process of its own, told what to do by lines of JSON.
 
-Run by `test_vllm.py` as `python engine.py MODEL [OPTIONS_JSON]`, with the interpreter that has
-vLLM. The options are those of the connector; without them there is none.
+Run by the tests as `python engine.py MODEL [OPTIONS_JSON]`, with the interpreter that has vLLM.
+Without options there is no cache. Those of a connector go to it; with `"kind": "tier"`, the cache
+is a tier of vLLM's own offloading, below memory that holds all there is; with `"small-tier"`, it
+holds a few prompts.
 """
 
+import functools
 import json
 import os
 import sys
@@ -24,8 +27,50 @@ def transfer(options: dict[str, object]) -> dict[str, object]:
         "kv_connector_module_path": "broken" if is_broken else "kvasir.vllm",
         "kv_role": "kv_both",
         "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": {"load_timeout": 1.0, "cooldown": 0.5} | options,
+        "kv_connector_extra_config": {
+            # Enough on a machine that does something else too.
+            "lookup_timeout": 1.0,
+            "load_timeout": 1.0,
+            "cooldown": 0.5,
+        }
+        | options,
     }
+
+
+def offload(options: dict[str, object], memory: int = 256 << 20) -> dict[str, object]:
+    tier = {
+        "type": "KvasirTier",
+        "module_path": "kvasir.vllm.tier",
+        "endpoint": options["endpoint"],
+        # Asked for and answered between steps, whatever else the machine does.
+        "lookup_timeout": 1.0,
+        "load_timeout": 1.0,
+        "store_timeout": 1.0,
+        "cooldown": 0.5,
+    }
+    return {
+        "kv_connector": "KvasirOffloadingConnector",
+        "kv_connector_module_path": "kvasir.vllm.tier",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {
+            "spec_name": "CpuTieringSpec",
+            "spec_module_path": "cpu_spec",
+            "cpu_bytes_to_use": memory,
+            "secondary_tiers": [tier],
+        },
+    }
+
+
+CACHES = {
+    "connector": transfer,
+    "tier": offload,
+    "small-tier": functools.partial(offload, memory=48 << 20),
+}
+
+
+def cache(options: dict[str, object]) -> dict[str, object]:
+    return CACHES[options.pop("kind", "connector")](options)
 
 
 def main(model: str, options: dict[str, object] | None) -> None:
@@ -42,7 +87,7 @@ def main(model: str, options: dict[str, object] | None) -> None:
         max_num_seqs=8,
         block_size=32,
         enable_prefix_caching=True,
-        kv_transfer_config=transfer(options) if options else None,
+        kv_transfer_config=cache(options) if options else None,
     )
     print(json.dumps({"ready": True}), file=answers, flush=True)
     for line in sys.stdin:

@@ -109,6 +109,7 @@ def test_answers_are_those_without_a_cache_and_outlive_restarts(
     assert b"a block came back as it was stored" in engine.log
     cold = engine.run(prompts)
     assert cold["outputs"] == expected
+    daemon.settle()
     warm = engine.run(prompts, reset=True)
     assert warm["outputs"] == expected
     assert sum(warm["cached"]) >= 0.95 * possible(prompts)
@@ -132,15 +133,44 @@ def test_answers_are_those_without_a_cache_and_outlive_restarts(
     engine.close()
 
 
-@pytest.mark.parametrize(
-    ("fault", "layerwise"),
-    [("kill", False), ("freeze", False), ("slow", False), ("kill", True), ("freeze", True)],
-)
-def test_a_daemon_that_fails_harms_no_request(
-    model: str, expected: list[list[int]], daemon: Daemon, fault: str, layerwise: bool
+def test_as_a_tier_it_fills_the_memory_of_another_vllm(
+    model: str, expected: list[list[int]], daemon: Daemon
 ) -> None:
     prompts = workload(1)
-    engine = Engine(model, daemon.endpoint, layerwise=layerwise)
+    engine = Engine(model, daemon.endpoint, kind="tier")
+    assert b"a chunk came back as it was stored" in engine.log
+    assert engine.run(prompts)["outputs"] == expected
+    engine.close()
+
+    engine = Engine(model, daemon.endpoint, kind="tier")
+    warm = engine.run(prompts)
+    assert warm["outputs"] == expected
+    assert sum(warm["cached"]) >= 0.95 * possible(prompts)
+    engine.close()
+
+
+@pytest.mark.parametrize(
+    ("fault", "options"),
+    [
+        ("kill", {}),
+        ("freeze", {}),
+        ("slow", {}),
+        ("kill", {"layerwise": True}),
+        ("freeze", {"layerwise": True}),
+        ("kill", {"kind": "small-tier"}),
+        ("freeze", {"kind": "small-tier"}),
+    ],
+    ids=str,
+)
+def test_a_daemon_that_fails_harms_no_request(
+    model: str,
+    expected: list[list[int]],
+    daemon: Daemon,
+    fault: str,
+    options: dict[str, object],
+) -> None:
+    prompts = workload(1)
+    engine = Engine(model, daemon.endpoint, **options)
     assert engine.run(prompts)["outputs"] == expected
     over = threading.Event()
 
@@ -183,6 +213,7 @@ def test_what_is_found_and_does_not_come_is_computed(
     # Nothing that was computed in between was stored as something else; what is damaged is found
     # out and stored again, of each prompt a block at a time.
     for _ in range(20):
+        daemon.settle()
         again = engine.run(prompts, reset=True)
         assert again["outputs"] == expected
         if sum(again["cached"]) >= 0.95 * possible(prompts):
@@ -215,6 +246,7 @@ def test_layers_are_loaded_while_a_step_runs(
     prompts = workload(1)
     engine = Engine(model, daemon.endpoint, layerwise=True)
     assert engine.run(prompts)["outputs"] == expected
+    daemon.settle()
     warm = engine.run(prompts, reset=True)
     assert warm["outputs"] == expected
     assert sum(warm["cached"]) >= 0.95 * possible(prompts)
