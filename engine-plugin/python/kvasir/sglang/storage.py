@@ -272,7 +272,7 @@ class KvasirStorage(HiCacheStorage):
         before = (extra_info and extra_info.prefix_keys or [None])[-1]
         stored = pages.store(keys, indices, before)
         self._note("backup", pages, sum(stored), begun)
-        self._remember(pool, [key for key, is_stored in zip(keys, stored, strict=True) if is_stored])
+        self._remember(pool, [key for key, is_there in zip(keys, stored, strict=True) if is_there])
         return stored
 
     # Pages as tensors.

@@ -71,7 +71,10 @@ def main(model: str, layout: str, endpoint: str | None) -> None:
             engine.flush_cache()
         sampling = {"temperature": 0, "max_new_tokens": order["tokens"], "ignore_eos": True}
         begun = time.monotonic()
-        outputs = [engine.generate(input_ids=it, sampling_params=sampling) for it in order["prompts"]]
+        outputs = [
+            engine.generate(input_ids=prompt, sampling_params=sampling)
+            for prompt in order["prompts"]
+        ]
         answer = {
             "outputs": [it["output_ids"] for it in outputs],
             "cached": [it["meta_info"]["cached_tokens"] for it in outputs],

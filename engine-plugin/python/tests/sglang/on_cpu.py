@@ -13,3 +13,5 @@ os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.envir
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix, "extensions")))
 os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Threads that wait for each other take their cores from the scheduler's.
+os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -21,6 +21,7 @@ from sglang.srt.mem_cache.hicache_storage import (
 )
 from sglang.srt.mem_cache.pool_host.mha import MHATokenToKVPoolHost
 
+from kvasir import Client
 from kvasir.sglang import pages as kvasir_pages
 
 KINDS = [(layout, False) for layout in LAYOUTS] + [(layout, True) for layout in LATENT_LAYOUTS]
@@ -82,6 +83,18 @@ def test_what_is_missing_ends_the_prefix(daemon: Daemon) -> None:
     assert backend.batch_set_v1(some[:2] + some[3:], tokens([0, 1, 3, 4])) == [True] * 4
     assert backend.batch_exists(some) == 2
     assert backend.batch_get_v1(some, tokens([5, 6, 7, 8, 9])) == [True, True, False, False, False]
+
+
+def test_a_page_is_there_when_all_shares_of_it_are(daemon: Daemon) -> None:
+    host = pool("page_first")
+    backend = storage(daemon.endpoint, host, tp_lcm_size=2)
+    for share in range(2):
+        assert all(backend.batch_set_v1(keys(2), tokens([0, 1])))
+        assert backend.batch_exists(keys(2)) == 2
+        lost = backend._pools["kv"].chunk_keys(keys(2))[1 + 2 * share]
+        assert Client(daemon.endpoint).delete([lost]) == 1
+        assert backend.batch_exists(keys(2)) == 1
+        assert backend.batch_get_v1(keys(2), tokens([4, 5])) == [True, False]
 
 
 def test_many_pages_come_in_several_loads(

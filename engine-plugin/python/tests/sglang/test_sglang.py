@@ -15,7 +15,7 @@ import pytest
 from conftest import Daemon
 
 PAGE = 32
-TOKENS = 8
+TOKENS = 6
 ENGINE = Path(__file__).with_name("engine.py")
 MODEL = os.environ["KVASIR_TEST_MODEL"]
 
