@@ -1,6 +1,7 @@
 """Blocks of an engine: found, loaded into its memory, and stored."""
 
 import time
+from pathlib import Path
 
 import numpy
 import pytest
@@ -122,6 +123,21 @@ def test_storing_can_be_waited_for(daemon: Daemon) -> None:
         assert engine.cache.put([b"new"], [7]) == [False]
     assert time.monotonic() - begun < 4
     daemon.thaw()
+
+
+def test_a_daemon_that_refuses_a_block_is_asked_on(tmp_path: Path) -> None:
+    daemon = Daemon(tmp_path, "--memory", "1MiB", "--no-disk")
+    layout = Layout(layers=1, kv_heads=1, head_dim=64, tokens=1 << 15, dtype="f32")
+    assert layout.chunk_bytes > 8 << 20
+    cache = BlockCache(daemon.endpoint, Namespace(layout, architecture="a", weights="w"))
+    memory = numpy.zeros(layout.chunk_bytes, dtype=numpy.uint8)
+    half = layout.chunk_bytes // 2
+    cache.register([memory], blocks=1, block=2 * half, plane=half, head=half, token=256)
+    assert cache.put(names(2), [0, 0]) == [False, False]
+    assert cache.find(names(2)) == 0
+    stats = cache.stats()
+    assert stats["stores_failed"] == 2 and stats["calls_skipped"] == 0
+    daemon.kill()
 
 
 def test_one_cache_may_be_of_several_memories(daemon: Daemon) -> None:
