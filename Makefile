@@ -18,7 +18,7 @@ VENV    ?= .venv
 
 PYTHON_TESTS ?=
 
-.PHONY: wheel test-python test-vllm engines deps-python help deps deps-neon deps-bench deps-cuda deps-rdma deps-ibverbs deps-network build demo test crash soak check check-deep test-neon test-cuda test-rdma test-network rocksdb loom asan fuzz bench quality venv train
+.PHONY: wheel test-python test-vllm test-sglang engines deps-python deps-sglang help deps deps-neon deps-bench deps-cuda deps-rdma deps-ibverbs deps-network build demo test crash soak check check-deep test-neon test-cuda test-rdma test-network rocksdb loom asan fuzz bench quality venv train
 
 help:
 	@echo "make demo    build, then answer questions with a computed and a fetched prefill"
@@ -35,6 +35,7 @@ help:
 	@echo "make test-python  the Python client and its types, with a real daemon"
 	@echo "make engines  caches beside vLLM, measured: writes docs/engines.md (downloads 4 GB the first time)"
 	@echo "make test-vllm  vLLM on the CPU, with and without the cache (downloads 3 GB the first time)"
+	@echo "make test-sglang  SGLang on the CPU, likewise (downloads 3 GB the first time)"
 	@echo "make fuzz    hostile bytes for codec and data plane, a minute a target (SECONDS=1200: twenty)"
 	@echo "make bench   run the benchmarks (ARGS='ttft --quick --json' picks one)"
 	@echo "make quality ask the shipped model, write docs/quality.md (hours; ARGS=--quick: minutes)"
@@ -56,6 +57,8 @@ DEPS_RDMA := $(DEPS_IBVERBS) ibverbs-providers perftest qemu-system-x86 busybox-
   iproute2 python3
 # What makes virtual environments.
 DEPS_PYTHON := python3-venv
+# To compile what SGLang compiles when it is used.
+DEPS_SGLANG := g++ libssl-dev
 # What makes hosts of network namespaces.
 DEPS_NETWORK := iproute2 util-linux
 # What the suite `store` is measured beside; no other needs them.
@@ -69,8 +72,9 @@ deps-rdma:  PACKAGES = $(DEPS_RDMA)
 deps-ibverbs: PACKAGES = $(DEPS_IBVERBS)
 deps-network: PACKAGES = $(DEPS_NETWORK)
 deps-python: PACKAGES = $(DEPS_PYTHON)
+deps-sglang: PACKAGES = $(DEPS_SGLANG)
 
-deps deps-neon deps-bench deps-cuda deps-rdma deps-ibverbs deps-network deps-python:
+deps deps-neon deps-bench deps-cuda deps-rdma deps-ibverbs deps-network deps-python deps-sglang:
 	@missing=""; for package in $(PACKAGES); do \
 	  dpkg -s $$package >/dev/null 2>&1 || missing="$$missing $$package"; done; \
 	if [ -n "$$missing" ]; then \
@@ -253,9 +257,10 @@ $(PYTHON)/client/bin/python: | $(UV)
 # Installed as anybody would, and tested away from its sources.
 test-python: build wheel $(PYTHON)/client/bin/python
 	$(UV) pip install -q --python $(PYTHON)/client/bin/python --reinstall $(WHEEL)
-	cd $(PYTHON) && client/bin/mypy --strict -p kvasir --exclude kvasir/vllm
+	cd $(PYTHON) && client/bin/mypy --strict -p kvasir --exclude 'kvasir/(vllm|sglang)'
 	cd $(PYTHON) && KVASIRD=$(abspath $(BUILDS))/release/kvasird client/bin/python -m pytest -q \
 	  -p no:cacheprovider --ignore $(CURDIR)/$(PYTHON_PACKAGE)/tests/vllm \
+	  --ignore $(CURDIR)/$(PYTHON_PACKAGE)/tests/sglang \
 	  $(CURDIR)/$(PYTHON_PACKAGE)/tests $(PYTHON_TESTS)
 
 # The wheel asks for a build of torch that registries do not have; the ordinary one will do.
@@ -274,6 +279,20 @@ test-vllm: build wheel $(PYTHON)/vllm/bin/python $(PYTHON)/models/random-llama
 	  KVASIR_TEST_MODELS=$(CURDIR)/models/reader-9m:$(PYTHON)/models/random-llama \
 	  vllm/bin/python -m pytest -q -p no:cacheprovider \
 	  $(CURDIR)/$(PYTHON_PACKAGE)/tests/vllm $(PYTHON_TESTS)
+
+# Without the kernels for CUDA that its wheel asks for, which no CPU imports.
+$(PYTHON)/sglang/bin/python: | $(UV)
+	$(UV) venv -q $(PYTHON)/sglang
+	$(UV) pip install -q --python $@ -r $(PYTHON_PACKAGE)/tests/sglang/requirements.txt
+	$(UV) pip install -q --python $@ --no-deps sglang==0.5.23
+
+# Ten minutes on two cores. SGLang compiles its hash of pages, which takes OpenSSL's headers.
+test-sglang: build wheel $(PYTHON)/sglang/bin/python | deps-sglang
+	$(UV) pip install -q --python $(PYTHON)/sglang/bin/python --reinstall --no-deps $(WHEEL)
+	cd $(PYTHON) && KVASIRD=$(abspath $(BUILDS))/release/kvasird \
+	  KVASIR_TEST_MODEL=$(CURDIR)/models/reader-9m \
+	  sglang/bin/python -m pytest -q -p no:cacheprovider \
+	  $(CURDIR)/$(PYTHON_PACKAGE)/tests/sglang $(PYTHON_TESTS)
 
 # Other caches for vLLM, beside which ours is measured.
 $(PYTHON)/engines/bin/python: | $(UV)

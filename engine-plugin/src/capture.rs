@@ -2,10 +2,11 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use bytes::Bytes;
-use kvasir_client::{Client, PutOptions};
-use kvasir_types::{ChunkKey, Hints, KvLayout};
+use kvasir_client::{CallError, Client, PutOptions};
+use kvasir_types::{ByteSize, ChunkKey, Durability, Hints, KvLayout};
 use tokio::sync::mpsc;
 use tracing::warn;
 
@@ -72,41 +73,84 @@ struct Counters {
     dropped: AtomicU64,
 }
 
+impl Counters {
+    fn note(&self, stored: Stored) {
+        let counter = if stored == Stored::Yes {
+            &self.stored
+        } else {
+            &self.failed
+        };
+        counter.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// Whether the daemon has a chunk now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stored {
+    Yes,
+    /// It answers, and does not take this one.
+    Refused,
+    NoAnswer,
+}
+
+/// How chunks are stored.
+#[derive(Clone, Debug)]
+pub(crate) struct Storing {
+    client: Client,
+    coder: Arc<Coder>,
+    timeout: Duration,
+    durability: Durability,
+}
+
+impl Storing {
+    pub(crate) fn new(client: Client, coder: Arc<Coder>, config: &PluginConfig) -> Self {
+        Self {
+            client,
+            coder,
+            timeout: config.store_timeout,
+            durability: config.durability,
+        }
+    }
+
+    pub(crate) async fn store(&self, chunk: ChunkCopy) -> Stored {
+        let (key, timeout) = (chunk.key, self.timeout);
+        let options = PutOptions {
+            durability: self.durability,
+            hints: chunk.hints,
+        };
+        let chunk = self.coder.encode(chunk).await;
+        let put = self.client.put_with(&chunk, options);
+        match tokio::time::timeout(timeout, put).await {
+            Ok(Ok(_)) => Stored::Yes,
+            Ok(Err(error)) => {
+                warn!(%key, %error, "a chunk was not stored");
+                match error {
+                    CallError::Unavailable { .. } | CallError::DeadlineExceeded => Stored::NoAnswer,
+                    _ => Stored::Refused,
+                }
+            }
+            Err(_) => {
+                warn!(%key, ?timeout, "a chunk was not stored in time");
+                Stored::NoAnswer
+            }
+        }
+    }
+}
+
 impl CaptureQueue {
     pub(crate) fn start(
         runtime: &tokio::runtime::Handle,
-        client: Client,
-        coder: Arc<Coder>,
-        config: &PluginConfig,
+        storing: Storing,
+        capacity: ByteSize,
     ) -> Self {
         let (sender, mut chunks) = mpsc::unbounded_channel::<ChunkCopy>();
         let counters = Arc::new(Counters::default());
         metrics::gauge!(WAITING).set(0.0);
-        let timeout = config.store_timeout;
-        let durability = config.durability;
         let shared = Arc::clone(&counters);
         runtime.spawn(async move {
             while let Some(chunk) = chunks.recv().await {
                 let bytes = chunk.bytes();
-                let key = chunk.key;
-                let options = PutOptions {
-                    durability,
-                    hints: chunk.hints,
-                };
-                let chunk = coder.encode(chunk).await;
-                let put = client.put_with(&chunk, options);
-                let counter = match tokio::time::timeout(timeout, put).await {
-                    Ok(Ok(_)) => &shared.stored,
-                    Ok(Err(error)) => {
-                        warn!(%key, %error, "a chunk was not stored");
-                        &shared.failed
-                    }
-                    Err(_) => {
-                        warn!(%key, ?timeout, "a chunk was not stored in time");
-                        &shared.failed
-                    }
-                };
-                counter.fetch_add(1, Ordering::Relaxed);
+                shared.note(storing.store(chunk).await);
                 shared.waiting_bytes.fetch_sub(bytes, Ordering::Relaxed);
                 shared.waiting.fetch_sub(1, Ordering::Relaxed);
                 metrics::gauge!(WAITING).decrement(1.0);
@@ -115,7 +159,7 @@ impl CaptureQueue {
         Self {
             sender,
             counters,
-            capacity: config.capture_buffer.as_u64(),
+            capacity: capacity.as_u64(),
         }
     }
 
@@ -143,6 +187,11 @@ impl CaptureQueue {
         metrics::gauge!(WAITING).decrement(1.0);
         self.counters.dropped.fetch_add(1, Ordering::Relaxed);
         CaptureOutcome::Dropped
+    }
+
+    /// Counts a chunk that did not wait.
+    pub(crate) fn note(&self, stored: Stored) {
+        self.counters.note(stored);
     }
 
     pub(crate) fn note_dropped(&self, chunks: u64) {

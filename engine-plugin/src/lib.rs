@@ -60,7 +60,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use kvasir_client::{Client, ClientConfig};
+use kvasir_client::{Client, ClientConfig, Lookup};
 use kvasir_types::{ByteSize, ChunkKey, Durability, Namespace};
 
 pub use kvasir_client::{
@@ -77,7 +77,7 @@ pub use fetch::{FetchOutcome, LayerWait, Prefetch};
 pub use prompt::Prompt;
 pub use strided::{Memory, OutsideMemory, Strided, Strides, StridesError};
 
-use capture::CaptureQueue;
+use capture::{CaptureQueue, Stored, Storing};
 use coding::Coder;
 use controller::Learnt;
 use profiles::Profiles;
@@ -175,6 +175,7 @@ pub(crate) struct Shared {
     overrun: AtomicU64,
     breaker: Mutex<Breaker>,
     capture: CaptureQueue,
+    storing: Storing,
     coder: Arc<Coder>,
     stats: FetchCounters,
 }
@@ -246,7 +247,8 @@ impl CachePlugin {
         let layout = *namespace.layout();
         let profiles = Profiles::start(client.clone(), runtime.clone(), &config.codec, layout);
         let coder = Arc::new(Coder::new(config.codec.clone(), profiles));
-        let queue = CaptureQueue::start(&runtime, client.clone(), Arc::clone(&coder), &config);
+        let storing = Storing::new(client.clone(), Arc::clone(&coder), &config);
+        let queue = CaptureQueue::start(&runtime, storing.clone(), config.capture_buffer);
         Self {
             shared: Arc::new(Shared {
                 client,
@@ -257,6 +259,7 @@ impl CachePlugin {
                 overrun: AtomicU64::new(0),
                 breaker: Mutex::new(Breaker::new(config.cooldown)),
                 capture: queue,
+                storing,
                 coder,
                 stats: FetchCounters::default(),
                 config,
@@ -303,14 +306,23 @@ impl CachePlugin {
     /// them. None, as long as the daemon is left alone; costs
     /// [`PluginConfig::lookup_timeout`] at most.
     pub async fn find(&self, keys: &[ChunkKey]) -> usize {
+        let lookup = self.look_up(keys).await;
+        lookup.map_or(0, |lookup| lookup.prefix_chunks)
+    }
+
+    /// Which of the chunks are cached; as [`find`](Self::find) otherwise.
+    pub async fn present(&self, keys: &[ChunkKey]) -> Vec<bool> {
+        let Some(lookup) = self.look_up(keys).await else {
+            return vec![false; keys.len()];
+        };
+        lookup.found.iter().map(Option::is_some).collect()
+    }
+
+    async fn look_up(&self, keys: &[ChunkKey]) -> Option<Lookup> {
         let shared = &self.shared;
         let begun = Instant::now();
-        if keys.is_empty() {
-            return 0;
-        }
-        if !shared.breaker().allows(begun) {
-            shared.stats.note(Happened::Skipped);
-            return 0;
+        if keys.is_empty() || !self.may_ask(begun) {
+            return None;
         }
         let client = shared
             .client
@@ -318,15 +330,40 @@ impl CachePlugin {
         match client.lookup(keys).await {
             Ok(lookup) => {
                 shared.breaker().succeeded();
-                lookup.prefix_chunks
+                Some(lookup)
             }
             Err(error) => {
                 tracing::warn!(%error, "a lookup failed");
                 shared.stats.note(Happened::Failed);
                 shared.breaker().failed(begun, Instant::now());
-                0
+                None
             }
         }
+    }
+
+    /// Whether the daemon is not left alone at this moment; counts where it is.
+    fn may_ask(&self, now: Instant) -> bool {
+        let allows = self.shared.breaker().allows(now);
+        if !allows {
+            self.shared.stats.note(Happened::Skipped);
+        }
+        allows
+    }
+
+    /// Stores a chunk, for an engine that waits for it: whether the daemon has it. It has not, as
+    /// long as it is left alone; costs [`PluginConfig::store_timeout`] at most.
+    pub async fn store(&self, chunk: ChunkCopy) -> bool {
+        let shared = &self.shared;
+        let begun = Instant::now();
+        if !self.may_ask(begun) {
+            return false;
+        }
+        let stored = shared.storing.store(chunk).await;
+        shared.capture.note(stored);
+        if stored == Stored::NoAnswer {
+            shared.breaker().failed(begun, Instant::now());
+        }
+        stored == Stored::Yes
     }
 
     /// When what is cached is loaded.

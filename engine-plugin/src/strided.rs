@@ -49,7 +49,7 @@ pub struct Strides {
     pub start: usize,
     /// From a block to the next.
     pub block: usize,
-    /// From the keys of a token and head to its values.
+    /// From the keys of a token and head to its values, if those are apart.
     pub plane: usize,
     /// From a KV head to the next.
     pub head: usize,
@@ -79,8 +79,8 @@ pub enum StridesError {
         /// Bytes of the layer.
         found: usize,
     },
-    /// Keys and values differ in width, or are one.
-    #[error("only planes of keys and values of one width can be in such memory")]
+    /// Keys and values differ in width.
+    #[error("keys and values of different widths cannot be in such memory")]
     Planes,
 }
 
@@ -119,15 +119,14 @@ impl<M: Memory> Strided<M> {
                 found: layers.len(),
             });
         }
-        let Planes::KeyValue { key_dim, value_dim } = layout.planes() else {
-            return Err(StridesError::Planes);
+        let (planes, dim) = match layout.planes() {
+            Planes::KeyValue { key_dim, value_dim } if key_dim == value_dim => (2, key_dim),
+            Planes::KeyValue { .. } => return Err(StridesError::Planes),
+            Planes::Single { dim } => (1, dim),
         };
-        if key_dim != value_dim {
-            return Err(StridesError::Planes);
-        }
         let steps = [
             (strides.block, u64::from(blocks)),
-            (strides.plane, 2),
+            (strides.plane, planes),
             (strides.head, u64::from(layout.kv_heads())),
             (strides.token, u64::from(layout.tokens())),
         ];
@@ -136,7 +135,7 @@ impl<M: Memory> Strided<M> {
             let last = (step as u64).saturating_mul(count.saturating_sub(1));
             needed = needed.saturating_add(last);
         }
-        let row = u64::from(key_dim) * layout.dtype().bytes() as u64;
+        let row = u64::from(dim) * layout.dtype().bytes() as u64;
         needed = needed.saturating_add(row);
         for layer in &layers {
             if needed > layer.len() as u64 {
@@ -183,14 +182,18 @@ impl<M: Memory> Strided<M> {
             usize::from(self.layout.kv_heads()),
             self.layout.tokens() as usize,
         );
-        let mut row = payload / (2 * heads * tokens);
+        let planes = match self.layout.planes() {
+            Planes::KeyValue { .. } => 2,
+            Planes::Single { .. } => 1,
+        };
+        let mut row = payload / (planes * heads * tokens);
         let mut rows = tokens;
         if self.strides.token == row {
             (row, rows) = (row * tokens, 1);
         }
         let block = self.strides.start + block as usize * self.strides.block;
         let mut at = 0;
-        for plane in 0..2 {
+        for plane in 0..planes {
             for head in 0..heads {
                 let first = block + plane * self.strides.plane + head * self.strides.head;
                 for token in 0..rows {
@@ -353,6 +356,38 @@ mod tests {
             pages.read_layer(&[1], 0, LayerIdx(1), &mut back).unwrap();
             assert!(back == payload, "{order}");
         }
+    }
+
+    /// A latent cache: one plane, of one head, and rows that do not adjoin.
+    #[test]
+    fn one_plane_is_enough() {
+        let layout = KvLayout::new(2, 1, Planes::Single { dim: 6 }, 4, DType::Bf16).unwrap();
+        let strides = Strides {
+            start: 0,
+            block: 4 * 2 * 12,
+            plane: 0,
+            head: 0,
+            token: 2 * 12,
+        };
+        let layers = |bytes| {
+            (0..2)
+                .map(|_| Bytes(RefCell::new(vec![0; bytes])))
+                .collect()
+        };
+        let whole = 3 * strides.block - 12;
+        assert!(Strided::new(layout, strides, 3, layers(whole - 1)).is_err());
+        let mut pages = Strided::new(layout, strides, 3, layers(whole)).unwrap();
+        let payload: Vec<u8> = (1..=48).collect();
+        pages.write_layer(&[2], 0, LayerIdx(1), &payload).unwrap();
+        let memory = pages.layers[1].0.borrow().clone();
+        for (token, row) in payload.chunks(12).enumerate() {
+            let at = 2 * strides.block + token * strides.token;
+            assert_eq!(memory[at..at + 12], *row);
+        }
+        assert_eq!(memory.iter().filter(|byte| **byte != 0).count(), 48);
+        let mut back = vec![0; 48];
+        pages.read_layer(&[2], 0, LayerIdx(1), &mut back).unwrap();
+        assert_eq!(back, payload);
     }
 
     #[test]

@@ -18,11 +18,18 @@ class Error(Exception):
 class Layout:
     """Geometry of a chunk: `[layer, plane (K, V), kv_head, token, dim]`, row-major, little-endian.
 
-    `dtype` is one of f32, f16, bf16, f8e4m3, f8e5m2.
+    `dtype` is one of f32, f16, bf16, f8e4m3, f8e5m2. Of latent attention, there is one plane.
     """
 
     def __new__(
-        cls, *, layers: int, kv_heads: int, head_dim: int, tokens: int, dtype: str
+        cls,
+        *,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        tokens: int,
+        dtype: str,
+        planes: int = 2,
     ) -> Layout: ...
     @staticmethod
     def opaque(bytes: int) -> Layout:
@@ -143,7 +150,8 @@ class Client:
 class BlockCache:
     """Blocks of an engine, named by what it calls them, in a daemon's cache.
 
-    `lookup_timeout` bounds `find`, `load_timeout` a load. A daemon that has failed is left
+    `lookup_timeout` bounds `find`, `load_timeout` a load, `store_timeout` the storing of one
+    block. A daemon that has failed is left
     alone for `cooldown`, twice as long each time; what is asked for meanwhile is not there.
     `store_buffer` bounds the bytes that wait to be stored.
     """
@@ -155,10 +163,14 @@ class BlockCache:
         *,
         lookup_timeout: float = 0.05,
         load_timeout: float = 2.0,
+        store_timeout: float = 10.0,
         cooldown: float = 1.0,
         store_buffer: int = ...,
         durable: bool = True,
     ) -> BlockCache: ...
+    def beside(self) -> BlockCache:
+        """The same cache, of other memory, which is to be registered."""
+
     def register(
         self,
         layers: Sequence[Buffer],
@@ -192,6 +204,15 @@ class BlockCache:
         parent: bytes | None = None,
     ) -> int:
         """Copies blocks out of memory and has them stored; returns how many will be."""
+
+    def put(
+        self,
+        names: Sequence[bytes],
+        blocks: Sequence[int],
+        *,
+        parent: bytes | None = None,
+    ) -> list[bool]:
+        """Stores those blocks that the daemon lacks, and waits: which of them it has now."""
 
     def flush(self, timeout: float) -> bool:
         """Waits until nothing waits to be stored; false after `timeout` seconds."""

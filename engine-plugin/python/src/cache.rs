@@ -8,6 +8,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use futures::{StreamExt as _, TryStreamExt as _};
 use kvasir_plugin::{
     BackendError, CachePlugin, CaptureOutcome, ChunkCopy, EngineBackend as _, FetchOutcome,
     LayerWait, LoadPolicy, PluginConfig, Prompt, Strided, Strides,
@@ -25,6 +26,9 @@ use crate::{invalid, runtime};
 /// How long a loading thread waits before it looks whether its fetch has ended.
 const PATIENCE: Duration = Duration::from_millis(100);
 
+/// Blocks that are copied and on their way at once, when storing is waited for.
+const PUTS_AT_ONCE: usize = 4;
+
 /// Keys that are remembered as stored, so that they are not sent again.
 const REMEMBERED: NonZeroUsize = NonZeroUsize::new(1 << 16).unwrap();
 
@@ -34,7 +38,7 @@ const REMEMBERED: NonZeroUsize = NonZeroUsize::new(1 << 16).unwrap();
 pub(crate) struct BlockCache {
     plugin: CachePlugin,
     pages: OnceLock<Strided<Region>>,
-    sent: Mutex<LruCache<ChunkKey, ()>>,
+    sent: Arc<Mutex<LruCache<ChunkKey, ()>>>,
 }
 
 /// Blocks on their way into an engine's memory.
@@ -130,6 +134,26 @@ fn read(pages: &Strided<Region>, block: u32) -> Result<Vec<Vec<u8>>, BackendErro
     (0..layout.layers()).map(LayerIdx).map(layer).collect()
 }
 
+/// A block, copied out of the engine's memory.
+fn copy(
+    pages: &Strided<Region>,
+    key: ChunkKey,
+    parent: Option<ChunkKey>,
+    block: u32,
+) -> Result<ChunkCopy, BackendError> {
+    let layers = read(pages, block)?;
+    Ok(ChunkCopy {
+        key,
+        layout: *pages.layout(),
+        start: 0,
+        layers: layers.into_iter().map(Bytes::from).collect(),
+        hints: Hints {
+            parent,
+            ..Hints::default()
+        },
+    })
+}
+
 pub(crate) fn seconds(name: &str, value: f64) -> PyResult<Duration> {
     Duration::try_from_secs_f64(value)
         .map_err(|_| invalid(format!("{name} of {value} seconds is no time")))
@@ -163,18 +187,8 @@ impl BlockCache {
             self.plugin.note_dropped_captures(1);
             return Ok(false);
         }
-        let layers = read(pages, block).map_err(invalid)?;
-        let outcome = self.plugin.capture(ChunkCopy {
-            key,
-            layout,
-            start: 0,
-            layers: layers.into_iter().map(Bytes::from).collect(),
-            hints: Hints {
-                parent,
-                ..Hints::default()
-            },
-        });
-        Ok(outcome == CaptureOutcome::Queued)
+        let copied = copy(pages, key, parent, block).map_err(invalid)?;
+        Ok(self.plugin.capture(copied) == CaptureOutcome::Queued)
     }
 }
 
@@ -182,20 +196,22 @@ impl BlockCache {
 impl BlockCache {
     /// Of the daemon at `endpoint`, which need not be there yet.
     ///
-    /// All times are in seconds: `lookup_timeout` bounds `find`, `load_timeout` a load;
-    /// `cooldown` is how long a daemon that has failed is left alone, twice as long each time.
+    /// All times are in seconds: `lookup_timeout` bounds `find`, `load_timeout` a load,
+    /// `store_timeout` the storing of one block; `cooldown` is how long a daemon that has failed is left alone, twice as long each time.
     /// `store_buffer` bounds the bytes that wait to be stored.
     #[new]
     #[pyo3(signature = (
         endpoint, namespace, *,
-        lookup_timeout = 0.05, load_timeout = 2.0, cooldown = 1.0,
+        lookup_timeout = 0.05, load_timeout = 2.0, store_timeout = 10.0, cooldown = 1.0,
         store_buffer = 512 << 20, durable = true,
     ))]
+    #[expect(clippy::too_many_arguments, reason = "named, and each has a default")]
     fn new(
         endpoint: &str,
         namespace: Namespace,
         lookup_timeout: f64,
         load_timeout: f64,
+        store_timeout: f64,
         cooldown: f64,
         store_buffer: u64,
         durable: bool,
@@ -205,6 +221,7 @@ impl BlockCache {
             load: LoadPolicy::Always,
             lookup_timeout: seconds("lookup_timeout", lookup_timeout)?,
             fetch_timeout: seconds("load_timeout", load_timeout)?,
+            store_timeout: seconds("store_timeout", store_timeout)?,
             cooldown: seconds("cooldown", cooldown)?,
             capture_buffer: ByteSize::bytes(store_buffer),
             durability: if durable {
@@ -219,8 +236,17 @@ impl BlockCache {
         Ok(Self {
             plugin: plugin.map_err(invalid)?,
             pages: OnceLock::new(),
-            sent: Mutex::new(LruCache::new(REMEMBERED)),
+            sent: Arc::new(Mutex::new(LruCache::new(REMEMBERED))),
         })
+    }
+
+    /// The same cache, of other memory, which is to be registered.
+    fn beside(&self) -> Self {
+        Self {
+            plugin: self.plugin.clone(),
+            pages: OnceLock::new(),
+            sent: Arc::clone(&self.sent),
+        }
     }
 
     /// Says where the engine's KV is: a buffer a layer, all alike, of `blocks` blocks, whose rows
@@ -347,6 +373,39 @@ impl BlockCache {
                 parent = Some(key);
             }
             Ok(queued)
+        })
+    }
+
+    /// Stores those blocks that the daemon lacks, and waits for it: which of them it has now. Costs
+    /// `lookup_timeout` and `store_timeout` at most where it does not answer, and nothing while it
+    /// is left alone.
+    #[pyo3(signature = (names, blocks, *, parent = None))]
+    fn put(
+        &self,
+        py: Python<'_>,
+        names: Vec<Vec<u8>>,
+        blocks: Vec<u32>,
+        parent: Option<Vec<u8>>,
+    ) -> PyResult<Vec<bool>> {
+        if names.len() != blocks.len() {
+            return Err(invalid("there must be a block of memory for each name"));
+        }
+        let (pages, runtime) = (self.pages()?, runtime()?);
+        py.detach(|| {
+            let keys = self.keys(&names);
+            let first = parent.map(|name| self.plugin.namespace().opaque(&name));
+            let parents = std::iter::once(first).chain(keys.iter().copied().map(Some));
+            let present = runtime.block_on(self.plugin.present(&keys));
+            let puts = keys.iter().zip(parents).zip(blocks).zip(present);
+            let puts = puts.map(|(((key, parent), block), is_there)| async move {
+                if is_there {
+                    return Ok(true);
+                }
+                let copied = copy(pages, *key, parent, block).map_err(invalid)?;
+                Ok(self.plugin.store(copied).await)
+            });
+            let puts = futures::stream::iter(puts).buffered(PUTS_AT_ONCE);
+            runtime.block_on(puts.try_collect())
         })
     }
 

@@ -10,6 +10,7 @@ use crate::invalid;
 const MAX_ROW: u16 = 4096;
 
 /// Geometry of a chunk: `[layer, plane (K, V), kv_head, token, dim]`, row-major, little-endian.
+/// Of latent attention, there is one plane.
 #[pyclass(frozen, eq, hash, from_py_object, module = "kvasir")]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Layout(pub(crate) KvLayout);
@@ -17,8 +18,15 @@ pub(crate) struct Layout(pub(crate) KvLayout);
 #[pymethods]
 impl Layout {
     #[new]
-    #[pyo3(signature = (*, layers, kv_heads, head_dim, tokens, dtype))]
-    fn new(layers: u16, kv_heads: u16, head_dim: u16, tokens: u32, dtype: &str) -> PyResult<Self> {
+    #[pyo3(signature = (*, layers, kv_heads, head_dim, tokens, dtype, planes = 2))]
+    fn new(
+        layers: u16,
+        kv_heads: u16,
+        head_dim: u16,
+        tokens: u32,
+        dtype: &str,
+        planes: u8,
+    ) -> PyResult<Self> {
         let known = DType::ALL.into_iter().find(|it| it.to_string() == dtype);
         let Some(dtype) = known else {
             let names = DType::ALL.map(|it| it.to_string()).join(", ");
@@ -26,7 +34,11 @@ impl Layout {
                 "no element type is called {dtype}; there are {names}"
             )));
         };
-        let planes = Planes::symmetric(head_dim);
+        let planes = match planes {
+            1 => Planes::Single { dim: head_dim },
+            2 => Planes::symmetric(head_dim),
+            _ => return Err(invalid(format!("KV has 1 plane or 2, not {planes}"))),
+        };
         KvLayout::new(layers, kv_heads, planes, tokens, dtype)
             .map(Self)
             .map_err(invalid)

@@ -18,9 +18,10 @@ KVASIRD = os.environ.get("KVASIRD", "kvasird")
 class Daemon:
     """A real one, with a directory of its own."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *flags: str) -> None:
         self._directory = directory
         self.data = directory / "data"
+        self._flags = flags
         self.endpoint = "127.0.0.1:0"
         self.start()
 
@@ -29,7 +30,7 @@ class Daemon:
         ready = self._directory / "ready"
         ready.unlink(missing_ok=True)
         arguments = ["--listen", self.endpoint, "--ready-file", str(ready)]
-        arguments += ["--data-dir", str(self.data)]
+        arguments += self._flags or ["--data-dir", str(self.data)]
         log = (self._directory / "log").open("ab")
         self._process = subprocess.Popen([KVASIRD, *arguments], stdout=log, stderr=log)
         log.close()

@@ -1,6 +1,7 @@
 """Blocks of an engine: found, loaded into its memory, and stored."""
 
 import time
+from pathlib import Path
 
 import numpy
 import pytest
@@ -104,6 +105,72 @@ def test_a_daemon_that_fails_costs_its_time_once(daemon: Daemon) -> None:
         assert time.monotonic() < until
         time.sleep(0.05)
     assert whole(engine, 4, [5, 6, 7, 8]) == 4
+
+
+def test_storing_can_be_waited_for(daemon: Daemon) -> None:
+    engine = Engine(daemon.endpoint, lookup_timeout=1.0, store_timeout=1.0, cooldown=5.0)
+    assert engine.cache.put(names(3), [0, 1, 2]) == [True] * 3
+    # What is there is not stored again, whatever is between.
+    assert engine.cache.put(names(6), list(range(6)), parent=b"before") == [True] * 6
+    assert engine.cache.stats()["stored"] == 6
+    assert engine.cache.find(names(7)) == 6
+    with pytest.raises(ValueError, match="beyond"):
+        engine.cache.put([b"another"], [BLOCKS])
+    daemon.freeze()
+    begun = time.monotonic()
+    assert engine.cache.put([b"new"] * 9, [7] * 9) == [False] * 9
+    for _ in range(100):
+        assert engine.cache.put([b"new"], [7]) == [False]
+    assert time.monotonic() - begun < 4
+    daemon.thaw()
+
+
+def test_a_daemon_that_refuses_a_block_is_asked_on(tmp_path: Path) -> None:
+    daemon = Daemon(tmp_path, "--memory", "1MiB", "--no-disk")
+    layout = Layout(layers=1, kv_heads=1, head_dim=64, tokens=1 << 15, dtype="f32")
+    assert layout.chunk_bytes > 8 << 20
+    cache = BlockCache(daemon.endpoint, Namespace(layout, architecture="a", weights="w"))
+    memory = numpy.zeros(layout.chunk_bytes, dtype=numpy.uint8)
+    half = layout.chunk_bytes // 2
+    cache.register([memory], blocks=1, block=2 * half, plane=half, head=half, token=256)
+    assert cache.put(names(2), [0, 0]) == [False, False]
+    assert cache.find(names(2)) == 0
+    stats = cache.stats()
+    assert stats["stores_failed"] == 2 and stats["calls_skipped"] == 0
+    daemon.kill()
+
+
+def test_one_cache_may_be_of_several_memories(daemon: Daemon) -> None:
+    engine, other = Engine(daemon.endpoint), Engine(daemon.endpoint, ORDERS[1])
+    beside = engine.cache.beside()
+    with pytest.raises(RuntimeError, match="register"):
+        beside.put(names(1), [0])
+    axes = dict(zip(ORDERS[1].split(), other.layers[0].strides, strict=False))
+    memory = [layer.view(numpy.uint8).reshape(-1) for layer in other.layers]
+    beside.register(memory, blocks=BLOCKS, **axes)
+    assert engine.cache.put(names(2), [3, 4]) == [True] * 2
+    assert beside.load(names(2), [8, 9]).wait(30) == 2
+    assert [other.block(8), other.block(9)] == [engine.block(3), engine.block(4)]
+
+
+def test_latent_attention_has_one_plane(daemon: Daemon) -> None:
+    shape = {"layers": LAYERS, "kv_heads": 1, "head_dim": DIM, "tokens": TOKENS, "dtype": "f32"}
+    layout = Layout(planes=1, **shape)
+    assert layout.chunk_bytes == LAYERS * TOKENS * DIM * 4 == Layout(**shape).chunk_bytes // 2
+    with pytest.raises(ValueError, match="not 3"):
+        Layout(planes=3, **shape)
+    names = Namespace(layout, architecture="a", weights="w")
+    cache = BlockCache(daemon.endpoint, names)
+    # Layers between the tokens of a block.
+    memory = numpy.random.default_rng(1).random((4, TOKENS, LAYERS, DIM), dtype=numpy.float32)
+    steps = dict(zip(("block", "token"), memory.strides, strict=False))
+    raw = memory.view(numpy.uint8).reshape(-1)
+    cache.register(
+        [raw[layer * DIM * 4 :] for layer in range(LAYERS)], blocks=4, plane=0, head=0, **steps
+    )
+    assert cache.read(2) == memory[2].transpose(1, 0, 2).tobytes()
+    assert cache.put([b"a"], [2]) == [True] and cache.load([b"a"], [1]).wait(30) == 1
+    assert (memory[1] == memory[2]).all() and (memory[0] != memory[3]).all()
 
 
 def test_what_waits_to_be_stored_is_bounded(daemon: Daemon) -> None:

@@ -27,8 +27,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from kvasir import BlockCache, Load
+from kvasir._identity import Unsupported, adapter
 from kvasir.vllm import layout
-from kvasir.vllm.layout import Unsupported
 from kvasir.vllm.stats import COUNTERS, KvasirMetrics, KvasirStats
 
 if TYPE_CHECKING:
@@ -429,5 +429,5 @@ def _names(request: "Request", first: int, end: int) -> list[bytes]:
     hashes = request.block_hashes[first:end]
     if request.lora_request is None:
         return [bytes(it) for it in hashes]
-    adapter = layout.adapter(request.lora_request.lora_path)
-    return [bytes(it) + adapter for it in hashes]
+    which = adapter(request.lora_request.lora_path)
+    return [bytes(it) + which for it in hashes]

@@ -4,38 +4,23 @@ Nothing is guessed. What is not known here raises `Unsupported`, and the cache s
 the way.
 """
 
-import functools
-import hashlib
 import json
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from kvasir import BlockCache, Layout, Namespace
+from kvasir._identity import DTYPES, INCIDENTAL, Unsupported, weights
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.kv_offload.base import OffloadingSpec
 
-DTYPES = {
-    torch.float32: "f32",
-    torch.float16: "f16",
-    torch.bfloat16: "bf16",
-}
-
-# Of each file of weights, this much of its beginning, middle and end is digested.
-SAMPLE_BYTES = 1 << 16
-
 # How long a daemon may take for a block when the engine starts.
 ROUND_TRIP_SECONDS = 1.0
-
-
-class Unsupported(Exception):
-    """The cache cannot be used with this model, or this version of vLLM."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +48,7 @@ def geometry(config: "KVCacheConfig") -> Geometry:
         spec, "attention_chunk_size", None
     ):
         raise Unsupported("the model attends to a window")
-    dtype = DTYPES.get(spec.dtype)
+    dtype = DTYPES.get(str(spec.dtype))
     if dtype is None:
         raise Unsupported(f"elements of {spec.dtype} are not known")
     layers = tuple(groups[0].layer_names)
@@ -97,7 +82,7 @@ def register(
             )
         if view.stride() != first.stride() or view.shape != first.shape:
             raise Unsupported("layers differ in shape")
-        if DTYPES.get(view.dtype) != layout.dtype or view.stride(3) != 1:
+        if DTYPES.get(str(view.dtype)) != layout.dtype or view.stride(3) != 1:
             raise Unsupported(f"elements of {view.dtype} do not adjoin")
     size, blocks = first.element_size(), first.shape[0]
     starts = {view.storage_offset() * size for view in views}
@@ -210,7 +195,7 @@ def _computed(config: "VllmConfig") -> dict[str, Any]:
         "config": {
             name: value
             for name, value in model.hf_config.to_dict().items()
-            if name not in ("_name_or_path", "transformers_version")
+            if name not in INCIDENTAL
         },
         "dtype": str(model.dtype),
         "kv_dtype": str(cache.cache_dtype),
@@ -290,30 +275,3 @@ def _draft(config: "VllmConfig") -> list[str] | None:
     return [str(speculative.method)] + (
         [weights(draft.model, draft.revision)] if draft is not None else []
     )
-
-
-def weights(model: str, revision: str | None) -> str:
-    """Which weights: name and revision of those of a hub, or a digest of those in a directory.
-
-    The digest is of names, sizes, and three samples of each file, so that it takes no time, and
-    is the same wherever they lie.
-    """
-    directory = Path(model)
-    if not directory.is_dir():
-        return f"{model}@{revision}"
-    digest = hashlib.sha256()
-    patterns = ("*.safetensors", "*.bin", "*.pt", "*.gguf", "*config.json")
-    for path in sorted(path for pattern in patterns for path in directory.glob(pattern)):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
-        with path.open("rb") as file:
-            for at in (0, size // 2, max(0, size - SAMPLE_BYTES)):
-                file.seek(at)
-                digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest()
-
-
-@functools.lru_cache(maxsize=1024)
-def adapter(path: str) -> bytes:
-    """Which adapter a path is, or a name of a hub."""
-    return hashlib.sha256(weights(path, None).encode()).digest()

@@ -10,8 +10,8 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from kvasir import BlockCache, Namespace
+from kvasir._identity import Unsupported
 from kvasir.vllm import layout
-from kvasir.vllm.layout import Unsupported
 
 BLOCKS, HEADS, TOKENS, DIM = 6, 2, 32, 16
 NAMES = ["first", "second"]
