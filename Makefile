@@ -9,7 +9,7 @@ MINUTES ?= 5
 
 # How long `make fuzz` takes for each of these.
 SECONDS      ?= 60
-FUZZ_TARGETS ?= container prelude layer cachegen session
+FUZZ_TARGETS ?= container prelude layer cachegen session events
 
 # What `make train` and `make quality` work on.
 MODEL   ?= models/reader-9m
@@ -34,7 +34,7 @@ help:
 	@echo "make wheel   the Python package, into target/wheels"
 	@echo "make test-python  the Python client and its types, with a real daemon"
 	@echo "make test-vllm  vLLM on the CPU, with and without the cache (downloads 3 GB the first time)"
-	@echo "make fuzz    hostile bytes for codec and data plane, a minute a target (SECONDS=1200: twenty)"
+	@echo "make fuzz    hostile bytes for every parser, a minute a target (SECONDS=1200: twenty)"
 	@echo "make bench   run the benchmarks (ARGS='ttft --quick --json' picks one)"
 	@echo "make quality ask the shipped model, write docs/quality.md (hours; ARGS=--quick: minutes)"
 	@echo "make train   train the shipped model again, or go on training it (hours on a CPU)"
