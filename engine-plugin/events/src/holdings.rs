@@ -183,7 +183,9 @@ impl Holdings {
     /// Every block, with its medium.
     #[cfg(test)]
     pub(crate) fn all(&self) -> impl Iterator<Item = (&str, u64)> {
-        self.sections.iter().flat_map(|it| it.blocks.iter().map(|block| (it.medium.as_str(), *block)))
+        self.sections
+            .iter()
+            .flat_map(|it| it.blocks.iter().map(|block| (it.medium.as_str(), *block)))
     }
 
     fn section_of(&mut self, place: &Place) -> Option<&mut Section> {

@@ -107,12 +107,16 @@ impl Mirror {
             }
             // Contained in what is known.
             _ if self.step == Step::In && same && sequence <= self.sequence => return Ok(()),
-            _ if self.step != Step::In || !same || self.sequence.checked_add(1) != Some(sequence) => {
+            _ if self.step != Step::In
+                || !same
+                || self.sequence.checked_add(1) != Some(sequence) =>
+            {
                 return self.lost();
             }
             Message::Stored(copy) => self.store(copy),
             Message::Removed(copy) => {
-                self.holdings.take_out(&place(copy), [name(&copy.key)].into_iter());
+                self.holdings
+                    .take_out(&place(copy), [name(&copy.key)].into_iter());
             }
         }
         self.sequence = sequence;
@@ -125,7 +129,8 @@ impl Mirror {
     }
 
     fn store(&mut self, copy: &Copy) {
-        self.holdings.insert(&place(copy), None, [name(&copy.key)].into_iter());
+        self.holdings
+            .insert(&place(copy), None, [name(&copy.key)].into_iter());
     }
 
     /// How well the daemon is known.
@@ -144,7 +149,9 @@ impl Mirror {
             return Held::default();
         }
         let of = |namespace: &[u8; 32]| {
-            let names = blocks.iter().map(|hash| name(&ChunkKey::opaque(namespace, hash)));
+            let names = blocks
+                .iter()
+                .map(|hash| name(&ChunkKey::opaque(namespace, hash)));
             self.holdings.prefix(&names.collect::<Vec<_>>())
         };
         let ranks = self.namespaces.iter().map(of);
@@ -159,6 +166,11 @@ impl Mirror {
     /// Copies of chunks, and what the daemon calls its present.
     pub fn position(&self) -> (usize, u64, u64) {
         (self.holdings.len(), self.epoch, self.sequence)
+    }
+
+    /// Copies that were not taken, because the index was full.
+    pub const fn refused(&self) -> u64 {
+        self.holdings.refused()
     }
 
     /// Snapshots that were taken.
@@ -215,13 +227,19 @@ mod tests {
         assert_eq!((mirror.standing(), found(&mirror)), (Standing::Behind, 0));
         mirror.take(9, 4, &snapshot(&[2], false)).unwrap();
         assert_eq!((mirror.standing(), found(&mirror)), (Standing::Complete, 2));
-        mirror.take(9, 4, &Message::Removed(copy(1, "memory"))).unwrap();
+        mirror
+            .take(9, 4, &Message::Removed(copy(1, "memory")))
+            .unwrap();
         assert_eq!(found(&mirror), 2, "contained in the snapshot");
-        mirror.take(9, 5, &Message::Stored(copy(3, "disk"))).unwrap();
+        mirror
+            .take(9, 5, &Message::Stored(copy(3, "disk")))
+            .unwrap();
         let held = mirror.prefix(&[hash(1), hash(2), hash(3)]);
         assert_eq!(held.blocks, 3);
         assert_eq!(held.media, [("memory".into(), 2), ("disk".into(), 0)]);
-        mirror.take(9, 6, &Message::Removed(copy(1, "memory"))).unwrap();
+        mirror
+            .take(9, 6, &Message::Removed(copy(1, "memory")))
+            .unwrap();
         assert_eq!(found(&mirror), 0);
         // A new snapshot, in the middle: what was known is void.
         mirror.take(9, 20, &snapshot(&[1], false)).unwrap();
@@ -256,6 +274,9 @@ mod tests {
         };
         mirror.take(1, 1, &Message::Stored(other)).unwrap();
         assert_eq!(found(&mirror), 1);
-        assert_eq!(Mirror::new(vec![], Limits::default()).prefix(&[hash(1)]), Held::default());
+        assert_eq!(
+            Mirror::new(vec![], Limits::default()).prefix(&[hash(1)]),
+            Held::default()
+        );
     }
 }

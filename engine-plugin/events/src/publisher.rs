@@ -21,8 +21,9 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
+use crate::hash::{self, Hash};
 use crate::holdings::{Held, Holdings, Limits};
-use crate::wire::{Batch, Event};
+use crate::wire::{Batch, BlockHash, Event, Stored};
 
 /// How well a publisher is known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -79,6 +80,9 @@ pub struct Publisher {
     held_bytes: usize,
     /// Replays since a batch was taken last.
     vain: u32,
+    none_hash: Hash,
+    hashes_agree: Option<bool>,
+    block_size: Option<u32>,
     rank: Option<u32>,
     counts: Counts,
 }
@@ -113,8 +117,9 @@ struct Replay {
 }
 
 impl Publisher {
-    /// Of an engine that is not connected yet. `can_replay`: it has a replay address.
-    pub const fn new(can_replay: bool, limits: Limits) -> Self {
+    /// Of an engine that is not connected yet. `can_replay`: it has a replay address;
+    /// `none_hash`: what its hashes begin with, if they are `sha256_cbor`.
+    pub const fn new(can_replay: bool, none_hash: Hash, limits: Limits) -> Self {
         Self {
             limits,
             can_replay,
@@ -125,6 +130,9 @@ impl Publisher {
             held: BTreeMap::new(),
             held_bytes: 0,
             vain: 0,
+            none_hash,
+            hashes_agree: None,
+            block_size: None,
             rank: None,
             counts: Counts {
                 batches: 0,
@@ -248,7 +256,11 @@ impl Publisher {
         self.phase = Phase::Following;
         while let Some((sequence, payload)) = self.held.pop_first() {
             self.held_bytes -= payload.len();
-            if self.recent.front().is_some_and(|first| sequence < first.sequence) {
+            if self
+                .recent
+                .front()
+                .is_some_and(|first| sequence < first.sequence)
+            {
                 // The engine had so much to say meanwhile that it no longer keeps this one.
                 self.counts.duplicates += 1;
                 continue;
@@ -310,7 +322,10 @@ impl Publisher {
         self.counts.unknown += u64::from(batch.unknown.events) + u64::from(batch.unknown.fields);
         for event in &batch.events {
             match event {
-                Event::Stored(stored) => self.holdings.store(stored),
+                Event::Stored(stored) => {
+                    self.compare(stored);
+                    self.holdings.store(stored);
+                }
                 Event::Removed(removed) => self.holdings.remove(removed),
                 Event::Cleared => {
                     self.holdings.clear();
@@ -318,6 +333,30 @@ impl Publisher {
                 }
             }
         }
+    }
+
+    /// Finds out how the engine hashes, from the first block of a prompt that needs no more to
+    /// be told than its tokens.
+    fn compare(&mut self, stored: &Stored) {
+        let size = usize::try_from(stored.block_size).unwrap_or(0);
+        let [first, ..] = stored.hashes.as_slice() else {
+            return;
+        };
+        // The last part of a prompt may be stored as a block that is shorter.
+        if stored.hashes.len().checked_mul(size) != Some(stored.tokens.len()) || size == 0 {
+            return;
+        }
+        self.block_size = self.block_size.max(Some(stored.block_size));
+        let plain = stored.extra_keys.iter().flatten().all(Option::is_none);
+        if stored.parent.is_some() || !plain || stored.lora_id.is_some() {
+            return;
+        }
+        let tokens = stored.tokens.get(..size).unwrap_or_default();
+        let expected = hash::block_hash(&self.none_hash, tokens, &[]);
+        self.hashes_agree = Some(match first {
+            BlockHash::Int(bits) => *bits == hash::low64(&expected),
+            BlockHash::Bytes(bytes) => **bytes == expected,
+        });
     }
 
     fn ask(&mut self, holding: bool) -> Ask {
@@ -359,6 +398,8 @@ impl Publisher {
 
     fn restarted(&mut self) {
         self.counts.restarts += 1;
+        self.hashes_agree = None;
+        self.block_size = None;
         self.forget();
     }
 
@@ -422,6 +463,17 @@ impl Publisher {
         self.rank
     }
 
+    /// Tokens in a block.
+    pub const fn block_size(&self) -> Option<u32> {
+        self.block_size
+    }
+
+    /// Whether the engine's hashes are those of [`crate::hash`], with the `none_hash` that was
+    /// given; `None` as long as no block tells.
+    pub const fn hashes_agree(&self) -> Option<bool> {
+        self.hashes_agree
+    }
+
     /// What happened so far.
     pub const fn counts(&self) -> Counts {
         self.counts
@@ -431,7 +483,10 @@ impl Publisher {
 impl Mark {
     fn of(sequence: u64, payload: &[u8]) -> Self {
         let digest = blake3::hash(payload);
-        let (half, _) = digest.as_bytes().split_first_chunk().expect("a digest has 32 bytes");
+        let (half, _) = digest
+            .as_bytes()
+            .split_first_chunk()
+            .expect("a digest has 32 bytes");
         Self {
             sequence,
             digest: u128::from_le_bytes(*half),

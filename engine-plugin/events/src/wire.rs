@@ -191,5 +191,11 @@ const STORED_FIELDS: [&str; 14] = [
 /// Those without a default, which a map always has.
 const STORED_ALWAYS: usize = 7;
 
-const REMOVED_FIELDS: [&str; 5] = ["block_hashes", "medium", "group_idx", "locality", "ownership"];
+const REMOVED_FIELDS: [&str; 5] = [
+    "block_hashes",
+    "medium",
+    "group_idx",
+    "locality",
+    "ownership",
+];
 const REMOVED_ALWAYS: usize = 2;

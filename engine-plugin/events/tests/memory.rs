@@ -14,7 +14,7 @@ fn a_block_takes_at_most_21_bytes() {
     // A table is fullest right before it doubles, and emptiest right after.
     for blocks in [1_835_000, 1_836_000, 3_670_000] {
         let before = ALLOCATOR.current_usage();
-        let mut publisher = Publisher::new(false, Limits::default());
+        let mut publisher = Publisher::new(false, [0; 32], Limits::default());
         publisher.connected();
         for (sequence, start) in (0..).zip((0..blocks).step_by(1000)) {
             let hashes = (start..start + 1000).map(|n: u64| BlockHash::Int(n << 20));

@@ -69,7 +69,7 @@ pub fn container(bytes: &[u8]) {
 /// # Panics
 /// What was read is not what is read again once it is written.
 pub fn events(bytes: &[u8]) {
-    let mut publisher = Publisher::new(false, Limits::default());
+    let mut publisher = Publisher::new(false, [0; 32], Limits::default());
     publisher.connected();
     publisher.live(0, bytes);
     publisher.live(1, bytes);

@@ -11,9 +11,7 @@ use kvasir_codec::{
     CacheGen, ChunkDecoder, CirculatedCacheGen, CirculatedLevel, Encoding, KeyRotation, Object,
     Pairing, Prelude,
 };
-use kvasir_events::wire::{
-    Batch, BlockHash, Event, ExtraKey, Form, Place, Removed, Stored,
-};
+use kvasir_events::wire::{Batch, BlockHash, Event, ExtraKey, Form, Place, Removed, Stored};
 use kvasir_fuzz::{TARGETS, layouts};
 use kvasir_transport::session::{Ask, Features, Frame, Hello, RefuseReason, RequestId, VERSIONS};
 use kvasir_types::{ChunkKey, DType, KvLayout, LayerIdx, Level};
@@ -177,7 +175,9 @@ fn events() -> Vec<(&'static str, String, Vec<u8>)> {
         ("empty", Batch::default().encode(Form::Maps)),
         ("later", later),
     ];
-    seeds.map(|(name, bytes)| ("events", name.to_owned(), bytes)).into()
+    seeds
+        .map(|(name, bytes)| ("events", name.to_owned(), bytes))
+        .into()
 }
 
 /// What each end of a session may hear.

@@ -13,7 +13,11 @@ use crate::wire::{BlockHash, Form, Place, Removed, Stored};
 fn batch(time: u64, events: Vec<Event>) -> Vec<u8> {
     #[expect(clippy::cast_precision_loss, reason = "a few thousand")]
     let timestamp = time as f64;
-    let form = if time.is_multiple_of(2) { Form::Maps } else { Form::Arrays };
+    let form = if time.is_multiple_of(2) {
+        Form::Maps
+    } else {
+        Form::Arrays
+    };
     let batch = Batch {
         timestamp,
         events,
@@ -50,7 +54,7 @@ fn nth(n: u64) -> Vec<u8> {
 }
 
 fn publisher(can_replay: bool) -> Publisher {
-    Publisher::new(can_replay, Limits::default())
+    Publisher::new(can_replay, [0; 32], Limits::default())
 }
 
 /// In step, with batches 0 to `last`.
@@ -127,7 +131,10 @@ fn an_engine_that_starts_over_is_cleared() {
         it.replayed(n, &batch(100 + n, vec![stored("GPU", &[n + 50])]));
     }
     assert_eq!(it.replay_ended(), None);
-    assert_eq!((it.standing(), it.blocks(), offered(&it)), (Standing::Complete, 5, 0));
+    assert_eq!(
+        (it.standing(), it.blocks(), offered(&it)),
+        (Standing::Complete, 5, 0)
+    );
     // After a reconnection, and it has not come as far.
     let mut it = followed(3);
     it.disconnected();
@@ -188,7 +195,10 @@ fn without_replay_what_follows_a_gap_is_known_in_part() {
     it.live(0, &nth(0));
     assert_eq!((it.standing(), offered(&it)), (Standing::Complete, 1));
     assert_eq!(it.live(2, &nth(0)), None);
-    assert_eq!((it.standing(), offered(&it), it.blocks()), (Standing::Partial, 1, 1));
+    assert_eq!(
+        (it.standing(), offered(&it), it.blocks()),
+        (Standing::Partial, 1, 1)
+    );
     it.disconnected();
     it.connected();
     assert_eq!((it.standing(), it.blocks()), (Standing::Partial, 0));
@@ -213,12 +223,15 @@ fn an_index_that_is_full_is_known_in_part() {
         blocks: 2,
         ..Limits::default()
     };
-    let mut it = Publisher::new(false, limits);
+    let mut it = Publisher::new(false, [0; 32], limits);
     it.connected();
     it.live(0, &batch(0, vec![stored("GPU", &[0, 1])]));
     assert_eq!(it.standing(), Standing::Complete);
     it.live(1, &batch(1, vec![stored("GPU", &[2])]));
-    assert_eq!((it.standing(), offered(&it), it.refused()), (Standing::Partial, 2, 1));
+    assert_eq!(
+        (it.standing(), offered(&it), it.refused()),
+        (Standing::Partial, 2, 1)
+    );
     it.live(2, &batch(2, vec![Event::Cleared]));
     assert_eq!(it.standing(), Standing::Complete);
 }
@@ -230,7 +243,7 @@ fn what_waits_is_bounded_and_replayed() {
         held_bytes: 1000,
         ..Limits::default()
     };
-    let mut it = Publisher::new(true, limits);
+    let mut it = Publisher::new(true, [0; 32], limits);
     it.connected();
     for n in 1..6 {
         it.live(n, &nth(n));
@@ -261,6 +274,58 @@ fn a_replay_that_never_brings_what_is_missing_is_given_up() {
         ask = it.replay_ended();
     }
     assert_eq!((it.standing(), it.blocks()), (Standing::Partial, 1));
+}
+
+#[test]
+fn it_finds_out_how_an_engine_hashes() {
+    let none = hash::none_hash("0");
+    let mut first = Stored {
+        hashes: vec![BlockHash::Int(5), BlockHash::Int(6)],
+        tokens: vec![1, 2, 3, 4],
+        block_size: 2,
+        ..Stored::default()
+    };
+    let mut it = Publisher::new(false, none, Limits::default());
+    it.connected();
+    let mut sequence = 0;
+    let mut hears = |it: &mut Publisher, stored: &Stored| {
+        it.live(
+            sequence,
+            &batch(sequence, vec![Event::Stored(Box::new(stored.clone()))]),
+        );
+        sequence += 1;
+    };
+    // A block in the middle, one with a salt, and an adapter's say nothing.
+    let middle = Stored {
+        parent: Some(BlockHash::Int(4)),
+        ..first.clone()
+    };
+    hears(&mut it, &middle);
+    let salted = Stored {
+        extra_keys: Some(vec![Some(vec![]), None]),
+        ..first.clone()
+    };
+    hears(&mut it, &salted);
+    hears(
+        &mut it,
+        &Stored {
+            lora_id: Some(1),
+            ..first.clone()
+        },
+    );
+    assert_eq!((it.hashes_agree(), it.block_size()), (None, Some(2)));
+    hears(&mut it, &first);
+    assert_eq!(it.hashes_agree(), Some(false));
+    let whole = hash::block_hash(&none, &[1, 2], &[]);
+    for agreeing in [
+        BlockHash::Int(hash::low64(&whole)),
+        BlockHash::Bytes(whole.into()),
+    ] {
+        it.hashes_agree = None;
+        first.hashes[0] = agreeing;
+        hears(&mut it, &first);
+        assert_eq!(it.hashes_agree(), Some(true));
+    }
 }
 
 type Blocks = BTreeSet<(&'static str, u64)>;
@@ -351,7 +416,10 @@ impl World {
         let all = self.buffer.iter().filter(|(sequence, _)| *sequence >= from);
         let mut all: VecDeque<_> = all.cloned().collect();
         if self.lossy && self.chance(20) && !all.is_empty() {
-            let (a, b) = (self.rng.random_range(0..all.len()), self.rng.random_range(0..all.len()));
+            let (a, b) = (
+                self.rng.random_range(0..all.len()),
+                self.rng.random_range(0..all.len()),
+            );
             match self.rng.random_range(0..3) {
                 0 => drop(all.remove(a)),
                 1 => all.swap(a, b),
@@ -364,7 +432,9 @@ impl World {
     fn step(&mut self, it: &mut Publisher) {
         // Whoever asks an engine that is another one has seen the end of its connection to the
         // one before: see `Ask`.
-        let stale = self.connection.is_some_and(|life| life + 1 != self.lives.len());
+        let stale = self
+            .connection
+            .is_some_and(|life| life + 1 != self.lives.len());
         if stale && (self.chance(30) || self.replay.is_some()) {
             self.disconnect(it);
         }
@@ -378,7 +448,11 @@ impl World {
             30..65 if !self.live.is_empty() => {
                 // Mostly in order.
                 let last = self.live.len() - 1;
-                let at = if self.lossy && self.chance(5) { last.min(2) } else { 0 };
+                let at = if self.lossy && self.chance(5) {
+                    last.min(2)
+                } else {
+                    0
+                };
                 let (sequence, payload) = self.live.remove(at);
                 let twice = self.lossy && self.chance(5);
                 for _ in 0..=u32::from(twice) {

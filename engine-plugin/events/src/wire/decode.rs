@@ -194,11 +194,7 @@ impl<'a> Reader<'a> {
         Ok(())
     }
 
-    fn removed(
-        &mut self,
-        field: &&'static str,
-        removed: &mut Removed,
-    ) -> Result<(), DecodeError> {
+    fn removed(&mut self, field: &&'static str, removed: &mut Removed) -> Result<(), DecodeError> {
         match *field {
             "block_hashes" => removed.hashes = self.hashes(field)?,
             what => self.place(what, &mut removed.place)?,
@@ -245,7 +241,11 @@ impl<'a> Reader<'a> {
     }
 
     /// Some engines publish pairs of tokens in place of tokens; nothing here takes these.
-    fn tokens(&mut self, what: &'static str, unknown: &mut Unknown) -> Result<Vec<u32>, DecodeError> {
+    fn tokens(
+        &mut self,
+        what: &'static str,
+        unknown: &mut Unknown,
+    ) -> Result<Vec<u32>, DecodeError> {
         let count = self.array(what)?;
         let mut tokens = Vec::with_capacity((count as usize).min(self.rest.len()));
         let mut plain = true;
@@ -336,8 +336,7 @@ impl<'a> Reader<'a> {
 
     fn array(&mut self, what: &'static str) -> Result<u32, DecodeError> {
         let at = self.at();
-        decode::read_array_len(&mut self.rest)
-            .map_err(|error| failed(&error, what, "an array", at))
+        decode::read_array_len(&mut self.rest).map_err(|error| failed(&error, what, "an array", at))
     }
 
     fn map(&mut self, what: &'static str) -> Result<u32, DecodeError> {
@@ -347,14 +346,18 @@ impl<'a> Reader<'a> {
 
     fn number(&mut self, what: &'static str) -> Result<f64, DecodeError> {
         match self.peek(what)? {
-            Marker::F64 => decode::read_f64(&mut self.rest)
-                .map_err(|_| DecodeError::Truncated { what }),
+            Marker::F64 => {
+                decode::read_f64(&mut self.rest).map_err(|_| DecodeError::Truncated { what })
+            }
             Marker::F32 => decode::read_f32(&mut self.rest)
                 .map(f64::from)
                 .map_err(|_| DecodeError::Truncated { what }),
             _ => {
                 let wide: i128 = self.wide(what)?;
-                #[expect(clippy::cast_precision_loss, reason = "seconds, and nobody counts on them")]
+                #[expect(
+                    clippy::cast_precision_loss,
+                    reason = "seconds, and nobody counts on them"
+                )]
                 Ok(wide as f64)
             }
         }

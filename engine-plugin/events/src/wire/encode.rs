@@ -60,9 +60,7 @@ fn stored_field<'a>(stored: &'a Stored, field: &str) -> Value<'a> {
             keys.map_or(Value::Nil, Value::ExtraKeys)
         }
         "kv_cache_spec_kind" => text(stored.kind.as_ref()),
-        "kv_cache_spec_sliding_window" => {
-            stored.sliding_window.map_or(Value::Nil, Value::Unsigned)
-        }
+        "kv_cache_spec_sliding_window" => stored.sliding_window.map_or(Value::Nil, Value::Unsigned),
         "session_id" => text(stored.session_id.as_ref()),
         _ => place_field(&stored.place, field),
     }

@@ -1,9 +1,6 @@
 //! Against what vLLM's encoder wrote, and against damage.
 
-#![allow(
-    clippy::indexing_slicing,
-    reason = "a test fails by panicking"
-)]
+#![allow(clippy::indexing_slicing, reason = "a test fails by panicking")]
 
 use proptest::prelude::*;
 
@@ -120,7 +117,9 @@ fn what_older_engines_leave_out_is_not_missed() {
         [0x92, 0x01, 0x92],
         [0x96, 0xab],
         b"BlockStored",
-        [0x92, 0xff, 0xd3, 0x80, 0, 0, 0, 0, 0, 0, 1, 0xc0, 0x92, 7, 8, 1, 0xc0],
+        [
+            0x92, 0xff, 0xd3, 0x80, 0, 0, 0, 0, 0, 0, 1, 0xc0, 0x92, 7, 8, 1, 0xc0
+        ],
         [0x92, 0xac],
         b"BlockRemoved",
         [0x91, 0xff],
@@ -203,7 +202,10 @@ fn what_is_malformed_is_named() {
     assert_eq!(error(&[]), "the batch ends early, in the batch");
     assert_eq!(error(&[0x01]), "the batch is not an array, at byte 0");
     assert_eq!(error(&[0x91, 0x01]), "the batch has no events");
-    assert_eq!(error(&[0x92, 0x01, 0x90, 0xc0]), "1 bytes follow behind the batch");
+    assert_eq!(
+        error(&[0x92, 0x01, 0x90, 0xc0]),
+        "1 bytes follow behind the batch"
+    );
     assert_eq!(
         error(&[0x92, 0x01, 0x91, 0xc0]),
         "an event is not a map or an array, at byte 3"
@@ -222,7 +224,10 @@ fn what_is_malformed_is_named() {
         b"BlockStored",
         [0x90, 0xc0, 0x91, 0xff, 0x01],
     ];
-    assert_eq!(error(&large), "token_ids is not a number of its range, at byte 19");
+    assert_eq!(
+        error(&large),
+        "token_ids is not a number of its range, at byte 19"
+    );
     // An unknown event of arrays in arrays, without end.
     let mut deep = pack![[0x92, 0x01, 0x91, 0x92, 0xa1], b"x"];
     deep.extend([0x91].repeat(100_000));
