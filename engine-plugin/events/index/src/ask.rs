@@ -140,7 +140,7 @@ pub(crate) async fn ask(question: Question) -> anyhow::Result<()> {
 
 async fn connect(whom: &Whom) -> anyhow::Result<PrefixIndexClient<Channel>> {
     let address = &whom.index;
-    let channel = Channel::from_shared(format!("http://{address}"))?;
+    let channel = Channel::from_shared(address.to_string())?;
     let channel = channel.connect().await;
     let channel = channel
         .with_context(|| format!("no index answers at {address}; is kvasir-index running?"))?;

@@ -177,7 +177,8 @@ fn shifted(address: &str, by: u32) -> Result<String, ConfigError> {
 
 impl fmt::Display for DaemonConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.endpoint)
+        let endpoint = self.endpoint.to_string();
+        f.write_str(endpoint.strip_prefix("http://").unwrap_or(&endpoint))
     }
 }
 

@@ -1,7 +1,7 @@
 //! Reads batches.
 
 use rmp::Marker;
-use rmp::decode::{self, MessageLen, NumValueReadError, ValueReadError};
+use rmp::decode::{self, NumValueReadError, ValueReadError};
 
 use super::{
     Batch, BlockHash, CLEARED, Event, ExtraKey, Place, REMOVED, REMOVED_FIELDS, Removed, STORED,
@@ -394,7 +394,7 @@ impl<'a> Reader<'a> {
         let at = self.at();
         let length = decode::read_str_len(&mut self.rest)
             .map_err(|error| failed(&error, what, "text", at))?;
-        let bytes = self.take(length, what)?;
+        let bytes = self.take(length.into(), what)?;
         std::str::from_utf8(bytes).map_err(|_| DecodeError::Expected {
             what,
             wanted: "UTF-8",
@@ -406,11 +406,12 @@ impl<'a> Reader<'a> {
         let at = self.at();
         let length = decode::read_bin_len(&mut self.rest)
             .map_err(|error| failed(&error, what, "bytes", at))?;
-        self.take(length, what)
+        self.take(length.into(), what)
     }
 
-    fn take(&mut self, length: u32, what: &'static str) -> Result<&'a [u8], DecodeError> {
-        let split = self.rest.split_at_checked(length as usize);
+    fn take(&mut self, length: u64, what: &'static str) -> Result<&'a [u8], DecodeError> {
+        let length = usize::try_from(length).ok();
+        let split = length.and_then(|length| self.rest.split_at_checked(length));
         let (bytes, rest) = split.ok_or(DecodeError::Truncated { what })?;
         self.rest = rest;
         Ok(bytes)
@@ -418,11 +419,56 @@ impl<'a> Reader<'a> {
 
     /// Goes past one value, however deep.
     fn skip(&mut self, what: &'static str) -> Result<(), DecodeError> {
-        let length = MessageLen::with_limits(DEPTH, usize::MAX)
-            .incremental_len(self.rest)
-            .map_err(|_| self.expected(what, "a whole value of reasonable depth"))?;
-        let length = u32::try_from(length).map_err(|_| DecodeError::Truncated { what })?;
-        self.take(length, what).map(drop)
+        let mut values = 1u64;
+        while values > 0 {
+            values -= 1;
+            let marker = self.peek(what)?;
+            if marker == Marker::Reserved {
+                return Err(self.expected(what, "msgpack"));
+            }
+            self.take(1, what)?;
+            let (bytes, within) = match marker {
+                Marker::FixPos(_)
+                | Marker::FixNeg(_)
+                | Marker::Null
+                | Marker::True
+                | Marker::False
+                | Marker::Reserved => (0, 0),
+                Marker::U8 | Marker::I8 => (1, 0),
+                Marker::U16 | Marker::I16 | Marker::FixExt1 => (2, 0),
+                Marker::FixExt2 => (3, 0),
+                Marker::U32 | Marker::I32 | Marker::F32 => (4, 0),
+                Marker::FixExt4 => (5, 0),
+                Marker::U64 | Marker::I64 | Marker::F64 => (8, 0),
+                Marker::FixExt8 => (9, 0),
+                Marker::FixExt16 => (17, 0),
+                Marker::FixStr(length) => (length.into(), 0),
+                Marker::Str8 | Marker::Bin8 => (self.length(1, what)?, 0),
+                Marker::Str16 | Marker::Bin16 => (self.length(2, what)?, 0),
+                Marker::Str32 | Marker::Bin32 => (self.length(4, what)?, 0),
+                // A type, and so many bytes.
+                Marker::Ext8 => (1 + self.length(1, what)?, 0),
+                Marker::Ext16 => (1 + self.length(2, what)?, 0),
+                Marker::Ext32 => (1 + self.length(4, what)?, 0),
+                Marker::FixArray(length) => (0, length.into()),
+                Marker::Array16 => (0, self.length(2, what)?),
+                Marker::Array32 => (0, self.length(4, what)?),
+                Marker::FixMap(length) => (0, 2 * u64::from(length)),
+                Marker::Map16 => (0, 2 * self.length(2, what)?),
+                Marker::Map32 => (0, 2 * self.length(4, what)?),
+            };
+            self.take(bytes, what)?;
+            values += within;
+        }
+        Ok(())
+    }
+
+    /// A length of so many bytes, big-endian.
+    fn length(&mut self, bytes: u64, what: &'static str) -> Result<u64, DecodeError> {
+        let bytes = self.take(bytes, what)?;
+        Ok(bytes
+            .iter()
+            .fold(0, |length, byte| length << 8 | u64::from(*byte)))
     }
 
     const fn at(&self) -> usize {
@@ -449,6 +495,3 @@ fn failed(
         _ => DecodeError::Truncated { what },
     }
 }
-
-/// Most levels of arrays and maps in a value that is not known.
-const DEPTH: usize = 64;

@@ -182,6 +182,61 @@ fn what_is_not_known_is_counted_and_left_out() {
 }
 
 #[test]
+fn values_of_every_type_are_left_out() {
+    let values: [&[u8]; 32] = [
+        &[0x07],
+        &[0xe0],
+        &[0xc0],
+        &[0xc2],
+        &[0xc3],
+        &[0xcc, 1],
+        &[0xcd, 1, 2],
+        &[0xce, 1, 2, 3, 4],
+        &[0xcf, 1, 2, 3, 4, 5, 6, 7, 8],
+        &[0xd0, 1],
+        &[0xd1, 1, 2],
+        &[0xd2, 1, 2, 3, 4],
+        &[0xd3, 1, 2, 3, 4, 5, 6, 7, 8],
+        &[0xca, 1, 2, 3, 4],
+        &[0xcb, 1, 2, 3, 4, 5, 6, 7, 8],
+        &[0xa2, 1, 2],
+        &[0xd9, 1, 7],
+        &[0xda, 0, 1, 7],
+        &[0xdb, 0, 0, 0, 1, 7],
+        &[0xc4, 1, 7],
+        &[0xc5, 0, 1, 7],
+        &[0xc6, 0, 0, 0, 1, 7],
+        &[0xd4, 1, 2],
+        &[0xd5, 1, 2, 3],
+        &[0xd6, 1, 2, 3, 4, 5],
+        &[0xd7, 1, 2, 3, 4, 5, 6, 7, 8, 9],
+        &[0xc7, 1, 9, 7],
+        &[0xc8, 0, 1, 9, 7],
+        &[0xc9, 0, 0, 0, 1, 9, 7],
+        &[0x92, 0x91, 1, 2],
+        &[0xdc, 0, 1, 0x81, 1, 2],
+        &[0xdf, 0, 0, 0, 1, 0xde, 0, 1, 1, 2, 0xdd, 0, 0, 0, 1, 3],
+    ];
+    for value in values {
+        let bytes = pack![[0x92, 0x01, 0x91, 0x92, 0xa1], b"x", value];
+        let batch = Batch::decode(&bytes).unwrap();
+        assert_eq!(
+            (batch.unknown.events, batch.events.len()),
+            (1, 0),
+            "{value:?}"
+        );
+        for cut in 1..value.len() {
+            assert!(
+                Batch::decode(&bytes[..bytes.len() - cut]).is_err(),
+                "{value:?}"
+            );
+        }
+    }
+    let fix_ext_16 = [&[0xd8, 1][..], &[0; 16]].concat();
+    assert!(Batch::decode(&pack![[0x92, 0x01, 0x91, 0x92, 0xa1], b"x", fix_ext_16]).is_ok());
+}
+
+#[test]
 fn pairs_of_tokens_are_left_out_and_counted() {
     let pairs = pack![
         [0x92, 0x01, 0x91, 0x96, 0xab],
@@ -231,7 +286,9 @@ fn what_is_malformed_is_named() {
     // An unknown event of arrays in arrays, without end.
     let mut deep = pack![[0x92, 0x01, 0x91, 0x92, 0xa1], b"x"];
     deep.extend([0x91].repeat(100_000));
-    assert!(error(&deep).starts_with("an event is not a whole value"));
+    assert_eq!(error(&deep), "the batch ends early, in an event");
+    let reserved = pack![[0x92, 0x01, 0x91, 0x92, 0xa1], b"x", [0xc1]];
+    assert_eq!(error(&reserved), "an event is not msgpack, at byte 6");
 }
 
 fn any_hash() -> impl Strategy<Value = BlockHash> {

@@ -1,6 +1,7 @@
 """vLLM in a process of its own, told what to do by lines of JSON.
 
-Run by `test_vllm.py` as `python engine.py MODEL [ENDPOINT]`, with the interpreter that has vLLM.
+Run by the tests as `python engine.py MODEL ENDPOINT OPTIONS`, with the interpreter that has
+vLLM. An empty endpoint is none; options are JSON, for vLLM.
 """
 
 import json
@@ -30,7 +31,7 @@ def transfer(endpoint: str) -> dict[str, object]:
     }
 
 
-def main(model: str, endpoint: str | None) -> None:
+def main(model: str, endpoint: str, options: dict[str, object]) -> None:
     # What is said to the one who started this is kept apart from what vLLM prints.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -45,6 +46,7 @@ def main(model: str, endpoint: str | None) -> None:
         block_size=32,
         enable_prefix_caching=True,
         kv_transfer_config=transfer(endpoint) if endpoint else None,
+        **options,
     )
     print(json.dumps({"ready": True}), file=answers, flush=True)
     for line in sys.stdin:
@@ -70,4 +72,5 @@ def main(model: str, endpoint: str | None) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else None)
+    model, endpoint, options = sys.argv[1:]
+    main(model, endpoint, json.loads(options))

@@ -22,11 +22,11 @@ MODELS = os.environ["KVASIR_TEST_MODELS"].split(":")
 class Engine:
     """A vLLM of its own, with a cache if it is told where."""
 
-    def __init__(self, model: str, endpoint: str | None = None) -> None:
-        arguments = [sys.executable, str(ENGINE), model]
+    def __init__(self, model: str, endpoint: str = "", **options: object) -> None:
+        arguments = [sys.executable, str(ENGINE), model, endpoint, json.dumps(options)]
         self.log = b""
         self._process = subprocess.Popen(
-            arguments + ([endpoint] if endpoint else []),
+            arguments,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -55,6 +55,10 @@ class Engine:
     def run(self, prompts: list[list[int]], reset: bool = False) -> dict:
         self.begin(prompts, reset)
         return self.end()
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait(60)
 
     def close(self) -> None:
         self._process.stdin.close()
