@@ -298,6 +298,13 @@ mod tests {
         holdings.remove(&removed(Some("CPU"), None));
         holdings.remove(&removed(Some("GPU"), Some(1)));
         assert_eq!(holdings.prefix(&[1]).blocks, 1);
+        let mut elsewhere = removed(Some("GPU"), None);
+        elsewhere.place.locality = Some("REMOTE".into());
+        holdings.remove(&elsewhere);
+        elsewhere.place.locality = None;
+        elsewhere.place.ownership = Some("fs".into());
+        holdings.remove(&elsewhere);
+        assert_eq!(holdings.prefix(&[1]).blocks, 1);
         // No medium is GPU, no group is 0.
         holdings.remove(&removed(None, Some(0)));
         assert_eq!(holdings.prefix(&[1]).blocks, 0);
