@@ -18,7 +18,7 @@ pub(crate) struct Service(Arc<State>);
 #[derive(Debug, Default)]
 struct Names {
     blocks: Vec<u64>,
-    /// Whole; none where only 64 bits are known, or where chunks have other names.
+    /// Whole; none where only 64 bits are known.
     whole: Vec<Hash>,
     block_size: u64,
 }
@@ -153,8 +153,7 @@ fn of_prompt(state: &State, wire: &v1::Prompt) -> Result<Names, InvalidField> {
     let whole = hash::prompt_hashes(state.none_hash(), size, &prompt);
     Ok(Names {
         blocks: whole.iter().map(hash::low64).collect(),
-        // Chunks of an adapter are named by its files, too.
-        whole: if lora.is_some() { Vec::new() } else { whole },
+        whole,
         block_size: u64::from(wire.block_size),
     })
 }

@@ -9,12 +9,16 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
+import zmq
 from conftest import Daemon
 from test_vllm import BLOCK, MODELS, Engine
+from vllm.distributed.kv_events import BlockStored, KVEventBatch, ZmqEventPublisher
 
 # Built beside the daemon.
 INDEX = str(Path(os.environ["KVASIRD"]).with_name("kvasir-index"))
+PUBLISH = str(Path(INDEX).parent / "examples" / "publish")
 # Few, so that vLLM evicts all the time.
 BLOCKS = 120
 
@@ -236,3 +240,39 @@ def test_what_the_daemon_has_is_located(
     assert index.locate(prompt)[0]["blocks"] < len(prompt) // BLOCK
     assert engine.run([prompt])["cached"][0] == reusable(prompt, located["blocks"])
     engine.close()
+
+
+def test_what_is_published_here_is_read_with_vllms_classes() -> None:
+    decode = msgspec.msgpack.Decoder(KVEventBatch).decode
+    publisher = subprocess.Popen([PUBLISH], stdout=subprocess.PIPE, text=True)
+    context = zmq.Context()
+    try:
+        events, replay = publisher.stdout.readline().removeprefix("events at ").split(", replay at ")
+        reader = context.socket(zmq.SUB)
+        reader.subscribe("kv-")
+        reader.connect(events)
+        for _ in range(3):
+            assert reader.poll(10_000)
+            topic, number, payload = reader.recv_multipart()
+            batch, block = decode(payload), int.from_bytes(number, "big")
+            [stored, *_] = batch.events
+            assert topic == b"kv-events" and batch.data_parallel_rank == 0
+            assert isinstance(stored, BlockStored) and stored.medium == "GPU"
+            assert stored.block_hashes == [block << 32] and stored.block_size == 16
+            assert stored.token_ids == list(range(16 * block, 16 * block + 16))
+
+        asker = context.socket(zmq.DEALER)
+        asker.connect(replay.strip())
+        asker.send_multipart([b"", (1).to_bytes(8, "big")])
+        for expected in range(1, block + 1):
+            assert asker.poll(10_000)
+            empty, topic, number, again = asker.recv_multipart()
+            assert (empty, topic, int.from_bytes(number, "big")) == (b"", b"kv-events", expected)
+        assert again == payload
+        while (answer := asker.recv_multipart())[2] != ZmqEventPublisher.END_SEQ:
+            assert decode(answer[3])
+        assert answer == [b"", b"", ZmqEventPublisher.END_SEQ, b""]
+    finally:
+        context.destroy(linger=0)
+        publisher.kill()
+        publisher.wait()
