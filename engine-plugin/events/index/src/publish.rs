@@ -7,13 +7,16 @@
 //! ZeroMQ drops what a slow subscriber does not take: that is what replays are for.
 
 use std::collections::VecDeque;
+use std::time::Duration;
 
 use bytes::Bytes;
 use kvasir_events::wire::{Batch, Event, Form, Unknown};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
+use tokio::time::timeout;
 use zeromq::{
-    PubSocket, RouterSocket, Socket as _, SocketRecv as _, SocketSend as _, ZmqError, ZmqMessage,
+    PubSocket, RouterSendHalf, RouterSocket, Socket as _, SocketRecv as _, SocketSend as _,
+    ZmqError, ZmqMessage,
 };
 
 use crate::subscribe::END;
@@ -99,12 +102,15 @@ impl EventPublisher {
 async fn run(
     config: PublishConfig,
     mut publish: PubSocket,
-    mut router: RouterSocket,
+    router: RouterSocket,
     mut batches: mpsc::Receiver<(f64, Vec<Event>)>,
 ) {
     let topic = Bytes::from(config.topic.clone());
     let mut buffer: VecDeque<(u64, Bytes)> = VecDeque::new();
     let mut next = 0u64;
+    let (replies, mut requests) = router.split();
+    // Apart, so that who asks and does not listen holds up nobody else.
+    let mut answers = JoinSet::new();
     loop {
         tokio::select! {
             batch = batches.recv() => {
@@ -126,11 +132,17 @@ async fn run(
                 }
                 next += 1;
             }
-            request = router.recv(), if config.replay.is_some() => match request {
+            request = requests.recv(), if config.replay.is_some() => match request {
                 Ok(request) => {
-                    if let Err(error) = answer(&mut router, &request, &topic, &buffer).await {
-                        tracing::debug!(%error, "a replay was not sent");
+                    while answers.try_join_next().is_some() {}
+                    let Some((from, before)) = asked(&request) else { continue };
+                    if answers.len() >= ANSWERS {
+                        tracing::warn!("too many replays at once; one is not sent");
+                        continue;
                     }
+                    let kept = buffer.iter().filter(|(at, _)| *at >= from).cloned().collect();
+                    let answer = answer(replies.clone(), before, topic.clone(), kept);
+                    answers.spawn(timeout(ANSWER, answer));
                 }
                 Err(error) => tracing::debug!(%error, "a replay was not asked for properly"),
             },
@@ -138,40 +150,34 @@ async fn run(
     }
 }
 
-/// Whatever stands between the peer's name and the number, such as the empty frame of a REQ
-/// socket, stands there in the answers, too.
+/// The number that is asked for, and what stands before it: the peer's name and, from a REQ
+/// socket, an empty frame. It stands before the answers, too.
+fn asked(request: &ZmqMessage) -> Option<(u64, Vec<Bytes>)> {
+    let mut frames: Vec<Bytes> = request.iter().cloned().collect();
+    let number = <[u8; 8]>::try_from(frames.pop()?.as_ref()).ok()?;
+    Some((u64::from_be_bytes(number), frames))
+}
+
 async fn answer(
-    router: &mut RouterSocket,
-    request: &ZmqMessage,
-    topic: &Bytes,
-    buffer: &VecDeque<(u64, Bytes)>,
-) -> Result<(), ZmqError> {
-    let frames: Vec<&Bytes> = request.iter().collect();
-    let Some((from, before)) = frames.split_last() else {
-        return Ok(());
-    };
-    let Ok(from) = <[u8; 8]>::try_from(from.as_ref()) else {
-        return Ok(());
-    };
-    let from = u64::from_be_bytes(from);
-    let end = (END, Bytes::new());
-    let batches = buffer.iter().filter(|(at, _)| *at >= from);
-    for (at, payload) in batches.chain([&end]) {
-        let topic = if *at == END {
-            Bytes::new()
-        } else {
-            topic.clone()
+    mut replies: RouterSendHalf,
+    before: Vec<Bytes>,
+    topic: Bytes,
+    kept: Vec<(u64, Bytes)>,
+) {
+    let batches = kept
+        .into_iter()
+        .map(|(at, payload)| [topic.clone(), number(at), payload]);
+    let end = [Bytes::new(), number(END), Bytes::new()];
+    for frames in batches.chain([end]) {
+        let frames: VecDeque<Bytes> = before.iter().cloned().chain(frames).collect();
+        let Ok(message) = ZmqMessage::try_from(frames) else {
+            return;
         };
-        let message: VecDeque<Bytes> = before
-            .iter()
-            .map(|frame| (*frame).clone())
-            .chain([topic, number(*at), payload.clone()])
-            .collect();
-        if let Ok(message) = ZmqMessage::try_from(message) {
-            router.send(message).await?;
+        if let Err(error) = replies.send(message).await {
+            tracing::debug!(%error, "a replay was not sent");
+            return;
         }
     }
-    Ok(())
 }
 
 fn number(number: u64) -> Bytes {
@@ -185,5 +191,9 @@ fn frames(frames: [Bytes; 3]) -> ZmqMessage {
     message
 }
 
+/// Replays that are sent at once; who asks for more is not answered, and asks again.
+const ANSWERS: usize = 16;
+/// How long a replay may wait for its peer.
+const ANSWER: Duration = Duration::from_secs(10);
 /// Batches that wait to be published.
 const QUEUE: usize = 1024;

@@ -17,6 +17,7 @@ use kvasir_types::{ChunkKey, DType, KvLayout, Level, Planes};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 use tonic::transport::Channel;
+use zeromq::{Socket as _, SocketSend as _};
 
 const BLOCK: u32 = 4;
 
@@ -433,5 +434,40 @@ async fn a_daemons_chunks_are_located_by_whole_hashes_and_tier() {
     until(&mut client, Standing::Complete, 0).await;
     daemon.shutdown().await;
     until(&mut client, Standing::Behind, 0).await;
+    running.shutdown().await;
+}
+
+/// Asks a publisher for everything, again and again, and never listens.
+async fn deaf(replay: &str, requests: usize) -> zeromq::DealerSocket {
+    let mut socket = zeromq::DealerSocket::new();
+    socket.connect(replay).await.unwrap();
+    for _ in 0..requests {
+        let mut request = zeromq::ZmqMessage::from(Bytes::new());
+        request.push_back(Bytes::copy_from_slice(&[0; 8]));
+        socket.send(request).await.unwrap();
+    }
+    socket
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_asks_for_replays_and_does_not_listen_holds_up_nobody() {
+    let engine = publisher(ANY, Some(ANY), Form::Maps).await;
+    for n in 0..1000 {
+        engine
+            .publish(f64::from(n), vec![stored(2); 20])
+            .await
+            .unwrap();
+    }
+    let spec = format!("a={},replay={}", engine.address(), engine.replay().unwrap());
+    let (running, mut client) = server(&[spec], &[]).await;
+    until(&mut client, Standing::Complete, 2).await;
+    // More than the queue of a peer takes, and what lies in the kernel besides.
+    let _deaf = deaf(engine.replay().unwrap(), 150).await;
+    for n in 1000..1100 {
+        let publish = engine.publish(f64::from(n), vec![stored(3)]);
+        let published = tokio::time::timeout(Duration::from_secs(5), publish).await;
+        published.expect("it is held up").unwrap();
+    }
+    until(&mut client, Standing::Complete, 3).await;
     running.shutdown().await;
 }
