@@ -462,7 +462,9 @@ async fn who_asks_for_replays_and_does_not_listen_holds_up_nobody() {
     let (running, mut client) = server(&[spec], &[]).await;
     until(&mut client, Standing::Complete, 2).await;
     // More than the queue of a peer takes, and what lies in the kernel besides.
-    let _deaf = deaf(engine.replay().unwrap(), 150).await;
+    let _deaf = deaf(engine.replay().unwrap(), 400).await;
+    // Until that is so.
+    tokio::time::sleep(Duration::from_secs(2)).await;
     for n in 1000..1100 {
         let publish = engine.publish(f64::from(n), vec![stored(3)]);
         let published = tokio::time::timeout(Duration::from_secs(5), publish).await;
