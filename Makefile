@@ -9,7 +9,7 @@ MINUTES ?= 5
 
 # How long `make fuzz` takes for each of these.
 SECONDS      ?= 60
-FUZZ_TARGETS ?= container prelude layer cachegen session
+FUZZ_TARGETS ?= container prelude layer cachegen session events
 
 # What `make train` and `make quality` work on.
 MODEL   ?= models/reader-9m
@@ -36,7 +36,7 @@ help:
 	@echo "make engines  caches beside vLLM, measured: writes docs/engines.md (downloads 4 GB the first time)"
 	@echo "make test-vllm  vLLM on the CPU, with and without the cache (downloads 3 GB the first time)"
 	@echo "make test-sglang  SGLang on the CPU, likewise (downloads 3 GB the first time)"
-	@echo "make fuzz    hostile bytes for codec and data plane, a minute a target (SECONDS=1200: twenty)"
+	@echo "make fuzz    hostile bytes for every parser, a minute a target (SECONDS=1200: twenty)"
 	@echo "make bench   run the benchmarks (ARGS='ttft --quick --json' picks one)"
 	@echo "make quality ask the shipped model, write docs/quality.md (hours; ARGS=--quick: minutes)"
 	@echo "make train   train the shipped model again, or go on training it (hours on a CPU)"
@@ -272,7 +272,7 @@ $(PYTHON)/vllm/bin/python: | $(UV)
 $(PYTHON)/models/random-llama: | $(PYTHON)/vllm/bin/python
 	$(PYTHON)/vllm/bin/python $(PYTHON_PACKAGE)/tests/vllm/random_llama.py $@
 
-# Ten minutes on two cores.
+# A quarter of an hour on two cores.
 test-vllm: build wheel $(PYTHON)/vllm/bin/python $(PYTHON)/models/random-llama
 	$(UV) pip install -q --python $(PYTHON)/vllm/bin/python --reinstall $(WHEEL)
 	cd $(PYTHON) && KVASIRD=$(abspath $(BUILDS))/release/kvasird \

@@ -1,6 +1,6 @@
 //! The `kvasir.v1` protocol: generated code and validated conversions.
 //!
-//! [`v1`] is generated from `kvasir/v1/cache.proto`; nothing outside this package
+//! [`v1`] is generated from `kvasir/v1/cache.proto` and `kvasir/v1/index.proto`; nothing outside this package
 //! should look at its raw fields without a conversion from [`convert`], which
 //! either gives a value of `kvasir-types` or an [`InvalidField`] that names the
 //! field and says what is wrong with it.
@@ -21,7 +21,7 @@ pub mod sequence;
 pub mod status;
 pub mod transfer;
 
-/// Generated from `kvasir/v1/cache.proto`.
+/// Generated from `kvasir/v1/*.proto`.
 #[allow(
     missing_docs,
     unreachable_pub,

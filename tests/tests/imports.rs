@@ -53,12 +53,28 @@ const ALLOWED: &[(&str, &[&str])] = &[
         "kvasir-python",
         &["kvasir-types", "kvasir-client", "kvasir-plugin"],
     ),
+    // Without sockets, so that it can be built with a sanitizer.
+    ("kvasir-events", &["kvasir-types"]),
+    (
+        "kvasir-index",
+        &[
+            "kvasir-types",
+            "kvasir-proto",
+            "kvasir-client",
+            "kvasir-events",
+        ],
+    ),
     ("kvasir-bench", ANY),
     ("kvasir-tests", ANY),
     // Small, because it is built once more with a sanitizer.
     (
         "kvasir-fuzz",
-        &["kvasir-types", "kvasir-codec", "kvasir-transport"],
+        &[
+            "kvasir-types",
+            "kvasir-codec",
+            "kvasir-transport",
+            "kvasir-events",
+        ],
     ),
 ];
 
@@ -72,12 +88,14 @@ const CONFINED: &[(&str, &[&str])] = &[
             "kvasir-proto",
             "kvasir-client",
             "kvasir-server",
+            "kvasir-index",
             "kvasir-bench",
             "kvasir-tests",
         ],
     ),
     ("rocksdb", &["kvasir-store"]),
     ("pyo3", &["kvasir-python"]),
+    ("zeromq", &["kvasir-index"]),
     ("cudarc", &["kvasir-cuda", "kvasir-engine"]),
     ("ibverbs", &["kvasir-transport"]),
     ("ibverbs-sys", &["kvasir-transport"]),
@@ -92,6 +110,7 @@ const BANNED: &[(&str, &[&str])] = &[(
         "kvasir-cuda",
         "kvasir-mem",
         "kvasir-proto",
+        "kvasir-events",
     ],
 )];
 

@@ -26,6 +26,13 @@ impl ChunkKey {
     pub const fn as_bytes(&self) -> &[u8; 32] {
         &self.0
     }
+
+    /// [`Namespace::opaque`], for who knows a namespace by its digest alone.
+    pub fn opaque(namespace: &[u8; 32], name: &[u8]) -> Self {
+        let mut canonical = Canonical::new("kvasir v1 chunk opaque");
+        canonical.field(1, namespace).field(4, name);
+        Self(canonical.digest())
+    }
 }
 
 impl fmt::Display for ChunkKey {
@@ -187,8 +194,6 @@ impl Namespace {
 
     /// Key of a chunk that an engine names by its own block hash.
     pub fn opaque(&self, name: &[u8]) -> ChunkKey {
-        let mut canonical = Canonical::new("kvasir v1 chunk opaque");
-        canonical.field(1, &self.digest).field(4, name);
-        ChunkKey(canonical.digest())
+        ChunkKey::opaque(&self.digest, name)
     }
 }

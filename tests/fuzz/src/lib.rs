@@ -16,6 +16,8 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use kvasir_codec::{CacheGen, ChunkDecoder, CirculatedCacheGen, CirculatedLevel, Object, Prelude};
+use kvasir_events::wire::{Batch, Form, Unknown};
+use kvasir_events::{Limits, Publisher};
 use kvasir_transport::Lost;
 use kvasir_transport::session::{Config, FetchEvent, Fetcher, FrameReader, Holder, HolderEvent};
 use kvasir_types::{Checksum, DType, KvLayout, LayerIdx, Level, Planes};
@@ -24,12 +26,13 @@ use kvasir_types::{Checksum, DType, KvLayout, LayerIdx, Level, Planes};
 pub type Target = (&'static str, fn(&[u8]));
 
 /// Every target.
-pub const TARGETS: [Target; 5] = [
+pub const TARGETS: [Target; 6] = [
     ("container", container),
     ("prelude", prelude),
     ("layer", layer),
     ("cachegen", cachegen),
     ("session", session),
+    ("events", events),
 ];
 
 /// A whole object: header, then all of its extents, decoded at every level that it has.
@@ -58,6 +61,29 @@ pub fn container(bytes: &[u8]) {
         for count in 0..=parts.len() {
             let _ = decoder.layer(LayerIdx(layer), &parts[..count], &mut raw);
         }
+    }
+}
+
+/// A batch of an engine's events.
+///
+/// # Panics
+/// What was read is not what is read again once it is written.
+pub fn events(bytes: &[u8]) {
+    let mut publisher = Publisher::new(false, [0; 32], Limits::default());
+    publisher.connected();
+    publisher.live(0, bytes);
+    publisher.live(1, bytes);
+    let Ok(mut batch) = Batch::decode(bytes) else {
+        assert_eq!((publisher.counts().malformed, publisher.blocks()), (2, 0));
+        return;
+    };
+    batch.unknown = Unknown::default();
+    // No number is itself.
+    if batch.timestamp.is_nan() {
+        batch.timestamp = 0.0;
+    }
+    for form in [Form::Maps, Form::Arrays] {
+        assert_eq!(Batch::decode(&batch.encode(form)), Ok(batch.clone()));
     }
 }
 

@@ -11,6 +11,7 @@ use kvasir_codec::{
     CacheGen, ChunkDecoder, CirculatedCacheGen, CirculatedLevel, Encoding, KeyRotation, Object,
     Pairing, Prelude,
 };
+use kvasir_events::wire::{Batch, BlockHash, Event, ExtraKey, Form, Place, Removed, Stored};
 use kvasir_fuzz::{TARGETS, layouts};
 use kvasir_transport::session::{Ask, Features, Frame, Hello, RefuseReason, RequestId, VERSIONS};
 use kvasir_types::{ChunkKey, DType, KvLayout, LayerIdx, Level};
@@ -112,7 +113,71 @@ fn intact() -> Vec<(&'static str, String, Vec<u8>)> {
         }
     }
     all.extend(sessions());
+    all.extend(events());
     all
+}
+
+/// Batches in both forms, with every event and field; and a later version's.
+fn events() -> Vec<(&'static str, String, Vec<u8>)> {
+    let whole: BlockHash = BlockHash::Bytes((0..32).collect());
+    let stored = Stored {
+        hashes: vec![BlockHash::Int(1), BlockHash::Int(u64::MAX), whole.clone()],
+        parent: Some(whole),
+        tokens: vec![0, 200, 70_000, u32::MAX],
+        block_size: 2,
+        lora_id: Some(-1),
+        lora_name: Some("adapter".into()),
+        extra_keys: Some(vec![
+            None,
+            Some(vec![
+                ExtraKey::Text("salt".into()),
+                ExtraKey::Item("image".into(), -3),
+                ExtraKey::Bytes([1; 32].into()),
+            ]),
+        ]),
+        place: Place {
+            medium: Some("CPU".into()),
+            group: Some(1),
+            locality: Some("REMOTE".into()),
+            ownership: Some("fs".into()),
+        },
+        kind: Some("sliding_window".into()),
+        sliding_window: Some(4096),
+        session_id: Some("one".into()),
+    };
+    let plain = Stored {
+        hashes: (1..20).map(BlockHash::Int).collect(),
+        tokens: (0..76).collect(),
+        block_size: 4,
+        ..Stored::default()
+    };
+    let removed = Removed {
+        hashes: vec![BlockHash::Int(1)],
+        place: stored.place.clone(),
+    };
+    let batch = Batch {
+        timestamp: 1.5,
+        events: vec![
+            Event::Stored(Box::new(plain)),
+            Event::Cleared,
+            Event::Stored(Box::new(stored)),
+            Event::Removed(removed),
+        ],
+        rank: Some(3),
+        ..Batch::default()
+    };
+    // An event of no known type, with a map in it.
+    let mut later = b"\x93\x01\x91\x93\xa5Novel".to_vec();
+    later.extend(b"\x81\xa1x\x92\xc3\xca\x00\x00\x00\x00\xd9\x03abc\xc0");
+    let seeds = [
+        ("maps", batch.encode(Form::Maps)),
+        ("arrays", batch.encode(Form::Arrays)),
+        ("empty", Batch::default().encode(Form::Maps)),
+        ("later", later),
+    ];
+    seeds
+        .map(|(name, bytes)| ("events", name.to_owned(), bytes))
+        .into()
 }
 
 /// What each end of a session may hear.

@@ -168,11 +168,9 @@ class KvasirConnector(KVConnectorBase_V1, SupportsHMA):
             ]
             if (value := option(name, None)) is not None
         }
-        return BlockCache(
-            option("endpoint", "127.0.0.1:7420"),
-            layout.namespace(config, self._geometry, rank),
-            **limits,
-        )
+        namespace = layout.namespace(config, self._geometry, rank)
+        self._namespace = namespace.digest.hex()
+        return BlockCache(option("endpoint", "127.0.0.1:7420"), namespace, **limits)
 
     def _disable(self, why: Exception) -> None:
         if self._cache is not None or not isinstance(why, _Elsewhere):
@@ -306,7 +304,11 @@ class KvasirConnector(KVConnectorBase_V1, SupportsHMA):
         try:
             views = layout.register(self._cache, self._geometry, kv_caches)
             if layout.round_trip(self._cache, self._geometry, views):
-                logger.info("the Kvasir cache is on: a block came back as it was stored")
+                # `kvasir-index` needs the namespace.
+                logger.info(
+                    "the Kvasir cache is on: a block came back as it was stored; namespace %s",
+                    self._namespace,
+                )
             else:
                 logger.warning("no Kvasir daemon answers: going on without until one does")
         except Exception as error:

@@ -1,9 +1,9 @@
 """vLLM in a process of its own, told what to do by lines of JSON.
 
-Run by the tests as `python engine.py MODEL [OPTIONS_JSON]`, with the interpreter that has vLLM.
-Without options there is no cache. Those of a connector go to it; with `"kind": "tier"`, the cache
-is a tier of vLLM's own offloading, below memory that holds all there is; with `"small-tier"`, it
-holds a few prompts.
+Run by the tests as `python engine.py MODEL VLLM_JSON [CACHE_JSON]`, with the interpreter that has
+vLLM: its own options, and those of a cache, if there is to be one. They are a connector's; with
+`"kind": "tier"`, the cache is a tier of vLLM's own offloading, below memory that holds all there is;
+with `"small-tier"`, it holds a few prompts.
 """
 
 import functools
@@ -73,7 +73,7 @@ def cache(options: dict[str, object]) -> dict[str, object]:
     return CACHES[options.pop("kind", "connector")](options)
 
 
-def main(model: str, options: dict[str, object] | None) -> None:
+def main(model: str, vllm: dict[str, object], options: dict[str, object] | None = None) -> None:
     # What is said to the one who started this is kept apart from what vLLM prints.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -88,6 +88,7 @@ def main(model: str, options: dict[str, object] | None) -> None:
         block_size=32,
         enable_prefix_caching=True,
         kv_transfer_config=cache(options) if options else None,
+        **vllm,
     )
     print(json.dumps({"ready": True}), file=answers, flush=True)
     for line in sys.stdin:
@@ -113,4 +114,4 @@ def main(model: str, options: dict[str, object] | None) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], json.loads(sys.argv[2]) if len(sys.argv) > 2 else None)
+    main(sys.argv[1], *map(json.loads, sys.argv[2:]))

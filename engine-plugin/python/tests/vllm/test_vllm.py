@@ -22,8 +22,14 @@ MODELS = os.environ["KVASIR_TEST_MODELS"].split(":")
 class Engine:
     """A vLLM of its own, with a cache if it is told where."""
 
-    def __init__(self, model: str, endpoint: str | None = None, **options: object) -> None:
-        arguments = [sys.executable, str(ENGINE), model]
+    def __init__(
+        self,
+        model: str,
+        endpoint: str | None = None,
+        vllm: dict[str, object] | None = None,
+        **options: object,
+    ) -> None:
+        arguments = [sys.executable, str(ENGINE), model, json.dumps(vllm or {})]
         if endpoint:
             arguments.append(json.dumps({"endpoint": endpoint} | options))
         self.log = b""
@@ -57,6 +63,10 @@ class Engine:
     def run(self, prompts: list[list[int]], reset: bool = False) -> dict:
         self.begin(prompts, reset)
         return self.end()
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait(60)
 
     def close(self) -> None:
         self._process.stdin.close()

@@ -1,0 +1,278 @@
+"""Unmodified vLLM that publishes its KV events, and `kvasir-index` that follows it."""
+
+import json
+import os
+import random
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+import zmq
+from conftest import Daemon
+from test_vllm import BLOCK, MODELS, Engine
+from vllm.distributed.kv_events import BlockStored, KVEventBatch, ZmqEventPublisher
+
+# Built beside the daemon.
+INDEX = str(Path(os.environ["KVASIRD"]).with_name("kvasir-index"))
+PUBLISH = str(Path(INDEX).parent / "examples" / "publish")
+# Few, so that vLLM evicts all the time.
+BLOCKS = 120
+
+
+class Index:
+    """One that follows an engine, and maybe a daemon."""
+
+    def __init__(self, directory: Path, arguments: list[str]) -> None:
+        self._ready = directory / "index"
+        with (directory / "index.log").open("ab") as log:
+            ready = ["--listen", "127.0.0.1:0", "--ready-file", str(self._ready)]
+            self._process = subprocess.Popen([INDEX, *ready, *arguments], stdout=log, stderr=log)
+        until = time.monotonic() + 30
+        while not self._ready.exists():
+            assert time.monotonic() < until and self._process.poll() is None
+            time.sleep(0.01)
+
+    def _ask(self, question: str, *arguments: str, text: str = "") -> list[dict]:
+        address = self._ready.read_text().strip()
+        asked = subprocess.run(
+            [INDEX, question, "--index", address, *arguments],
+            input=text,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return [json.loads(line) for line in asked.stdout.splitlines()]
+
+    def locate(self, prompt: list[int], salt: str = "") -> list[dict]:
+        arguments = ["--block-size", str(BLOCK), "--salt", salt]
+        return self._ask("locate", *arguments, text=json.dumps(prompt))
+
+    def engine(self) -> dict:
+        return self._ask("publishers")[0]
+
+    def settle(self) -> dict:
+        """Waits until it is in step, and nothing more comes."""
+        until = time.monotonic() + 60
+        seen = None
+        while True:
+            state = self.engine()
+            if state["standing"] == "complete" and state["sequence"] == seen:
+                return state
+            seen = state["sequence"]
+            assert time.monotonic() < until, state
+            time.sleep(0.3)
+
+    def close(self) -> None:
+        self._process.terminate()
+        assert self._process.wait(30) == 0
+
+
+def free_port() -> int:
+    with socket.socket() as it:
+        it.bind(("127.0.0.1", 0))
+        return it.getsockname()[1]
+
+
+class Ports:
+    def __init__(self) -> None:
+        self.events, self.replay = free_port(), free_port()
+
+    def options(self, **more: object) -> dict[str, object]:
+        events = {
+            "enable_kv_cache_events": True,
+            "publisher": "zmq",
+            "endpoint": f"tcp://*:{self.events}",
+            "replay_endpoint": f"tcp://127.0.0.1:{self.replay}",
+        }
+        return {
+            "kv_events_config": events,
+            "prefix_caching_hash_algo": "sha256_cbor",
+            "num_gpu_blocks_override": BLOCKS,
+            **more,
+        }
+
+    def follow(self) -> list[str]:
+        address = "vllm=tcp://127.0.0.1"
+        replay = f"replay=tcp://127.0.0.1:{self.replay}"
+        return ["--engine", f"{address}:{self.events},{replay},check-ms=200"]
+
+
+def prompts(seed: int) -> list[list[int]]:
+    """Some that share their beginnings, more than there is room for."""
+    rng = random.Random(seed)
+
+    def words(count: int) -> list[int]:
+        return [rng.randrange(16, 2000) for _ in range(count)]
+
+    beginnings = [[1, *words(rng.randrange(200, 700))] for _ in range(6)]
+    chosen = [rng.choice(beginnings) for _ in range(40)]
+    return [it + words(rng.randrange(0, 200)) for it in chosen]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[[list[str]], Index]]:
+    indexes = []
+
+    def start(arguments: list[str]) -> Index:
+        indexes.append(Index(tmp_path, arguments))
+        return indexes[-1]
+
+    yield start
+    for index in indexes:
+        index.close()
+
+
+def reusable(prompt: list[int], blocks: int) -> int:
+    """Tokens of these blocks that vLLM reuses: it computes the last token in any case."""
+    return min(blocks, (len(prompt) - 1) // BLOCK) * BLOCK
+
+
+def test_what_is_located_is_what_vllm_reuses(start: Callable[[list[str]], Index]) -> None:
+    ports = Ports()
+    engine = Engine(MODELS[0], vllm=ports.options())
+    index = start(ports.follow())
+    hits = evicted = 0
+    for prompt in prompts(1)[:20]:
+        index.settle()
+        [located] = index.locate(prompt)
+        assert located["standing"] == "complete"
+        assert located["media"] in ({"GPU": located["blocks"]}, {})
+        cached = engine.run([prompt])["cached"][0]
+        assert cached == reusable(prompt, located["blocks"])
+        hits += cached > 0
+        state = index.settle()
+        assert state["hash_function"] == "sha256_cbor" and state["block_size"] == BLOCK
+        assert state["blocks"] <= BLOCKS
+        evicted += state["blocks"] > BLOCKS - 40
+        [located] = index.locate(prompt)
+        # What was computed is there; a block of an answer may be, too.
+        assert located["blocks"] == len(prompt) // BLOCK
+        # Another tenant's are others.
+        assert index.locate(prompt, salt="another")[0]["blocks"] == 0
+    assert hits > 3 and evicted > 3
+    engine.close()
+
+
+def test_a_vllm_that_is_killed_and_started_again_leaves_nothing_behind(
+    start: Callable[[list[str]], Index],
+) -> None:
+    ports = Ports()
+    engine = Engine(MODELS[0], vllm=ports.options())
+    index = start(ports.follow())
+    first, second, third, *_ = prompts(2)
+    engine.run([first])
+    index.settle()
+    assert index.locate(first)[0]["blocks"] == len(first) // BLOCK
+    engine.kill()
+    until = time.monotonic() + 10
+    while (located := index.locate(first)[0])["standing"] != "behind":
+        assert time.monotonic() < until, "it is not noticed"
+        time.sleep(0.05)
+    assert located["blocks"] == 0
+
+    # Its successor publishes more than it did, before anybody may have come back.
+    engine = Engine(MODELS[0], vllm=ports.options())
+    for prompt in [second, third, second, third]:
+        engine.run([prompt])
+        for located in index.locate(first):
+            common = os.path.commonprefix([first, second]), os.path.commonprefix([first, third])
+            assert located["blocks"] * BLOCK <= max(len(it) for it in common)
+    state = index.settle()
+    assert state["restarts"] == 1
+    assert index.locate(second)[0]["blocks"] == len(second) // BLOCK
+    located = index.locate(first)[0]
+    assert engine.run([first])["cached"][0] == reusable(first, located["blocks"])
+    engine.close()
+
+
+def test_an_index_that_comes_late_knows_what_was_before(
+    start: Callable[[list[str]], Index],
+) -> None:
+    ports = Ports()
+    # Hashes as they are, which is another form of the events.
+    os.environ["VLLM_KV_EVENTS_USE_INT_BLOCK_HASHES"] = "0"
+    try:
+        engine = Engine(MODELS[0], vllm=ports.options())
+    finally:
+        del os.environ["VLLM_KV_EVENTS_USE_INT_BLOCK_HASHES"]
+    some = prompts(3)[:12]
+    for prompt in some:
+        engine.run([prompt])
+    index = start(ports.follow())
+    index.settle()
+    located = [index.locate(prompt)[0]["blocks"] for prompt in some]
+    for prompt, blocks in zip(some[-2:], located[-2:], strict=True):
+        assert blocks == len(prompt) // BLOCK
+    assert engine.run([some[0]])["cached"][0] == reusable(some[0], located[0])
+    # Everything is gone at once, and a block comes.
+    engine.run([some[1][: BLOCK + 1]], reset=True)
+    index.settle()
+    assert index.locate(some[-1])[0]["blocks"] <= 1
+    engine.close()
+
+
+def test_what_the_daemon_has_is_located(
+    daemon: Daemon, start: Callable[[list[str]], Index]
+) -> None:
+    ports = Ports()
+    engine = Engine(MODELS[0], daemon.endpoint, vllm=ports.options())
+    [line] = [it for it in engine.log.decode().splitlines() if "the Kvasir cache is on" in it]
+    namespace = line.rpartition("namespace ")[2].strip()
+    daemons = ["--daemon", f"{daemon.endpoint},namespace={namespace}"]
+    index = start([*ports.follow(), *daemons])
+    [prompt, *_] = prompts(4)
+    rng = random.Random(4)
+    others = [[2, *(rng.randrange(16, 2000) for _ in range(1000))] for _ in range(5)]
+    for it in [prompt, *others]:
+        engine.run([it])
+    until = time.monotonic() + 30
+    while (located := index.locate(prompt)[1])["blocks"] < len(prompt) // BLOCK:
+        assert time.monotonic() < until, located
+        time.sleep(0.1)
+    assert located["kind"] == "daemon" and located["standing"] == "complete"
+    assert located["media"]["memory"] == len(prompt) // BLOCK
+    # vLLM itself has evicted it, and loads it.
+    index.settle()
+    assert index.locate(prompt)[0]["blocks"] < len(prompt) // BLOCK
+    assert engine.run([prompt])["cached"][0] == reusable(prompt, located["blocks"])
+    engine.close()
+
+
+def test_what_is_published_here_is_read_with_vllms_classes() -> None:
+    decode = msgspec.msgpack.Decoder(KVEventBatch).decode
+    publisher = subprocess.Popen([PUBLISH], stdout=subprocess.PIPE, text=True)
+    context = zmq.Context()
+    try:
+        events, replay = publisher.stdout.readline().removeprefix("events at ").split(", replay at ")
+        reader = context.socket(zmq.SUB)
+        reader.subscribe("kv-")
+        reader.connect(events)
+        for _ in range(3):
+            assert reader.poll(10_000)
+            topic, number, payload = reader.recv_multipart()
+            batch, block = decode(payload), int.from_bytes(number, "big")
+            [stored, *_] = batch.events
+            assert topic == b"kv-events" and batch.data_parallel_rank == 0
+            assert isinstance(stored, BlockStored) and stored.medium == "GPU"
+            assert stored.block_hashes == [block << 32] and stored.block_size == 16
+            assert stored.token_ids == list(range(16 * block, 16 * block + 16))
+
+        asker = context.socket(zmq.DEALER)
+        asker.connect(replay.strip())
+        asker.send_multipart([b"", (1).to_bytes(8, "big")])
+        for expected in range(1, block + 1):
+            assert asker.poll(10_000)
+            empty, topic, number, again = asker.recv_multipart()
+            assert (empty, topic, int.from_bytes(number, "big")) == (b"", b"kv-events", expected)
+        assert again == payload
+        while (answer := asker.recv_multipart())[2] != ZmqEventPublisher.END_SEQ:
+            assert decode(answer[3])
+        assert answer == [b"", b"", ZmqEventPublisher.END_SEQ, b""]
+    finally:
+        context.destroy(linger=0)
+        publisher.kill()
+        publisher.wait()
