@@ -342,14 +342,15 @@ def machine() -> dict[str, object]:
 def table(found: dict[str, dict[str, tuple[float, str]]], titles: dict[str, str]) -> str:
     """What was measured, for people."""
     columns = {
+        "first asked": "cold",
         "TTFT, p50": "hit",
-        "p90": "hit_p90",
+        "TTFT, p90": "hit_p90",
         "found": "cached",
         "CPU of vLLM": "cpu_engine",
-        "of daemons": "cpu_daemons",
+        "CPU of daemons": "cpu_daemons",
         "throughput": "throughput",
         "memory of vLLM": "memory_engine",
-        "of daemons ": "memory_daemons",
+        "memory of daemons": "memory_daemons",
     }
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for name, rows in found.items():
