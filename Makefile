@@ -272,7 +272,7 @@ $(PYTHON)/vllm/bin/python: | $(UV)
 $(PYTHON)/models/random-llama: | $(PYTHON)/vllm/bin/python
 	$(PYTHON)/vllm/bin/python $(PYTHON_PACKAGE)/tests/vllm/random_llama.py $@
 
-# A quarter of an hour on two cores.
+# Twenty minutes on two cores.
 test-vllm: build wheel $(PYTHON)/vllm/bin/python $(PYTHON)/models/random-llama
 	$(UV) pip install -q --python $(PYTHON)/vllm/bin/python --reinstall $(WHEEL)
 	cd $(PYTHON) && KVASIRD=$(abspath $(BUILDS))/release/kvasird \
@@ -304,7 +304,7 @@ $(PYTHON)/engines/bin/python: | $(UV)
 $(PYTHON)/models/random-llama-large: | $(PYTHON)/engines/bin/python
 	$(PYTHON)/engines/bin/python $(PYTHON_PACKAGE)/tests/vllm/random_llama.py $@ large
 
-# Half an hour on two cores, which should have nothing else to do; ARGS=--quick: some minutes.
+# A quarter of an hour on two cores, which should have nothing else to do; ARGS=--quick: some minutes.
 engines: build wheel $(PYTHON)/engines/bin/python $(PYTHON)/models/random-llama-large
 	$(UV) pip install -q --python $(PYTHON)/engines/bin/python --no-deps --reinstall $(WHEEL)
 	$(PYTHON)/engines/bin/python bench/engines/compare.py \

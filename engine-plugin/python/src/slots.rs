@@ -3,6 +3,11 @@
 //!
 //! Jobs read and write the memory itself, and not a copy of it. A slot is the job's until the job
 //! has ended, and a job ends when nothing can touch its slots any more. See [`Job`](jobs::Job).
+//!
+//! Not by way of `CachePlugin`, as `BlockCache` goes: that copies what is captured, because an
+//! engine's blocks are its own again after the step, and fetches the leading chunks of a prompt,
+//! layer by layer. A slot has no layers, is lent until its job ends, and any of a job's may be
+//! missing. What is left to share is the breaker.
 
 mod jobs;
 mod transfer;
