@@ -11,9 +11,6 @@ computed, what was found and does not come is reported as failed, and computed
 left alone for a while.
 """
 
-import functools
-import logging
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +26,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from kvasir import BlockCache, Load
 from kvasir._identity import Unsupported, adapter
 from kvasir.vllm import layout
+from kvasir.vllm._hooks import harmless, logger
 from kvasir.vllm.stats import COUNTERS, KvasirMetrics, KvasirStats
 
 if TYPE_CHECKING:
@@ -40,9 +38,6 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
-
-# Below the logger that vLLM configures.
-logger = logging.getLogger("vllm.kvasir")
 
 # How long an engine that ends waits for blocks to be stored.
 SHUTDOWN_SECONDS = 5.0
@@ -93,24 +88,6 @@ class Findings(KVConnectorWorkerMetadata):
 
 class _Elsewhere(Exception):
     """What has been said already, where it was found."""
-
-
-def _harmless(default: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Has a hook that fails turn the cache off, and not the engine down."""
-
-    def guard(hook: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(hook)
-        def guarded(self: "KvasirConnector", *arguments: Any) -> Any:
-            try:
-                return hook(self, *arguments)
-            except Exception as error:
-                logger.exception("%s failed", hook.__name__)
-                self._disable(error)
-                return default
-
-        return guarded
-
-    return guard
 
 
 class KvasirConnector(KVConnectorBase_V1, SupportsHMA):
@@ -201,7 +178,7 @@ class KvasirConnector(KVConnectorBase_V1, SupportsHMA):
 
     # The scheduler's side.
 
-    @_harmless(default=(0, False))
+    @harmless(default=(0, False))
     def get_num_new_matched_tokens(
         self, request: "Request", num_computed_tokens: int
     ) -> tuple[int | None, bool]:
@@ -217,7 +194,7 @@ class KvasirConnector(KVConnectorBase_V1, SupportsHMA):
         self._found[request.request_id] = first
         return found * size, found > 0 and not self._layerwise
 
-    @_harmless(default=None)
+    @harmless(default=None)
     def update_state_after_alloc(
         self, request: "Request", blocks: "KVCacheBlocks", num_external_tokens: int
     ) -> None:
@@ -242,7 +219,7 @@ class KvasirConnector(KVConnectorBase_V1, SupportsHMA):
             self._plan_stores(scheduler_output, work.stores)
         return work
 
-    @_harmless(default=None)
+    @harmless(default=None)
     def _plan_stores(
         self, scheduled: "SchedulerOutput", stores: list[Blocks]
     ) -> None:
@@ -350,7 +327,7 @@ class KvasirConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> None:
         """Blocks are stored when a step has computed all of their layers."""
 
-    @_harmless(default=None)
+    @harmless(default=None)
     def wait_for_save(self) -> None:
         is_whole = self._end_awaited()
         # What was computed behind blocks that did not come is not what it should be.

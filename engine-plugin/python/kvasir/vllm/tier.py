@@ -16,8 +16,6 @@ failed, and computed. A daemon that fails costs its timeouts once, and is then l
 while, in which nothing is found.
 """
 
-import functools
-import logging
 import os
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -50,6 +48,7 @@ from vllm.v1.kv_offload.tiering.base import (
 
 from kvasir import SlotCache
 from kvasir.vllm import layout
+from kvasir.vllm._hooks import harmless, logger
 from kvasir.vllm.layout import Unsupported
 from kvasir.vllm.stats import COUNTERS
 
@@ -59,9 +58,6 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.kv_offload.base import OffloadingSpec
     from vllm.v1.kv_offload.tiering.backpressure import BackpressureDetector
-
-# Below the logger that vLLM configures.
-logger = logging.getLogger("vllm.kvasir")
 
 # Options of the cache, and what they are.
 LIMITS: dict[str, Callable[[Any], Any]] = {
@@ -107,24 +103,6 @@ class _Lookups(AsyncLookupManager):
         self, keys: list[OffloadKey], req_context: ReqContext
     ) -> Iterable[bool]:
         return self._tier.find(keys)
-
-
-def _harmless(default: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Has a hook that fails turn the tier off, and not the engine down."""
-
-    def guard(hook: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(hook)
-        def guarded(self: "KvasirTier", *arguments: Any) -> Any:
-            try:
-                return hook(self, *arguments)
-            except Exception as error:
-                logger.exception("%s failed", hook.__name__)
-                self._disable(error)
-                return default
-
-        return guarded
-
-    return guard
 
 
 class KvasirTier(SecondaryTierManager):
@@ -218,7 +196,7 @@ class KvasirTier(SecondaryTierManager):
         assert self._cache is not None
         return self._cache.find([self._name(it) for it in keys])
 
-    @_harmless(default=LookupResult.MISS)
+    @harmless(default=LookupResult.MISS)
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
         if not self._is_on or self._cache.rests:
             return LookupResult.MISS
@@ -294,7 +272,7 @@ class KvasirTier(SecondaryTierManager):
         self._forget(lost)
         return results
 
-    @_harmless(default=None)
+    @harmless(default=None)
     def _forget(self, lost: list[OffloadKey]) -> None:
         """Or vLLM would ask for them again and again."""
         if lost:
@@ -303,18 +281,18 @@ class KvasirTier(SecondaryTierManager):
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
         return RequestOffloadingContext()
 
-    @_harmless(default=None)
+    @harmless(default=None)
     def on_request_finished(self, req_context: ReqContext) -> None:
         self._tails.pop(req_context.req_id, None)
         if self._lookups is not None:
             self._lookups.cleanup(req_context.req_id)
 
-    @_harmless(default=None)
+    @harmless(default=None)
     def on_schedule_end(self, context: ScheduleEndContext) -> None:
         if self._lookups is not None:
             self._lookups.flush()
 
-    @_harmless(default=None)
+    @harmless(default=None)
     def drain_jobs(self) -> None:
         """Called when vLLM resets its caches, which it does when its weights have changed."""
         if self._cache is None:
@@ -326,7 +304,7 @@ class KvasirTier(SecondaryTierManager):
             self._since_reset = os.urandom(16)
             logger.info("vLLM has reset its caches: what the tier had is not used any more")
 
-    @_harmless(default=None)
+    @harmless(default=None)
     def shutdown(self) -> None:
         """What waits to be stored has a moment to be."""
         self._is_on = False
@@ -347,7 +325,7 @@ class KvasirTier(SecondaryTierManager):
             for name, documentation in COUNTERS.items()
         }
 
-    @_harmless(default=None)
+    @harmless(default=None)
     def get_stats(self) -> OffloadingConnectorStats | None:
         if self._cache is None:
             return None
