@@ -62,13 +62,13 @@ def connector(name: str, extra: dict[str, object], **more: object) -> dict[str, 
     }
 
 
-def kvasir(kvasird: str, scratch: Path) -> System:
-    port, data = free_port(), scratch / "kvasir"
+def kvasir(kvasird: str, data: Path, title: str, **options: object) -> System:
+    port = free_port()
     return System(
-        "Kvasir",
+        title,
         connector(
             "KvasirConnector",
-            {"endpoint": f"127.0.0.1:{port}"},
+            {"endpoint": f"127.0.0.1:{port}", **options},
             kv_connector_module_path="kvasir.vllm",
         ),
         [[kvasird, "--listen", f"127.0.0.1:{port}", "--data-dir", str(data),
@@ -134,7 +134,10 @@ def systems(kvasird: str, scratch: Path) -> dict[str, System]:
     return {
         "none": System("nothing: computed"),
         "own": System("vLLM's own prefix cache"),
-        "kvasir": kvasir(kvasird, scratch),
+        "kvasir": kvasir(kvasird, scratch / "kvasir", "Kvasir"),
+        "layerwise": kvasir(
+            kvasird, scratch / "layerwise", "Kvasir, layer by layer", layerwise=True
+        ),
         "example": System(
             "vLLM's example connector, files",
             connector("ExampleConnector", {"shared_storage_path": str(files)}),

@@ -14,6 +14,7 @@ from kvasir._native import (
     Layout,
     Load,
     Namespace,
+    Save,
     SlotCache,
     __version__,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "Layout",
     "Load",
     "Namespace",
+    "Save",
     "SlotCache",
     "__version__",
 ]

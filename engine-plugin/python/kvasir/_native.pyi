@@ -205,6 +205,15 @@ class BlockCache:
     ) -> int:
         """Copies blocks out of memory and has them stored; returns how many will be."""
 
+    def save(
+        self,
+        names: Sequence[bytes],
+        blocks: Sequence[int],
+        *,
+        parent: bytes | None = None,
+    ) -> Save:
+        """The same, layer by layer as they are computed: none is copied yet."""
+
     def put(
         self,
         names: Sequence[bytes],
@@ -232,6 +241,19 @@ class Load:
 
     def wait_layer(self, layer: int) -> bool:
         """Waits until a layer of all blocks is there: false if it will not be."""
+
+@final
+class Save:
+    """Blocks on their way out of an engine's memory."""
+
+    def layer(self, layer: int) -> None:
+        """Copies a layer of all blocks."""
+
+    def end(self) -> int:
+        """Copies the layers that were not, and has the blocks stored; how many will be."""
+
+    def drop(self) -> None:
+        """Forgets them."""
 
 @final
 class SlotCache:

@@ -7,13 +7,12 @@ use std::num::NonZeroUsize;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
 use futures::{StreamExt as _, TryStreamExt as _};
 use kvasir_plugin::{
-    BackendError, CachePlugin, CaptureOutcome, ChunkCopy, EngineBackend as _, FetchOutcome,
-    LayerWait, LoadPolicy, PluginConfig, Prompt, Strided, Strides,
+    CachePlugin, EngineBackend as _, FetchOutcome, LayerWait, LoadPolicy, PluginConfig, Prompt,
+    Strided, Strides,
 };
-use kvasir_types::{ByteSize, ChunkKey, Durability, Hints, LayerIdx};
+use kvasir_types::{ByteSize, ChunkKey, Durability, LayerIdx};
 use lru::LruCache;
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
@@ -21,6 +20,7 @@ use pyo3::types::{PyBytes, PyDict};
 
 use crate::identity::Namespace;
 use crate::memory::Region;
+use crate::save::{Save, chunk, read};
 use crate::{invalid, runtime};
 
 /// How long a loading thread waits before it looks whether its fetch has ended.
@@ -38,7 +38,24 @@ const REMEMBERED: NonZeroUsize = NonZeroUsize::new(1 << 16).unwrap();
 pub(crate) struct BlockCache {
     plugin: CachePlugin,
     pages: OnceLock<Strided<Region>>,
-    sent: Arc<Mutex<LruCache<ChunkKey, ()>>>,
+    sent: Arc<Sent>,
+}
+
+/// Keys that were sent lately, so that they are not sent again.
+pub(crate) struct Sent(Mutex<LruCache<ChunkKey, ()>>);
+
+impl Sent {
+    fn keys(&self) -> MutexGuard<'_, LruCache<ChunkKey, ()>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn has(&self, key: &ChunkKey) -> bool {
+        self.keys().contains(key)
+    }
+
+    pub(crate) fn note(&self, key: ChunkKey) {
+        self.keys().put(key, ());
+    }
 }
 
 /// Blocks on their way into an engine's memory.
@@ -123,37 +140,6 @@ fn load(
     }
 }
 
-/// A block's layers.
-fn read(pages: &Strided<Region>, block: u32) -> Result<Vec<Vec<u8>>, BackendError> {
-    let layout = pages.layout();
-    let layer = |layer| {
-        let mut payload = vec![0; layout.layer_bytes()];
-        pages.read_layer(&[block], 0, layer, &mut payload)?;
-        Ok(payload)
-    };
-    (0..layout.layers()).map(LayerIdx).map(layer).collect()
-}
-
-/// A block, copied out of the engine's memory.
-fn copy(
-    pages: &Strided<Region>,
-    key: ChunkKey,
-    parent: Option<ChunkKey>,
-    block: u32,
-) -> Result<ChunkCopy, BackendError> {
-    let layers = read(pages, block)?;
-    Ok(ChunkCopy {
-        key,
-        layout: *pages.layout(),
-        start: 0,
-        layers: layers.into_iter().map(Bytes::from).collect(),
-        hints: Hints {
-            parent,
-            ..Hints::default()
-        },
-    })
-}
-
 pub(crate) fn seconds(name: &str, value: f64) -> PyResult<Duration> {
     Duration::try_from_secs_f64(value)
         .map_err(|_| invalid(format!("{name} of {value} seconds is no time")))
@@ -165,30 +151,9 @@ impl BlockCache {
         names.iter().map(|name| namespace.opaque(name)).collect()
     }
 
-    fn sent(&self) -> MutexGuard<'_, LruCache<ChunkKey, ()>> {
-        self.sent.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn pages(&self) -> PyResult<&Strided<Region>> {
         let missing = || PyRuntimeError::new_err("no memory was registered: call register first");
         self.pages.get().ok_or_else(missing)
-    }
-
-    /// Copies a block out of the engine's memory and has it stored.
-    fn capture(
-        &self,
-        pages: &Strided<Region>,
-        key: ChunkKey,
-        parent: Option<ChunkKey>,
-        block: u32,
-    ) -> PyResult<bool> {
-        let layout = *pages.layout();
-        if !self.plugin.has_capture_room(layout.chunk_bytes()) {
-            self.plugin.note_dropped_captures(1);
-            return Ok(false);
-        }
-        let copied = copy(pages, key, parent, block).map_err(invalid)?;
-        Ok(self.plugin.capture(copied) == CaptureOutcome::Queued)
     }
 }
 
@@ -236,7 +201,7 @@ impl BlockCache {
         Ok(Self {
             plugin: plugin.map_err(invalid)?,
             pages: OnceLock::new(),
-            sent: Arc::new(Mutex::new(LruCache::new(REMEMBERED))),
+            sent: Arc::new(Sent(Mutex::new(LruCache::new(REMEMBERED)))),
         })
     }
 
@@ -317,7 +282,7 @@ impl BlockCache {
         Ok(py.detach(|| {
             let keys = self.keys(&names);
             let found = runtime.block_on(self.plugin.find(&keys));
-            let mut sent = self.sent();
+            let mut sent = self.sent.keys();
             for key in &keys[found.min(keys.len())..] {
                 sent.pop(key);
             }
@@ -355,25 +320,28 @@ impl BlockCache {
         blocks: Vec<u32>,
         parent: Option<Vec<u8>>,
     ) -> PyResult<usize> {
+        let save = self.save(py, names, blocks, parent)?;
+        py.detach(|| save.end()).map_err(invalid)
+    }
+
+    /// The same, layer by layer as they are computed: none is copied yet.
+    #[pyo3(signature = (names, blocks, *, parent = None))]
+    fn save(
+        &self,
+        py: Python<'_>,
+        names: Vec<Vec<u8>>,
+        blocks: Vec<u32>,
+        parent: Option<Vec<u8>>,
+    ) -> PyResult<Save> {
         if names.len() != blocks.len() {
             return Err(invalid("there must be a block of memory for each name"));
         }
-        let pages = self.pages()?;
-        py.detach(|| {
-            let mut parent = parent.map(|name| self.plugin.namespace().opaque(&name));
-            let mut queued = 0;
-            for (key, block) in self.keys(&names).into_iter().zip(blocks) {
-                if !self.sent().contains(&key) {
-                    if !self.capture(pages, key, parent, block)? {
-                        break;
-                    }
-                    self.sent().put(key, ());
-                    queued += 1;
-                }
-                parent = Some(key);
-            }
-            Ok(queued)
-        })
+        let (pages, plugin) = (self.pages()?.clone(), self.plugin.clone());
+        Ok(py.detach(|| {
+            let parent = parent.map(|name| plugin.namespace().opaque(&name));
+            let blocks = self.keys(&names).into_iter().zip(blocks);
+            Save::new(plugin, pages, Arc::clone(&self.sent), parent, blocks)
+        }))
     }
 
     /// Stores those blocks that the daemon lacks, and waits for it: which of them it has now. Costs
@@ -401,7 +369,8 @@ impl BlockCache {
                 if is_there {
                     return Ok(true);
                 }
-                let copied = copy(pages, *key, parent, block).map_err(invalid)?;
+                let layers = read(pages, block).map_err(invalid)?;
+                let copied = chunk(pages, *key, parent, layers);
                 Ok(self.plugin.store(copied).await)
             });
             let puts = futures::stream::iter(puts).buffered(PUTS_AT_ONCE);

@@ -4,6 +4,7 @@
 //! - `client`: `Client`: calls of a daemon, blocking and for asyncio;
 //! - `data`: bytes that come from a daemon, seen by Python without a copy;
 //! - `cache`: `BlockCache`: blocks of an engine, found, loaded into its memory and stored;
+//! - `save`: `Save`: blocks that are stored layer by layer;
 //! - `slots`: `SlotCache`: the same, of an engine whose blocks only it understands;
 //! - `memory`: that memory.
 //!
@@ -15,6 +16,7 @@ mod data;
 mod dlpack;
 mod identity;
 mod memory;
+mod save;
 mod slots;
 
 use std::sync::OnceLock;
@@ -81,6 +83,7 @@ fn native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<data::Data>()?;
     module.add_class::<cache::BlockCache>()?;
     module.add_class::<cache::Load>()?;
+    module.add_class::<save::Save>()?;
     module.add_class::<slots::SlotCache>()?;
     Ok(())
 }

@@ -3,7 +3,8 @@
 The scheduler asks what is cached (`BlockCache.find`), the worker loads and stores it. Blocks are
 loaded between steps, by threads that do not hold the GIL, or on request while the step runs that
 needs them, each layer until it is its turn (`layerwise`). They are copied out of the engine's
-memory before a step ends, so that no block is ever held for the cache's sake.
+memory before a step ends, or before the next one computes, so that no block is ever held for the
+cache's sake.
 
 Whatever becomes of the daemon, requests are answered as without it: what is not found is
 computed, what was found and does not come is reported as failed, and computed
@@ -11,23 +12,25 @@ computed, what was found and does not come is reported as failed, and computed
 left alone for a while.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
-    KVConnectorMetadata,
+    KVConnectorHandshakeMetadata,
     KVConnectorRole,
     KVConnectorWorkerMetadata,
     SupportsHMA,
 )
 
-from kvasir import BlockCache, Load
-from kvasir._identity import Unsupported, adapter
+from kvasir import BlockCache
+from kvasir._identity import Unsupported
 from kvasir.vllm import layout
 from kvasir.vllm._hooks import harmless, logger
-from kvasir.vllm.stats import COUNTERS, KvasirMetrics, KvasirStats
+from kvasir.vllm.scheduler import Blocks, Scheduler, Work
+from kvasir.vllm.stats import KvasirMetrics, KvasirStats
+from kvasir.vllm.worker import Worker
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -42,37 +45,8 @@ if TYPE_CHECKING:
 # How long an engine that ends waits for blocks to be stored.
 SHUTDOWN_SECONDS = 5.0
 
-# How long one call waits for a load that has been late already.
-PATIENCE_SECONDS = 1.0
-
-
-@dataclass
-class Blocks:
-    """Blocks of a request, by name and by where they are."""
-
-    request: str
-    names: list[bytes]
-    blocks: list[int]
-    # Name of the block before them.
-    parent: bytes | None = None
-
-
-@dataclass
-class Work(KVConnectorMetadata):
-    """What a step has the worker do."""
-
-    loads: list[Blocks] = field(default_factory=list)
-    stores: list[Blocks] = field(default_factory=list)
-
-
-@dataclass
-class Tracked:
-    """A request that is running, as the scheduler's side sees it."""
-
-    request: "Request"
-    blocks: list[int] = field(default_factory=list)
-    # Leading blocks that need not be stored: they came from a cache, or have been stored.
-    stored: int = 0
+# Memory of the host that KV of a device goes by way of.
+STAGING_BYTES = 1 << 30
 
 
 @dataclass
@@ -86,14 +60,21 @@ class Findings(KVConnectorWorkerMetadata):
         return Findings(self.is_off or other.is_off)
 
 
+@dataclass
+class Arrangement(KVConnectorHandshakeMetadata):
+    """What a worker tells the scheduler when the engine starts; nothing where the cache is off."""
+
+    arrangement: str | None
+
+
 class _Elsewhere(Exception):
     """What has been said already, where it was found."""
 
 
 class KvasirConnector(KVConnectorBase_V1, SupportsHMA):
     """Options, in `kv_connector_extra_config`: `endpoint` (127.0.0.1:7420); `lookup_timeout`,
-    `load_timeout` and `cooldown`, in seconds; `store_buffer`, in bytes; `durable`; `layerwise`;
-    `min_tokens`, below which nothing is looked for.
+    `load_timeout` and `cooldown`, in seconds; `store_buffer` and `staging`, in bytes; `durable`;
+    `layerwise`; `min_tokens`, below which nothing is looked for.
     """
 
     def __init__(
@@ -103,37 +84,29 @@ class KvasirConnector(KVConnectorBase_V1, SupportsHMA):
         kv_cache_config: "KVCacheConfig",
     ) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
-        self._cache: BlockCache | None = None
-        self._tracked: dict[str, Tracked] = {}
-        self._wanted: list[Blocks] = []
-        # Of requests that were asked for: where what was found begins.
-        self._found: dict[str, int] = {}
-        self._loading: dict[str, tuple[Load, Blocks]] = {}
-        # Loads that the step which runs waits for, layer by layer.
-        self._awaited: list[tuple[Load, Blocks]] = []
-        # Requests whose loads have ended.
+        self._config = vllm_config
+        self._is_off = False
+        # The side that this one is, once the engine's memory is known.
+        self._scheduler: Scheduler | None = None
+        self._worker: Worker | None = None
+        self._arrangement: str | None = None
+        # Of loads that were not begun: requests, and blocks.
         self._over: set[str] = set()
         self._failed: set[int] = set()
-        self._blocks = {"blocks_loaded": 0, "blocks_failed": 0}
-        # What was counted when that was asked last.
-        self._counted: dict[str, int] = {}
-        option = self._kv_transfer_config.get_from_extra_config
-        self._min_tokens = int(option("min_tokens", 0))
-        self._layerwise = bool(option("layerwise", False))
+        self._layerwise = bool(self._option("layerwise", False))
         try:
             if self._kv_transfer_config.kv_load_failure_policy != "recompute":
                 raise Unsupported(
                     'what fails to load would fail its request: set "kv_load_failure_policy": "recompute"'
                 )
             self._geometry = layout.geometry(kv_cache_config)
-            self._cache = self._open(vllm_config, option)
         except Unsupported as error:
             self._disable(error)
 
-    def _open(self, config: "VllmConfig", option: Any) -> BlockCache:
-        rank = 0
-        if self.role == KVConnectorRole.WORKER:
-            rank = config.parallel_config.rank
+    def _option(self, name: str, default: Any) -> Any:
+        return self._kv_transfer_config.get_from_extra_config(name, default)
+
+    def _open(self, rank: int, arrangement: str) -> BlockCache:
         limits = {
             name: kind(value)
             for name, kind in [
@@ -143,16 +116,16 @@ class KvasirConnector(KVConnectorBase_V1, SupportsHMA):
                 ("store_buffer", int),
                 ("durable", bool),
             ]
-            if (value := option(name, None)) is not None
+            if (value := self._option(name, None)) is not None
         }
-        namespace = layout.namespace(config, self._geometry, rank)
+        namespace = layout.namespace(self._config, self._geometry, rank, arrangement)
         self._namespace = namespace.digest.hex()
-        return BlockCache(option("endpoint", "127.0.0.1:7420"), namespace, **limits)
+        return BlockCache(self._option("endpoint", "127.0.0.1:7420"), namespace, **limits)
 
     def _disable(self, why: Exception) -> None:
-        if self._cache is not None or not isinstance(why, _Elsewhere):
+        if not self._is_off and not isinstance(why, _Elsewhere):
             logger.error("the Kvasir cache is off: %s", why)
-        self._cache = None
+        self._is_off = True
 
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
@@ -164,11 +137,60 @@ class KvasirConnector(KVConnectorBase_V1, SupportsHMA):
         """A cache may lose what it was given."""
         return False
 
+    # The scheduler's side.
+
+    @property
+    def _finder(self) -> Scheduler | None:
+        return None if self._is_off else self._scheduler
+
+    @harmless(default=None)
+    def set_xfer_handshake_metadata_pp_aware(
+        self, metadata: dict[tuple[int, int], KVConnectorHandshakeMetadata]
+    ) -> None:
+        """What all ranks hold is looked for by what the first one calls it."""
+        told = [it.arrangement for it in metadata.values() if isinstance(it, Arrangement)]
+        if self._is_off or not told or None in told:
+            self._disable(_Elsewhere("a worker cannot use it"))
+            return
+        cache = self._open(0, metadata[0, 0].arrangement)
+        tokens = self._geometry.layout.tokens
+        self._scheduler = Scheduler(cache, tokens, int(self._option("min_tokens", 0)))
+
+    @harmless(default=(0, False))
+    def get_num_new_matched_tokens(
+        self, request: "Request", num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        if (scheduler := self._finder) is None:
+            return 0, False
+        found = scheduler.find(request, num_computed_tokens)
+        return found, found > 0 and not self._layerwise
+
+    @harmless(default=None)
+    def update_state_after_alloc(
+        self, request: "Request", blocks: "KVCacheBlocks", num_external_tokens: int
+    ) -> None:
+        if self._scheduler is not None:
+            self._scheduler.allocated(request, blocks, num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> Work:
+        # Workers hear of all that was to be loaded, even if the cache is off since.
+        work = Work(
+            self._scheduler.take_wanted() if self._scheduler else [],
+            is_idle=scheduler_output.total_num_scheduled_tokens == 0,
+        )
+        self._plan_stores(scheduler_output, work.stores)
+        return work
+
+    @harmless(default=None)
+    def _plan_stores(self, scheduled: "SchedulerOutput", stores: list[Blocks]) -> None:
+        if (scheduler := self._finder) is not None:
+            scheduler.plan_stores(scheduled, stores)
+
     def request_finished(
         self, request: "Request", block_ids: list[int]
     ) -> tuple[bool, dict[str, Any] | None]:
-        self._tracked.pop(request.request_id, None)
-        self._found.pop(request.request_id, None)
+        if self._scheduler is not None:
+            self._scheduler.finished(request.request_id)
         return False, None
 
     def request_finished_all_groups(
@@ -176,148 +198,71 @@ class KvasirConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> tuple[bool, dict[str, Any] | None]:
         return self.request_finished(request, [])
 
-    # The scheduler's side.
-
-    @harmless(default=(0, False))
-    def get_num_new_matched_tokens(
-        self, request: "Request", num_computed_tokens: int
-    ) -> tuple[int | None, bool]:
-        if self._cache is None or request.num_tokens < self._min_tokens:
-            return 0, False
-        size = self._geometry.layout.tokens
-        first = num_computed_tokens // size
-        # The last token is computed in any case: its logits are wanted.
-        names = _names(request, first, (request.num_tokens - 1) // size)
-        if num_computed_tokens % size or not names:
-            return 0, False
-        found = self._cache.find(names)
-        self._found[request.request_id] = first
-        return found * size, found > 0 and not self._layerwise
-
-    @harmless(default=None)
-    def update_state_after_alloc(
-        self, request: "Request", blocks: "KVCacheBlocks", num_external_tokens: int
-    ) -> None:
-        if self._cache is None:
-            return
-        self._tracked.setdefault(request.request_id, Tracked(request))
-        if num_external_tokens == 0:
-            return
-        table = blocks.get_block_ids()[0]
-        wanted = Blocks(request.request_id, [], table)
-        # vLLM waits for it from now on, whatever comes next: without names it fails.
-        self._wanted.append(wanted)
-        first = self._found[request.request_id]
-        end = first + num_external_tokens // self._geometry.layout.tokens
-        wanted.names = _names(request, first, end)
-        wanted.blocks = table[first:end]
-
-    def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> Work:
-        work = Work(loads=self._wanted)
-        self._wanted = []
-        if self._cache is not None:
-            self._plan_stores(scheduler_output, work.stores)
-        return work
-
-    @harmless(default=None)
-    def _plan_stores(
-        self, scheduled: "SchedulerOutput", stores: list[Blocks]
-    ) -> None:
-        for new in scheduled.scheduled_new_reqs:
-            self._place(new.req_id, new.block_ids, new.num_computed_tokens)
-            self._plan(scheduled, new.req_id, new.num_computed_tokens, stores)
-        cached = scheduled.scheduled_cached_reqs
-        for request, blocks, computed in zip(
-            cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
-        ):
-            if request in cached.resumed_req_ids:
-                self._place(request, blocks or ([],), computed)
-            elif blocks and request in self._tracked:
-                self._tracked[request].blocks.extend(blocks[0])
-            self._plan(scheduled, request, computed, stores)
-
-    def _place(
-        self, request: str, blocks: tuple[list[int], ...], computed: int
-    ) -> None:
-        """Notes where a request's blocks are, of which the computed ones are not to be stored."""
-        if tracked := self._tracked.get(request):
-            tracked.blocks = list(blocks[0])
-            tracked.stored = computed // self._geometry.layout.tokens
-
-    def _plan(
-        self, scheduled: "SchedulerOutput", request: str, computed: int, stores: list[Blocks]
-    ) -> None:
-        """Has blocks stored that are full when this step has run."""
-        tracked = self._tracked.get(request)
-        if tracked is None:
-            return
-        # What failed to load is computed, and stored, like what comes behind it.
-        tracked.stored = min(tracked.stored, computed // self._geometry.layout.tokens)
-        tokens = computed + scheduled.num_scheduled_tokens.get(request, 0)
-        # Tokens that are guessed have no hash yet.
-        end = min(
-            tokens // self._geometry.layout.tokens,
-            len(tracked.request.block_hashes),
-            len(tracked.blocks),
-        )
-        first = tracked.stored
-        if end <= first:
-            return
-        names = _names(tracked.request, max(first - 1, 0), end)
-        parent = names.pop(0) if first > 0 else None
-        stores.append(Blocks(request, names, tracked.blocks[first:end], parent))
-        tracked.stored = end
-
     def update_connector_output(self, connector_output: "KVConnectorOutput") -> None:
         found = connector_output.kv_connector_worker_meta
         if isinstance(found, Findings) and found.is_off:
             self._disable(_Elsewhere("a worker cannot use it"))
 
+    def reset_cache(self) -> bool:
+        """As vLLM asks when its weights have been changed in place."""
+        if self._scheduler is not None:
+            self._scheduler.reset()
+            logger.info("vLLM has reset its caches: what Kvasir had is not used any more")
+        return True
+
     # The worker's side.
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        if self._cache is None:
+        if self._is_off:
             return
         try:
-            views = layout.register(self._cache, self._geometry, kv_caches)
-            if layout.round_trip(self._cache, self._geometry, views):
-                # `kvasir-index` needs the namespace.
-                logger.info(
-                    "the Kvasir cache is on: a block came back as it was stored; namespace %s",
-                    self._namespace,
-                )
-            else:
-                logger.warning("no Kvasir daemon answers: going on without until one does")
+            views = layout.views(self._geometry, kv_caches)
+            attention = self._config.compilation_config.static_forward_context
+            arrangement = layout.arrangement(self._geometry, views, attention)
+            staging = self._option("staging", None)
+            if staging is None and views[0].device.type != "cpu":
+                staging = STAGING_BYTES
+            self._worker = Worker(
+                self._open(self._config.parallel_config.rank, arrangement),
+                self._geometry,
+                views,
+                layerwise=self._layerwise,
+                staging=None if staging is None else int(staging),
+            )
         except Exception as error:
             self._disable(error)
+            return
+        self._arrangement = arrangement
+        if self._worker.answers:
+            # `kvasir-index` needs the namespace.
+            logger.info(
+                "the Kvasir cache is on: a block came back as it was stored; namespace %s",
+                self._namespace,
+            )
+        else:
+            logger.warning("no Kvasir daemon answers: going on without until one does")
+
+    def get_handshake_metadata(self) -> Arrangement:
+        return Arrangement(None if self._is_off else self._arrangement)
 
     def start_load_kv(self, forward_context: "ForwardContext", **kwargs: Any) -> None:
         for wanted in self._work().loads:
             try:
-                if self._cache is None:
+                if self._is_off or self._worker is None:
                     raise _Elsewhere("the cache is off")
-                load = self._cache.load(wanted.names, wanted.blocks)
+                self._worker.start_load(wanted)
             except Exception as error:
                 self._disable(error)
-                self._count(0, wanted)
+                self._failed.update(wanted.blocks)
                 if not self._layerwise:
                     self._over.add(wanted.request)
-            else:
-                if self._layerwise:
-                    self._awaited.append((load, wanted))
-                else:
-                    self._loading[wanted.request] = (load, wanted)
 
+    @harmless(default=None)
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Waits for a layer's blocks, until their load gives up if they do not come."""
-        if not self._awaited:
-            return
-        layers = self._geometry.layers
-        # One that has no blocks of its own uses those of any other.
-        layer = layers.index(layer_name) if layer_name in layers else len(layers) - 1
-        for load, _ in self._awaited:
-            load.wait_layer(layer)
+        if self._worker is not None:
+            self._worker.wait_layer(layer_name)
 
+    @harmless(default=None)
     def save_kv_layer(
         self,
         layer_name: str,
@@ -325,61 +270,40 @@ class KvasirConnector(KVConnectorBase_V1, SupportsHMA):
         attn_metadata: "AttentionMetadata",
         **kwargs: Any,
     ) -> None:
-        """Blocks are stored when a step has computed all of their layers."""
+        if self._worker is not None and not self._is_off:
+            self._worker.save_layer(layer_name, self._work().stores)
 
     @harmless(default=None)
     def wait_for_save(self) -> None:
-        is_whole = self._end_awaited()
-        # What was computed behind blocks that did not come is not what it should be.
-        if self._cache is None or not is_whole:
-            return
-        for full in self._work().stores:
-            self._cache.store(full.names, full.blocks, parent=full.parent)
+        if self._worker is not None:
+            self._worker.end_step([] if self._is_off else self._work().stores)
 
     def get_finished(
         self, finished_req_ids: set[str]
     ) -> tuple[set[str] | None, set[str] | None]:
-        for request, (load, wanted) in list(self._loading.items()):
-            if (came := load.poll()) is not None:
-                del self._loading[request]
-                self._count(came, wanted)
-                self._over.add(request)
         over, self._over = self._over, set()
+        if self._worker is not None:
+            over |= self._worker.take_over(self._work().is_idle)
         return None, over or None
-
-    def _end_awaited(self) -> bool:
-        """Whether all came whole that the step has waited for."""
-        is_whole = True
-        for load, wanted in self._awaited:
-            # The blocks are the load's until it has ended, which its own deadlines see to.
-            while (came := load.wait(PATIENCE_SECONDS)) is None:
-                pass
-            self._count(came, wanted)
-            is_whole = is_whole and came == len(wanted.blocks)
-        self._awaited.clear()
-        return is_whole
-
-    def _count(self, came: int, wanted: Blocks) -> None:
-        """Notes how many of a load's leading blocks are whole; the others are to be computed."""
-        self._failed.update(wanted.blocks[came:])
-        self._blocks["blocks_loaded"] += came
-        self._blocks["blocks_failed"] += len(wanted.blocks) - came
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         failed, self._failed = self._failed, set()
+        if self._worker is not None:
+            failed |= self._worker.take_failed()
         return failed
 
     def build_connector_worker_meta(self) -> "Findings | None":
-        return Findings(is_off=True) if self._cache is None else None
+        return Findings(is_off=True) if self._is_off else None
+
+    def shutdown(self) -> None:
+        if self._worker is not None and not self._is_off:
+            self._worker.close(SHUTDOWN_SECONDS)
+
+    # Both sides'.
 
     def get_kv_connector_stats(self) -> KvasirStats | None:
-        if self._cache is None:
-            return None
-        now = self._cache.stats() | self._blocks
-        since = {name: now[name] - self._counted.get(name, 0) for name in COUNTERS}
-        self._counted = now
-        stats = KvasirStats(since)
-        return None if stats.is_empty() else stats
+        side = self._worker or self._scheduler
+        return None if side is None or self._is_off else side.stats()
 
     @classmethod
     def build_kv_connector_stats(
@@ -391,22 +315,6 @@ class KvasirConnector(KVConnectorBase_V1, SupportsHMA):
     def build_prom_metrics(cls, *arguments: Any) -> KvasirMetrics:
         return KvasirMetrics(*arguments)
 
-    def shutdown(self) -> None:
-        """What waits to be stored has a moment to be; loads end by themselves."""
-        if self._cache is not None and self.role == KVConnectorRole.WORKER:
-            self._cache.flush(SHUTDOWN_SECONDS)
-
     def _work(self) -> Work:
         work = self._connector_metadata
         return work if isinstance(work, Work) else Work()
-
-
-def _names(request: "Request", first: int, end: int) -> list[bytes]:
-    """Of a request's blocks: vLLM's hashes, which tell of all tokens up to the block's last one,
-    of salt, images, and the name of an adapter, and behind them which adapter has that name.
-    """
-    hashes = request.block_hashes[first:end]
-    if request.lora_request is None:
-        return [bytes(it) for it in hashes]
-    which = adapter(request.lora_request.lora_path)
-    return [bytes(it) + which for it in hashes]

@@ -4,8 +4,11 @@ Nothing is guessed. What is not known here raises `Unsupported`, and the cache s
 the way.
 """
 
+import hashlib
 import json
+import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +16,7 @@ import torch
 
 from kvasir import BlockCache, Layout, Namespace
 from kvasir._identity import DTYPES, INCIDENTAL, Unsupported, weights
+from kvasir.vllm.memory import Memory, ended
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -25,11 +29,16 @@ ROUND_TRIP_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Geometry:
-    """Of one worker's KV."""
+    """Of one worker's KV, which vLLM shows as `[block, head, token, content]`.
+
+    What it calls content is a key and a value in most backends. On CPUs it is not: what is where in
+    a block depends on the instructions that the CPU has. So it is stored as it is, and `arrangement`
+    says which one it is.
+    """
 
     layers: tuple[str, ...]
     layout: Layout
-    head_dim: int
+    content: int
 
 
 def geometry(config: "KVCacheConfig") -> Geometry:
@@ -51,100 +60,114 @@ def geometry(config: "KVCacheConfig") -> Geometry:
     dtype = DTYPES.get(str(spec.dtype))
     if dtype is None:
         raise Unsupported(f"elements of {spec.dtype} are not known")
-    layers = tuple(groups[0].layer_names)
+    layers, content = tuple(groups[0].layer_names), 2 * spec.head_size
     layout = Layout(
         layers=len(layers),
+        planes=1,
         kv_heads=spec.num_kv_heads,
-        head_dim=spec.head_size,
+        head_dim=content,
         tokens=spec.block_size,
         dtype=dtype,
     )
-    return Geometry(layers, layout, spec.head_size)
+    return Geometry(layers, layout, content)
 
 
-def register(
-    cache: BlockCache, geometry: Geometry, tensors: dict[str, torch.Tensor]
-) -> list[torch.Tensor]:
-    """Tells the cache where KV is, if it is where it is said to be; returns the layers."""
-    layout, dim = geometry.layout, geometry.head_dim
+def views(geometry: Geometry, tensors: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """The layers, if they are what they are said to be."""
+    layout = geometry.layout
     missing = [name for name in geometry.layers if name not in tensors]
     if missing:
         raise Unsupported(f"there are no tensors for layers {missing}")
     views = [tensors[name] for name in geometry.layers]
     first = views[0]
-    shape = (layout.kv_heads, layout.tokens, 2 * dim)
+    if first.device.type not in ("cpu", "cuda"):
+        raise Unsupported(f"KV on {first.device} is not known")
+    shape = (layout.kv_heads, layout.tokens, geometry.content)
     for view in views:
-        if view.device.type != "cpu":
-            raise Unsupported(f"KV on {view.device} is not known")
         if view.dim() != 4 or tuple(view.shape[1:]) != shape:
             raise Unsupported(
                 f"KV is of shape {tuple(view.shape)}, not [blocks, {shape[0]}, {shape[1]}, {shape[2]}]"
             )
         if view.stride() != first.stride() or view.shape != first.shape:
             raise Unsupported("layers differ in shape")
+        if view.device != first.device:
+            raise Unsupported("layers are on different devices")
         if DTYPES.get(str(view.dtype)) != layout.dtype or view.stride(3) != 1:
             raise Unsupported(f"elements of {view.dtype} do not adjoin")
-    size, blocks = first.element_size(), first.shape[0]
-    starts = {view.storage_offset() * size for view in views}
-    buffers = [_bytes(view, 0 if len(starts) > 1 else None) for view in views]
-    cache.register(
-        buffers,
-        blocks=blocks,
-        block=first.stride(0) * size,
-        plane=dim * size,
-        head=first.stride(1) * size,
-        token=first.stride(2) * size,
-        start=starts.pop() if len(starts) == 1 else 0,
-    )
-    canary(cache, geometry, views)
     return views
 
 
-def _bytes(view: torch.Tensor, offset: int | None):
-    """The memory of a tensor, from its beginning on or from that of its storage."""
-    storage = view.untyped_storage()
-    raw = torch.empty(0, dtype=torch.uint8).set_(storage)
-    if offset is None:
-        return raw.numpy()
-    return raw[view.storage_offset() * view.element_size() :].numpy()
+def arrangement(
+    geometry: Geometry, views: list[torch.Tensor], attention: Mapping[str, Any]
+) -> str:
+    """Which element of a key or value is where in a block: a digest of a block that vLLM's own
+    attention, by layer, has written known ones into.
 
-
-def canary(cache: BlockCache, geometry: Geometry, views: list[torch.Tensor]) -> None:
-    """Moves a block through the cache's own hands, and compares it in the engine's tensors.
-
-    Block 0 belongs to nobody: vLLM pads its tables with it.
+    Engines on different hosts, which may differ in this and in nothing else, share KV where it is
+    the same. Block 0 belongs to nobody: vLLM pads its tables with it.
     """
+    digest = hashlib.sha256()
+    for name, view in zip(geometry.layers, views, strict=True):
+        layer = attention.get(name)
+        write = getattr(getattr(layer, "impl", None), "do_kv_cache_update", None)
+        if write is None:
+            raise Unsupported(f"there is no way to see how {name} writes KV")
+        before = view[0].clone()
+        heads, tokens, content = view[0].shape
+        slots = torch.arange(tokens, dtype=torch.int64, device=view.device)
+        key, value = (
+            _known(plane, (tokens, heads, content // 2), view) for plane in (b"key", b"value")
+        )
+        try:
+            view[0] = 0
+            write(layer, key, value, view, slots)
+            digest.update(_block(view))
+        finally:
+            view[0] = before
+    return digest.hexdigest()
+
+
+def _known(name: bytes, shape: tuple[int, ...], view: torch.Tensor) -> torch.Tensor:
+    """The same numbers everywhere."""
+    bits = bytearray(hashlib.shake_256(name).digest(math.prod(shape) * view.element_size()))
+    # Without the highest bit of the exponent, none is infinite, or not a number.
+    for at in range(view.element_size() - 1, len(bits), view.element_size()):
+        bits[at] &= 0b1011_1111
+    return torch.frombuffer(bits, dtype=view.dtype).reshape(shape).to(view.device)
+
+
+def canary(memory: Memory, geometry: Geometry, views: list[torch.Tensor]) -> None:
+    """Moves a block through the cache's own hands, and compares it in the engine's tensors."""
     before = [view[0].clone() for view in views]
     try:
         _fill(views)
-        if cache.read(0) != _chunk(geometry, views):
+        if memory.read(0) != _chunk(views):
             raise Unsupported("KV is not read as it is: its layout is another one")
-        expected = _chunk(geometry, views)
+        expected = _chunk(views)
         _fill(views)
-        cache.write(0, expected)
-        if _chunk(geometry, views) != expected:
+        memory.write(0, expected)
+        if _chunk(views) != expected:
             raise Unsupported("KV is not written as it is: its layout is another one")
     finally:
         for view, values in zip(views, before, strict=True):
             view[0] = values
 
 
-def round_trip(cache: BlockCache, geometry: Geometry, views: list[torch.Tensor]) -> bool:
+def round_trip(
+    memory: Memory, cache: BlockCache, views: list[torch.Tensor]
+) -> bool:
     """The same by way of the daemon. False where there is none."""
     before = [view[0].clone() for view in views]
     name = b"canary" + os.urandom(16)
     try:
         _fill(views)
-        expected = _chunk(geometry, views)
-        cache.store([name], [0])
-        if not cache.flush(ROUND_TRIP_SECONDS) or cache.find([name]) == 0:
+        expected = _chunk(views)
+        memory.save([name], [0], None).end()
+        if not memory.flush(ROUND_TRIP_SECONDS) or cache.find([name]) == 0:
             return False
         _fill(views)
-        load = cache.load([name], [0])
-        while (came := load.wait(ROUND_TRIP_SECONDS)) is None:
-            # The block is the load's until it has ended, which its own deadlines see to.
-            pass
-        if came == 1 and _chunk(geometry, views) != expected:
+        came = ended(memory.load([name], [0], False))
+        if came == 1 and _chunk(views) != expected:
             raise Unsupported("KV does not come back as it was stored")
         return came == 1
     finally:
@@ -157,29 +180,33 @@ def _fill(views: list[torch.Tensor]) -> None:
     for view in views:
         size = view[0].numel() * view.element_size()
         bits = torch.randint(0, 256, (size,), dtype=torch.uint8)
-        view[0] = bits.view(view.dtype).view(view[0].shape)
+        view[0] = bits.view(view.dtype).view(view[0].shape).to(view.device)
 
 
-def _chunk(geometry: Geometry, views: list[torch.Tensor]) -> bytes:
-    """Block 0 as the cache should see it: `[layer, plane, head, token, dim]`."""
-    layers = []
-    for view in views:
-        keys, values = view[0].split(geometry.head_dim, dim=-1)
-        planes = torch.stack([keys, values]).contiguous()
-        layers.append(planes.view(torch.uint8).numpy().tobytes())
-    return b"".join(layers)
+def _chunk(views: list[torch.Tensor]) -> bytes:
+    """Block 0 as the cache should see it."""
+    return b"".join(_block(view) for view in views)
 
 
-def namespace(config: "VllmConfig", geometry: Geometry, rank: int) -> Namespace:
+def _block(view: torch.Tensor) -> bytes:
+    return view[0].contiguous().cpu().view(torch.uint8).numpy().tobytes()
+
+
+def namespace(
+    config: "VllmConfig", geometry: Geometry, rank: int, arrangement: str
+) -> Namespace:
     """What makes KV of this engine what it is, beside what is in the names of blocks: tokens,
     adapter and salt, by the hash that vLLM is told to use.
     """
     model, parallel = config.model_config, config.parallel_config
+    if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
+        raise Unsupported("tokens of a block are on several ranks")
     computed = _computed(config) | {
         # Each rank stores the heads, and the layers, that are its own.
         "tensor_parallel": [rank, parallel.tensor_parallel_size],
         "pipeline_parallel": parallel.pipeline_parallel_size,
         "layers": list(geometry.layers),
+        "arrangement": arrangement,
     }
     return Namespace(
         geometry.layout,

@@ -37,6 +37,18 @@ class KvasirStats(KVConnectorStats):
         return dict(self.data)
 
 
+class Counts:
+    """What was counted when that was asked last."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, int] = {}
+
+    def since(self, now: dict[str, int]) -> KvasirStats | None:
+        stats = KvasirStats({it: now.get(it, 0) - self._last.get(it, 0) for it in COUNTERS})
+        self._last = now
+        return None if stats.is_empty() else stats
+
+
 class KvasirMetrics(KVConnectorPromMetrics):
     """Counters `vllm:kvasir_…`, by engine."""
 

@@ -2,19 +2,18 @@
 
 from typing import Any
 
-from kvasir import BlockCache
 from kvasir.vllm import KvasirConnector
 
 
-class BrokenCache:
-    def __init__(self, cache: BlockCache, call: str) -> None:
-        self._cache = cache
+class Broken:
+    def __init__(self, whole: object, call: str) -> None:
+        self._whole = whole
         self._call = call
 
     def __getattr__(self, name: str) -> Any:
         if name == self._call:
             raise RuntimeError(f"{name} is broken")
-        return getattr(self._cache, name)
+        return getattr(self._whole, name)
 
 
 class BrokenDict(dict):
@@ -23,22 +22,18 @@ class BrokenDict(dict):
 
 
 class BrokenConnector(KvasirConnector):
-    def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
-        super().__init__(vllm_config, role, kv_cache_config)
-        call = self._kv_transfer_config.get_from_extra_config("broken", None)
-        if call == "plan":
-            self._found = BrokenDict()
-        self._break = call
+    """Not before it has found the cache to be whole."""
 
-    def get_num_new_matched_tokens(self, *arguments: Any) -> Any:
-        self._put_broken()
-        return super().get_num_new_matched_tokens(*arguments)
+    @property
+    def _call(self) -> str:
+        return self._option("broken", None)
 
-    def start_load_kv(self, *arguments: Any, **more: Any) -> None:
-        self._put_broken()
-        super().start_load_kv(*arguments, **more)
+    def set_xfer_handshake_metadata_pp_aware(self, *arguments: Any) -> None:
+        super().set_xfer_handshake_metadata_pp_aware(*arguments)
+        self._scheduler._cache = Broken(self._scheduler._cache, self._call)
+        if self._call == "plan":
+            self._scheduler._found = BrokenDict()
 
-    def _put_broken(self) -> None:
-        """Not before the connector has found the cache to be whole."""
-        if isinstance(self._cache, BlockCache):
-            self._cache = BrokenCache(self._cache, self._break)
+    def register_kv_caches(self, *arguments: Any) -> None:
+        super().register_kv_caches(*arguments)
+        self._worker._memory = Broken(self._worker._memory, self._call)

@@ -73,6 +73,22 @@ def cache(options: dict[str, object]) -> dict[str, object]:
     return CACHES[options.pop("kind", "connector")](options)
 
 
+def count_preempted(llm: LLM) -> list[str]:
+    """Requests that had to give their blocks away, once for each time."""
+    preempted: list[str] = []
+    # Where it is a process of its own, nobody counts.
+    core = getattr(llm.llm_engine.engine_core, "engine_core", None)
+    if core is not None:
+        preempt = core.scheduler._preempt_request
+
+        def counting(request, *arguments, **more):
+            preempted.append(request.request_id)
+            return preempt(request, *arguments, **more)
+
+        core.scheduler._preempt_request = counting
+    return preempted
+
+
 def main(model: str, vllm: dict[str, object], options: dict[str, object] | None = None) -> None:
     # What is said to the one who started this is kept apart from what vLLM prints.
     answers = os.fdopen(os.dup(1), "w")
@@ -90,12 +106,13 @@ def main(model: str, vllm: dict[str, object], options: dict[str, object] | None 
         kv_transfer_config=cache(options) if options else None,
         **vllm,
     )
+    preempted = count_preempted(llm)
     print(json.dumps({"ready": True}), file=answers, flush=True)
     for line in sys.stdin:
         order = json.loads(line)
         if order.get("reset"):
-            # What vLLM itself has cached; the connector's is not touched.
-            assert llm.reset_prefix_cache()
+            # What vLLM itself has cached, and the connector's where that is said.
+            assert llm.reset_prefix_cache(reset_connector=order["reset"] == "connector")
         prompts = [TokensPrompt(prompt_token_ids=it) for it in order["prompts"]]
         sampling = SamplingParams(
             temperature=0, max_tokens=order["tokens"], ignore_eos=True, detokenize=False
@@ -106,6 +123,7 @@ def main(model: str, vllm: dict[str, object], options: dict[str, object] | None 
             "outputs": [list(it.outputs[0].token_ids) for it in outputs],
             "cached": [it.num_cached_tokens for it in outputs],
             "seconds": time.monotonic() - begun,
+            "preempted": len(preempted),
         }
         print(json.dumps(answer), file=answers, flush=True)
     llm.llm_engine.engine_core.shutdown()

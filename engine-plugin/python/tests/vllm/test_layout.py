@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from vllm import _custom_ops as ops
+from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVCacheConfig,
@@ -12,6 +14,9 @@ from vllm.v1.kv_cache_interface import (
 from kvasir import BlockCache, Namespace
 from kvasir._identity import Unsupported
 from kvasir.vllm import layout
+from kvasir.vllm.memory import PARTS, Direct, Staged
+
+current_platform.import_kernels()
 
 BLOCKS, HEADS, TOKENS, DIM = 6, 2, 32, 16
 NAMES = ["first", "second"]
@@ -77,10 +82,13 @@ def test_tensors_of_any_strides_are_reached() -> None:
     shared = dict(zip(NAMES, both, strict=True))
     for kv in (plain, turned, shared):
         before = {name: view.clone() for name, view in kv.items()}
-        views = layout.register(cache(), geometry, kv)
+        views = layout.views(geometry, kv)
         assert [view.data_ptr() for view in views] == [
             kv[name].data_ptr() for name in NAMES
         ]
+        layout.canary(Direct(cache(), views), geometry, views)
+        staged = Staged(cache(), geometry, views, PARTS * geometry.layout.chunk_bytes)
+        layout.canary(staged, geometry, views)
         # The canary leaves nothing behind.
         assert all(torch.equal(kv[name], before[name]) for name in NAMES)
 
@@ -90,28 +98,81 @@ def test_tensors_of_another_shape_are_not_known() -> None:
     wide = torch.zeros(BLOCKS, HEADS, TOKENS, 3 * DIM, dtype=torch.bfloat16)
     planes = torch.zeros(2, BLOCKS, HEADS, TOKENS, DIM, dtype=torch.bfloat16)
     gaps = torch.zeros(BLOCKS, HEADS, TOKENS, 4 * DIM, dtype=torch.bfloat16)[..., ::2]
-    for wrong in (wide, planes, gaps, tensors(torch.float16)[NAMES[0]]):
+    elsewhere = tensors()[NAMES[0]].to("meta")
+    for wrong in (wide, planes, gaps, elsewhere, tensors(torch.float16)[NAMES[0]]):
         with pytest.raises(Unsupported):
-            layout.register(cache(), geometry, {NAMES[0]: wrong, NAMES[1]: wrong})
+            layout.views(geometry, {NAMES[0]: wrong, NAMES[1]: wrong})
     with pytest.raises(Unsupported, match="second"):
-        layout.register(cache(), geometry, {NAMES[0]: tensors()[NAMES[0]]})
+        layout.views(geometry, {NAMES[0]: tensors()[NAMES[0]]})
     short = tensors()
     short[NAMES[1]] = short[NAMES[1]][:-1]
     with pytest.raises(Unsupported):
-        layout.register(cache(), geometry, short)
+        layout.views(geometry, short)
 
 
-def test_a_layout_that_is_not_what_it_seems_is_found_out(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("call", ["read", "write"])
+def test_memory_that_is_not_where_it_seems_is_found_out(
+    monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
-    """Keys and values the other way round than the canary expects."""
     geometry = layout.geometry(config(spec()))
-    right = layout._chunk
-
-    def wrong(geometry: layout.Geometry, views: list[torch.Tensor]) -> bytes:
-        swapped = [torch.cat(view.chunk(2, dim=-1)[::-1], dim=-1) for view in views]
-        return right(geometry, swapped)
-
-    monkeypatch.setattr(layout, "_chunk", wrong)
+    views = layout.views(geometry, tensors())
+    memory = Direct(cache(), views)
+    right = getattr(memory, call)
+    # Of another block.
+    monkeypatch.setattr(memory, call, lambda block, *chunk: right(1, *chunk))
     with pytest.raises(Unsupported, match="layout is another one"):
-        layout.register(cache(), geometry, tensors())
+        layout.canary(memory, geometry, views)
+
+
+class Attention:
+    """A layer whose KV is written as vLLM's kernels for these instructions do."""
+
+    def __init__(self, isa: str) -> None:
+        self.impl = self
+        self._isa = isa
+
+    def do_kv_cache_update(
+        self,
+        layer: object,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slots: torch.Tensor,
+    ) -> None:
+        assert layer is self
+        blocks, heads, tokens, _ = kv_cache.shape
+        planes = kv_cache.view(blocks, heads, 2 * tokens, -1).chunk(2, dim=2)
+        ops.cpu_attn_reshape_and_cache(
+            key,
+            value,
+            *planes,
+            slots,
+            self._isa,
+            k_scale=1.0,
+            v_scale=1.0,
+            kv_cache_dtype="auto",
+        )
+
+
+def test_blocks_that_are_arranged_in_another_way_have_other_names() -> None:
+    """CPUs with and without matrix instructions, which one daemon may serve."""
+    geometry = layout.geometry(config(spec(head_size=32)))
+    kv = {
+        name: torch.randn(BLOCKS, HEADS, TOKENS, 64).to(torch.bfloat16) for name in NAMES
+    }
+    views, before = layout.views(geometry, kv), {it: kv[it].clone() for it in kv}
+
+    def arrangement(first: str, second: str) -> str:
+        attention = dict(zip(NAMES, (Attention(first), Attention(second)), strict=True))
+        return layout.arrangement(geometry, views, attention)
+
+    plain = arrangement("vec", "vec")
+    assert all(torch.equal(kv[it], before[it]) for it in kv)
+    # What was there before does not count.
+    for view in views:
+        view.zero_()
+    assert arrangement("vec", "vec") == plain
+    others = {plain, arrangement("amx", "amx"), arrangement("vec", "amx"), arrangement("amx", "vec")}
+    assert len(others) == 4
+    with pytest.raises(Unsupported, match="second"):
+        layout.arrangement(geometry, views, {NAMES[0]: Attention("vec")})

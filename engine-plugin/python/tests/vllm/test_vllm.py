@@ -17,6 +17,9 @@ BLOCK = 32
 TOKENS = 12
 ENGINE = Path(__file__).with_name("engine.py")
 MODELS = os.environ["KVASIR_TEST_MODELS"].split(":")
+# By way of memory of the host, as KV of a device goes: all of it, and of some blocks alone.
+STAGED = {"staging": 256 << 20}
+SMALL = {"staging": 8 << 20}
 
 
 class Engine:
@@ -52,16 +55,20 @@ class Engine:
         assert line, f"vLLM ended:\n{self.log[-4000:].decode()}"
         return json.loads(line)
 
-    def begin(self, prompts: list[list[int]], reset: bool = False) -> None:
-        order = {"prompts": prompts, "tokens": TOKENS, "reset": reset}
+    def begin(
+        self, prompts: list[list[int]], reset: bool | str = False, tokens: int = TOKENS
+    ) -> None:
+        order = {"prompts": prompts, "tokens": tokens, "reset": reset}
         self._process.stdin.write(json.dumps(order).encode() + b"\n")
         self._process.stdin.flush()
 
     def end(self) -> dict:
         return self._answer()
 
-    def run(self, prompts: list[list[int]], reset: bool = False) -> dict:
-        self.begin(prompts, reset)
+    def run(
+        self, prompts: list[list[int]], reset: bool | str = False, tokens: int = TOKENS
+    ) -> dict:
+        self.begin(prompts, reset, tokens)
         return self.end()
 
     def kill(self) -> None:
@@ -167,6 +174,8 @@ def test_as_a_tier_it_fills_the_memory_of_another_vllm(
         ("slow", {}),
         ("kill", {"layerwise": True}),
         ("freeze", {"layerwise": True}),
+        ("kill", STAGED),
+        ("freeze", STAGED | {"layerwise": True}),
         ("kill", {"kind": "small-tier"}),
         ("freeze", {"kind": "small-tier"}),
     ],
@@ -206,18 +215,22 @@ def test_a_daemon_that_fails_harms_no_request(
     engine.close()
 
 
-@pytest.mark.parametrize("layerwise", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"layerwise": True}, STAGED, STAGED | {"layerwise": True}],
+    ids=str,
+)
 def test_what_is_found_and_does_not_come_is_computed(
-    model: str, expected: list[list[int]], daemon: Daemon, layerwise: bool
+    model: str, expected: list[list[int]], daemon: Daemon, options: dict[str, object]
 ) -> None:
     prompts = workload(1)
-    engine = Engine(model, daemon.endpoint, layerwise=layerwise)
+    engine = Engine(model, daemon.endpoint, **options)
     # Of what is asked later, the end is computed in the step that finds the beginning.
     engine.run([prompt[:500] for prompt in prompts])
     engine.close()
     daemon.damage(every=1 << 20)
 
-    engine = Engine(model, daemon.endpoint, layerwise=layerwise)
+    engine = Engine(model, daemon.endpoint, **options)
     assert engine.run(prompts)["outputs"] == expected
     assert b"Recovered from KV load failure" in engine.log
     # Nothing that was computed in between was stored as something else; what is damaged is found
@@ -233,13 +246,16 @@ def test_what_is_found_and_does_not_come_is_computed(
     engine.close()
 
 
-@pytest.mark.parametrize("call", ["find", "plan", "load", "store"])
-def test_a_defect_turns_the_cache_off(daemon: Daemon, call: str) -> None:
+@pytest.mark.parametrize(
+    ("call", "layerwise"),
+    [("find", False), ("plan", False), ("load", False), ("load", True), ("save", True)],
+)
+def test_a_defect_turns_the_cache_off(daemon: Daemon, call: str, layerwise: bool) -> None:
     model, prompts = MODELS[0], workload(1)
     engine = Engine(model, daemon.endpoint)
     engine.run(prompts)
     engine.close()
-    engine = Engine(model, daemon.endpoint, broken=call)
+    engine = Engine(model, daemon.endpoint, broken=call, layerwise=layerwise)
     # Some prompts are new: there is something to store.
     others = workload(2)
     for _ in range(2):
@@ -250,16 +266,91 @@ def test_a_defect_turns_the_cache_off(daemon: Daemon, call: str) -> None:
     engine.close()
 
 
-def test_layers_are_loaded_while_a_step_runs(
-    model: str, expected: list[list[int]], daemon: Daemon
+@pytest.mark.parametrize(
+    "options",
+    [{"layerwise": True}, STAGED, STAGED | {"layerwise": True}, SMALL],
+    ids=str,
+)
+def test_blocks_go_in_and_out_by_layer_and_by_way_of_other_memory(
+    model: str, expected: list[list[int]], daemon: Daemon, options: dict[str, object]
 ) -> None:
     prompts = workload(1)
-    engine = Engine(model, daemon.endpoint, layerwise=True)
-    assert engine.run(prompts)["outputs"] == expected
+    engine = Engine(model, daemon.endpoint, **options)
+    # What found no room in that memory, a later pass stores.
+    for _ in range(12):
+        warm = engine.run(prompts, reset=True)
+        assert warm["outputs"] == expected
+        daemon.settle()
+        if sum(warm["cached"]) >= 0.95 * possible(prompts):
+            break
+    else:
+        pytest.fail("not all was stored")
+    engine.close()
+
+    engine = Engine(model, daemon.endpoint, **options)
+    again = engine.run(prompts)
+    assert again["outputs"] == expected
+    assert sum(again["cached"]) >= 0.95 * possible(prompts)
+    engine.close()
+
+
+def test_after_a_reset_nothing_of_before_is_used(daemon: Daemon) -> None:
+    model, prompts = MODELS[0], workload(1)
+    engine = Engine(model, daemon.endpoint)
+    engine.run(prompts)
     daemon.settle()
+    # Prompts share what they begin with by fours, which vLLM finds by itself.
+    assert not any(engine.run(prompts, reset="connector")["cached"][::4])
+    daemon.settle()
+    # But what was stored since is.
     warm = engine.run(prompts, reset=True)
-    assert warm["outputs"] == expected
+    assert warm["outputs"] == answers(model)
     assert sum(warm["cached"]) >= 0.95 * possible(prompts)
+    engine.close()
+
+
+@pytest.mark.parametrize("options", [{}, STAGED | {"layerwise": True}], ids=str)
+def test_requests_that_are_preempted_answer_the_same(
+    daemon: Daemon, options: dict[str, object]
+) -> None:
+    model, prompts, tokens = MODELS[0], workload(1), 70
+    # Room for the prompts of a few requests, and not for all they answer.
+    vllm = {"num_gpu_blocks_override": 110}
+    engine = Engine(model, None, vllm)
+    computed = engine.run(prompts, tokens=tokens)
+    assert computed["preempted"] > 0
+    engine.close()
+    engine = Engine(model, daemon.endpoint, vllm, **options)
+    for _ in range(3):
+        found = engine.run(prompts, reset=True, tokens=tokens)
+        assert found["outputs"] == computed["outputs"]
+        daemon.settle()
+    assert found["preempted"] > 0
+    engine.close()
+
+
+def test_ranks_store_their_own_heads(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Or all workers would share the first cores.
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    model, prompts = MODELS[0], workload(1)
+    engine = Engine(model, daemon.endpoint, {"tensor_parallel_size": 2})
+    cold = engine.run(prompts)
+    daemon.settle()
+    engine.close()
+
+    engine = Engine(model, daemon.endpoint, {"tensor_parallel_size": 2})
+    warm = engine.run(prompts)
+    assert warm["outputs"] == cold["outputs"]
+    assert sum(warm["cached"]) >= 0.95 * possible(prompts)
+    engine.close()
+
+    # One that has all heads finds nothing of theirs.
+    engine = Engine(model, daemon.endpoint)
+    alone = engine.run(prompts)
+    assert not any(alone["cached"][::4])
+    assert alone["outputs"] == answers(model)
     engine.close()
 
 
