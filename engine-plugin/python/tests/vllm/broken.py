@@ -1,8 +1,10 @@
-"""A connector with a defect: what is called `broken` in its options raises."""
+"""A connector with a defect: what is called `broken` in its options raises. With `arrangement`, it is
+that of a host whose attention writes blocks in another way.
+"""
 
 from typing import Any
 
-from kvasir.vllm import KvasirConnector
+from kvasir.vllm import KvasirConnector, layout
 
 
 class Broken:
@@ -35,5 +37,7 @@ class BrokenConnector(KvasirConnector):
             self._scheduler._found = BrokenDict()
 
     def register_kv_caches(self, *arguments: Any) -> None:
+        if self._call == "arrangement":
+            layout.arrangement = lambda *_: "another"
         super().register_kv_caches(*arguments)
         self._worker._memory = Broken(self._worker._memory, self._call)

@@ -176,3 +176,14 @@ def test_blocks_that_are_arranged_in_another_way_have_other_names() -> None:
     assert len(others) == 4
     with pytest.raises(Unsupported, match="second"):
         layout.arrangement(geometry, views, {NAMES[0]: Attention("vec")})
+
+    # Where a part of a block is never written, what lies there does not count.
+    class Sparse(Attention):
+        def do_kv_cache_update(self, layer: object, key: object, value: object, *kv: object) -> None:
+            kv[0][0, 0] = 1.0
+
+    sparse = dict.fromkeys(NAMES, Sparse("vec"))
+    before = layout.arrangement(geometry, views, sparse)
+    for view in views:
+        view.fill_(2.0)
+    assert layout.arrangement(geometry, views, sparse) == before

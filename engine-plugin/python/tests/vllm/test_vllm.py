@@ -294,6 +294,18 @@ def test_blocks_go_in_and_out_by_layer_and_by_way_of_other_memory(
     engine.close()
 
 
+def test_blocks_of_hosts_that_arrange_them_differently_are_not_found(daemon: Daemon) -> None:
+    model, prompts = MODELS[0], workload(1)
+    engine = Engine(model, daemon.endpoint)
+    engine.run(prompts)
+    engine.close()
+    engine = Engine(model, daemon.endpoint, broken="arrangement")
+    found = engine.run(prompts)
+    assert not any(found["cached"][::4])
+    assert found["outputs"] == answers(model)
+    engine.close()
+
+
 def test_after_a_reset_nothing_of_before_is_used(daemon: Daemon) -> None:
     model, prompts = MODELS[0], workload(1)
     engine = Engine(model, daemon.endpoint)
