@@ -77,6 +77,8 @@ class KvasirAdapter(L2AdapterInterface):
         # What objects of a model, rank and group look like.
         self._seen: dict[tuple[str, int, int], Geometry] = {}
         self._has_serde = False
+        # Whether it has been said how it begins.
+        self._is_open = False
         # Bytes of L1 that stores hold.
         self._held = 0
         self._lookups: Tasks[Geometry] = Tasks(
@@ -111,6 +113,7 @@ class KvasirAdapter(L2AdapterInterface):
             logger.info("the Kvasir adapter is on: an object came back as it was stored")
         else:
             logger.warning("no Kvasir daemon answers: going on without until one does")
+        self._is_open = True
 
     def _round_trip(self) -> bool:
         """Stores and loads bytes of no meaning. False where there is no daemon."""
@@ -162,7 +165,7 @@ class KvasirAdapter(L2AdapterInterface):
         return answer
 
     def _failed(self, begun: float, why: str) -> None:
-        if self._breaker.failed(begun):
+        if self._breaker.failed(begun) and self._is_open:
             logger.warning("the Kvasir daemon fails, and is left alone for a while: %s", why)
 
     def _answered(self) -> None:
