@@ -389,7 +389,8 @@ def _copy(chunk: Chunk, memory: memoryview) -> bool:
     if len(data) != memory.nbytes:
         return False
     # Without the GIL, which a slice of a view would hold.
-    numpy.copyto(numpy.frombuffer(memory, numpy.uint8), numpy.frombuffer(data, numpy.uint8))
+    source = numpy.frombuffer(memoryview(data), numpy.uint8)
+    numpy.copyto(numpy.frombuffer(memory, numpy.uint8), source)
     return True
 
 

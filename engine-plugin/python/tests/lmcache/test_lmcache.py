@@ -198,6 +198,19 @@ def test_what_was_computed_outlives_lmcache_and_vllm(
     assert sum(warm["cached"]) >= 0.95 * possible(prompts)
     (status,) = server.ask("/status")["storage_manager"]["l2_adapters"]
     assert status["type"] == "KvasirAdapter" and status["why_off"] is None
+
+    # What is found and does not come is computed, and stored again. In another order, so that L1
+    # does not happen to hold the right bytes where they should come.
+    daemon.damage(every=3 << 20)
+    others = prompts[::-1]
+    for _ in range(20):
+        server.forget()
+        again = engine.run(others, alone=True)
+        assert again["outputs"] == expected[::-1]
+        if sum(again["cached"]) >= 0.95 * possible(others):
+            break
+    else:
+        pytest.fail("not all was stored again")
     engine.close()
 
 
