@@ -306,7 +306,7 @@ $(PYTHON)/engines/bin/python: | $(UV)
 $(PYTHON)/models/random-llama-large: | $(PYTHON)/engines/bin/python
 	$(PYTHON)/engines/bin/python $(PYTHON_PACKAGE)/tests/vllm/random_llama.py $@ large
 
-# Five minutes on two cores.
+# Four minutes on two cores.
 test-lmcache: build wheel $(PYTHON)/engines/bin/python
 	$(UV) pip install -q --python $(PYTHON)/engines/bin/python pytest==9.2.0
 	$(UV) pip install -q --python $(PYTHON)/engines/bin/python --no-deps --reinstall $(WHEEL)

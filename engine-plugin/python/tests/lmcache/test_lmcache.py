@@ -74,6 +74,7 @@ class Server(Process):
             "type": "plugin",
             "module_path": "kvasir.lmcache",
             "class_name": "KvasirAdapter",
+            "shared": True,
             "adapter_params": {"endpoint": endpoint} | options,
         }
         super().__init__(
