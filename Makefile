@@ -18,7 +18,7 @@ VENV    ?= .venv
 
 PYTHON_TESTS ?=
 
-.PHONY: wheel test-python test-vllm test-sglang engines deps-python deps-sglang help deps deps-neon deps-bench deps-cuda deps-rdma deps-ibverbs deps-network build demo test crash soak check check-deep test-neon test-cuda test-rdma test-network rocksdb loom asan fuzz bench quality venv train
+.PHONY: wheel test-python test-vllm test-sglang test-lmcache engines deps-python deps-sglang help deps deps-neon deps-bench deps-cuda deps-rdma deps-ibverbs deps-network build demo test crash soak check check-deep test-neon test-cuda test-rdma test-network rocksdb loom asan fuzz bench quality venv train
 
 help:
 	@echo "make demo    build, then answer questions with a computed and a fetched prefill"
@@ -36,6 +36,7 @@ help:
 	@echo "make engines  caches beside vLLM, measured: writes docs/engines.md (downloads 4 GB the first time)"
 	@echo "make test-vllm  vLLM on the CPU, with and without the cache (downloads 3 GB the first time)"
 	@echo "make test-sglang  SGLang on the CPU, likewise (downloads 3 GB the first time)"
+	@echo "make test-lmcache  LMCache's daemon below vLLM, likewise (downloads 4 GB the first time)"
 	@echo "make fuzz    hostile bytes for every parser, a minute a target (SECONDS=1200: twenty)"
 	@echo "make bench   run the benchmarks (ARGS='ttft --quick --json' picks one)"
 	@echo "make quality ask the shipped model, write docs/quality.md (hours; ARGS=--quick: minutes)"
@@ -257,10 +258,11 @@ $(PYTHON)/client/bin/python: | $(UV)
 # Installed as anybody would, and tested away from its sources.
 test-python: build wheel $(PYTHON)/client/bin/python
 	$(UV) pip install -q --python $(PYTHON)/client/bin/python --reinstall $(WHEEL)
-	cd $(PYTHON) && client/bin/mypy --strict -p kvasir --exclude 'kvasir/(vllm|sglang)'
+	cd $(PYTHON) && client/bin/mypy --strict -p kvasir --exclude 'kvasir/(lmcache|vllm|sglang)'
 	cd $(PYTHON) && KVASIRD=$(abspath $(BUILDS))/release/kvasird client/bin/python -m pytest -q \
 	  -p no:cacheprovider --ignore $(CURDIR)/$(PYTHON_PACKAGE)/tests/vllm \
 	  --ignore $(CURDIR)/$(PYTHON_PACKAGE)/tests/sglang \
+	  --ignore $(CURDIR)/$(PYTHON_PACKAGE)/tests/lmcache \
 	  $(CURDIR)/$(PYTHON_PACKAGE)/tests $(PYTHON_TESTS)
 
 # The wheel asks for a build of torch that registries do not have; the ordinary one will do.
@@ -303,6 +305,15 @@ $(PYTHON)/engines/bin/python: | $(UV)
 
 $(PYTHON)/models/random-llama-large: | $(PYTHON)/engines/bin/python
 	$(PYTHON)/engines/bin/python $(PYTHON_PACKAGE)/tests/vllm/random_llama.py $@ large
+
+# Four minutes on two cores.
+test-lmcache: build wheel $(PYTHON)/engines/bin/python
+	$(UV) pip install -q --python $(PYTHON)/engines/bin/python pytest==9.2.0
+	$(UV) pip install -q --python $(PYTHON)/engines/bin/python --no-deps --reinstall $(WHEEL)
+	cd $(PYTHON) && KVASIRD=$(abspath $(BUILDS))/release/kvasird \
+	  KVASIR_TEST_MODEL=$(CURDIR)/models/reader-9m \
+	  engines/bin/python -m pytest -q -p no:cacheprovider \
+	  $(CURDIR)/$(PYTHON_PACKAGE)/tests/lmcache $(PYTHON_TESTS)
 
 # A quarter of an hour on two cores, which should have nothing else to do; ARGS=--quick: some minutes.
 engines: build wheel $(PYTHON)/engines/bin/python $(PYTHON)/models/random-llama-large

@@ -1,7 +1,7 @@
 """Kvasir, a cache for the keys and values of language models.
 
 `Client` and `AsyncClient` store and fetch chunks of KV. Serving engines use a
-connector instead: `kvasir.vllm`, `kvasir.sglang`.
+connector instead: `kvasir.vllm`, `kvasir.sglang`; LMCache's daemon an adapter, `kvasir.lmcache`.
 """
 
 from kvasir._asyncio import AsyncClient

@@ -1,27 +1,11 @@
-"""Hooks that an engine calls: a defect of ours turns the cache off, and not the engine down."""
+"""Hooks that vLLM calls, and where what they have to say goes."""
 
 import functools
 import logging
-from collections.abc import Callable
-from typing import Any
+
+from kvasir import _hooks
 
 # Below the logger that vLLM configures.
 logger = logging.getLogger("vllm.kvasir")
 
-
-def harmless(default: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Of an object with `_disable`: what a hook that fails returns instead."""
-
-    def guard(hook: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(hook)
-        def guarded(self: Any, *arguments: Any) -> Any:
-            try:
-                return hook(self, *arguments)
-            except Exception as error:
-                logger.exception("%s failed", hook.__name__)
-                self._disable(error)
-                return default
-
-        return guarded
-
-    return guard
+harmless = functools.partial(_hooks.harmless, logger)
