@@ -66,12 +66,15 @@ use kvasir_types::{ByteSize, ChunkKey, Durability, Namespace};
 pub use kvasir_client::{
     Carrier, DataPlane, ParseEndpointError, PathStatus, Tier, TlsConfig, TlsFileError,
 };
-pub use kvasir_codec::{EncodeError, Encoding, KeyRotation, Pairing, Profile};
+pub use kvasir_codec::{
+    CalibrationError, ChunkError, EncodeError, Encoding, KeyRotation, Pairing, Profile,
+    ProfileError,
+};
 
 pub use backend::{BackendError, EngineBackend, Placement};
 pub use breaker::Breaker;
 pub use capture::{CaptureOutcome, CaptureStats, ChunkCopy};
-pub use coding::CodecConfig;
+pub use coding::{CodecConfig, Decoding, Threads};
 pub use cost::{CostModel, Decision, FetchObservation, TierBytes};
 pub use fetch::{FetchOutcome, LayerWait, Prefetch};
 pub use prompt::Prompt;
