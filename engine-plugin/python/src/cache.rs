@@ -19,8 +19,10 @@ use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 
+use crate::coding;
 use crate::identity::Namespace;
 use crate::memory::Region;
+use crate::profile::Profile;
 use crate::{invalid, runtime};
 
 /// How long a loading thread waits before it looks whether its fetch has ended.
@@ -142,10 +144,12 @@ fn copy(
     block: u32,
 ) -> Result<ChunkCopy, BackendError> {
     let layers = read(pages, block)?;
+    let layout = *pages.layout();
     Ok(ChunkCopy {
         key,
-        layout: *pages.layout(),
-        start: 0,
+        layout,
+        // Behind a parent it is not known, and counts only in that it is not the prompt's start.
+        start: parent.map_or(0, |_| layout.tokens().into()),
         layers: layers.into_iter().map(Bytes::from).collect(),
         hints: Hints {
             parent,
@@ -198,12 +202,13 @@ impl BlockCache {
     ///
     /// All times are in seconds: `lookup_timeout` bounds `find`, `load_timeout` a load,
     /// `store_timeout` the storing of one block; `cooldown` is how long a daemon that has failed is left alone, twice as long each time.
-    /// `store_buffer` bounds the bytes that wait to be stored.
+    /// `store_buffer` bounds the bytes that wait to be stored. Blocks are stored at the level
+    /// `encoding`, with a profile if there is one.
     #[new]
     #[pyo3(signature = (
         endpoint, namespace, *,
         lookup_timeout = 0.05, load_timeout = 2.0, store_timeout = 10.0, cooldown = 1.0,
-        store_buffer = 512 << 20, durable = true,
+        store_buffer = 512 << 20, durable = true, encoding = "raw", profile = None,
     ))]
     #[expect(clippy::too_many_arguments, reason = "named, and each has a default")]
     fn new(
@@ -215,8 +220,11 @@ impl BlockCache {
         cooldown: f64,
         store_buffer: u64,
         durable: bool,
+        encoding: &str,
+        profile: Option<&Profile>,
     ) -> PyResult<Self> {
         let config = PluginConfig {
+            codec: coding::codec(namespace.0.layout(), encoding, profile)?,
             // What loading is worth is the engine's to say: it has asked for it.
             load: LoadPolicy::Always,
             lookup_timeout: seconds("lookup_timeout", lookup_timeout)?,
