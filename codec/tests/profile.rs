@@ -383,8 +383,8 @@ fn numbers(layers: &[Bytes]) -> Vec<f32> {
     halves.map(|&it| f16::from_le_bytes(it).to_f32()).collect()
 }
 
-/// The bytes that a chunk takes, and the mean square of its errors.
-fn coded(layout: &KvLayout, encoding: &Encoding, layers: &[Bytes]) -> (usize, f32) {
+/// The bytes that a chunk takes, and the mean square of the errors of its keys, and values.
+fn coded(layout: &KvLayout, encoding: &Encoding, layers: &[Bytes]) -> (usize, [f32; 2]) {
     let key = ChunkKey::from_bytes([1; 32]);
     let object = encoding.encode(key, layout, &Prelude::default(), layers.to_vec());
     let object = object.unwrap();
@@ -400,10 +400,12 @@ fn coded(layout: &KvLayout, encoding: &Encoding, layers: &[Bytes]) -> (usize, f3
         Bytes::from(raw)
     });
     let decoded = numbers(&decoded.collect::<Vec<_>>());
-    let squares = decoded.iter().zip(numbers(layers));
-    let squares: Vec<f32> = squares.map(|(a, b)| (a - b).powi(2)).collect();
-    let bytes = object.extents().iter().map(Bytes::len).sum();
-    (bytes, squares.iter().sum::<f32>() / squares.len() as f32)
+    let plane = layout.layer_bytes() / 4;
+    let mut errors = [0.0; 2];
+    for (at, (after, before)) in decoded.iter().zip(numbers(layers)).enumerate() {
+        errors[at / plane % 2] += (after - before).powi(2);
+    }
+    (object.extents().iter().map(Bytes::len).sum(), errors)
 }
 
 #[test]
@@ -422,7 +424,11 @@ fn a_profile_is_learnt_from_chunks_of_any_size() {
     let (fewer, as_large) = coded(&small, &with, chunk);
     // Sixteen tokens are too few to say what channels are like.
     assert!(3 * fewer < 2 * bytes, "{fewer} of {bytes} bytes");
-    assert!(as_large < 1.5 * errors, "{as_large}, {errors}");
+    for (as_large, errors) in as_large.into_iter().zip(errors) {
+        let ratio = as_large / errors;
+        // Of the few directions that there are.
+        assert!((0.1..0.9).contains(&ratio), "{ratio}");
+    }
 }
 
 #[test]
