@@ -124,7 +124,7 @@ class Profile:
 
     Chunks at levels `l0` to `l2` that are encoded with one take fewer bytes, above all those of few
     tokens, and can be decoded only by those who have it: the daemon keeps it. `data` is the bytes of
-    one, such as a file that `kvasir-bench profile` wrote of a model that does not turn its keys.
+    one.
     """
 
     def __new__(cls, data: Buffer) -> Profile: ...
@@ -307,6 +307,9 @@ class BlockCache:
     ) -> list[bool]:
         """Stores those blocks that the daemon lacks, and waits: which of them it has now."""
 
+    def delete(self, names: Sequence[bytes]) -> int:
+        """Deletes blocks; how many there were."""
+
     def flush(self, timeout: float) -> bool:
         """Waits until nothing waits to be stored; false after `timeout` seconds."""
 
@@ -359,6 +362,9 @@ class SlotCache:
 
     def find(self, names: Sequence[bytes]) -> list[bool]:
         """Of each name, whether it can be loaded."""
+
+    def delete(self, names: Sequence[bytes]) -> int:
+        """Deletes what has these names; how many there were."""
 
     def load(self, job: int, names: Sequence[bytes], slots: Sequence[int]) -> None:
         """Begins to load into slots, which are the job's until it has ended.

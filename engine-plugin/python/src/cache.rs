@@ -417,6 +417,21 @@ impl BlockCache {
         })
     }
 
+    /// Deletes blocks of these names; how many there were. Costs `lookup_timeout` at most, and
+    /// nothing while the daemon is left alone.
+    fn delete(&self, py: Python<'_>, names: Vec<Vec<u8>>) -> PyResult<u32> {
+        let runtime = runtime()?;
+        Ok(py.detach(|| {
+            let keys = self.keys(&names);
+            let deleted = runtime.block_on(self.plugin.delete(&keys));
+            let mut sent = self.sent();
+            for key in &keys {
+                sent.pop(key);
+            }
+            deleted
+        }))
+    }
+
     /// What became of loads and stores so far.
     fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let (loads, stores) = (self.plugin.fetch_stats(), self.plugin.capture_stats());

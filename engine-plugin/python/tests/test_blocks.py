@@ -127,6 +127,21 @@ def test_storing_can_be_waited_for(daemon: Daemon) -> None:
     daemon.thaw()
 
 
+def test_blocks_can_be_deleted(daemon: Daemon) -> None:
+    engine = Engine(daemon.endpoint, lookup_timeout=1.0, cooldown=5.0)
+    assert engine.cache.store(names(3), [0, 1, 2]) == 3 and engine.cache.flush(30)
+    assert engine.cache.delete([b"another", *names(3)[1:]]) == 2
+    assert engine.cache.find(names(3)) == 1 and engine.cache.delete([]) == 0
+    # What is gone can be stored again.
+    assert engine.cache.store(names(3), [0, 1, 2]) == 2 and engine.cache.flush(30)
+    assert engine.cache.find(names(3)) == 3
+    daemon.freeze()
+    begun = time.monotonic()
+    assert [engine.cache.delete(names(3)) for _ in range(100)] == [0] * 100
+    assert time.monotonic() - begun < 5
+    daemon.thaw()
+
+
 def test_a_daemon_that_refuses_a_block_is_asked_on(tmp_path: Path) -> None:
     daemon = Daemon(tmp_path, "--memory", "1MiB", "--no-disk")
     layout = Layout(layers=1, kv_heads=1, head_dim=64, tokens=1 << 15, dtype="f32")

@@ -61,6 +61,19 @@ def test_slots_come_back_where_they_are_wanted(daemon: Daemon) -> None:
     assert (counted["stored"], counted["loads"], counted["calls_failed"]) == (3, 1, 0)
 
 
+def test_what_is_stored_can_be_deleted(daemon: Daemon) -> None:
+    slots = cache(daemon.endpoint, bytearray(3 * SLOT), lookup_timeout=1.0, cooldown=5.0)
+    slots.store(0, NAMES, [0, 1, 2], [None] * 3, None)
+    ended(slots)
+    assert slots.delete([*NAMES[1:], b"another"]) == 2
+    assert slots.find(NAMES) == [True, False, False]
+    daemon.freeze()
+    begun = time.monotonic()
+    assert [slots.delete(NAMES) for _ in range(100)] == [0] * 100
+    assert time.monotonic() - begun < 5
+    daemon.thaw()
+
+
 def test_what_is_stored_is_raw_bytes_under_a_name(daemon: Daemon) -> None:
     memory = bytearray(os.urandom(SLOT))
     slots = cache(daemon.endpoint, memory)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import Daemon
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVCacheConfig,
@@ -9,7 +10,7 @@ from vllm.v1.kv_cache_interface import (
     SlidingWindowSpec,
 )
 
-from kvasir import BlockCache, Namespace
+from kvasir import BlockCache, Client, Namespace
 from kvasir._identity import Unsupported
 from kvasir.vllm import layout
 
@@ -83,6 +84,18 @@ def test_tensors_of_any_strides_are_reached() -> None:
         ]
         # The canary leaves nothing behind.
         assert all(torch.equal(kv[name], before[name]) for name in NAMES)
+
+
+def test_a_round_trip_leaves_nothing_behind(daemon: Daemon) -> None:
+    geometry = layout.geometry(config(spec()))
+    names = Namespace(geometry.layout, architecture="a", weights="w")
+    cache = BlockCache(daemon.endpoint, names, lookup_timeout=5.0)
+    kv = tensors()
+    before = {name: view.clone() for name, view in kv.items()}
+    views = layout.register(cache, geometry, kv)
+    assert layout.round_trip(cache, geometry, views)
+    assert all(torch.equal(kv[name], before[name]) for name in NAMES)
+    assert not any(it["chunks"] for it in Client(daemon.endpoint).stats().values())
 
 
 def test_tensors_of_another_shape_are_not_known() -> None:
