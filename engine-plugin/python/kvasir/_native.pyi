@@ -323,6 +323,12 @@ class Load:
     def poll(self) -> int | None:
         """How many leading blocks have come whole, once nothing more comes."""
 
+    def may_store(self) -> bool:
+        """Whether what is computed over these blocks may be stored, once nothing more comes.
+
+        Not where they came coarser than blocks are stored here: nobody could tell.
+        """
+
     def wait(self, timeout: float) -> int | None:
         """As `poll`, and waits for it."""
 

@@ -62,6 +62,8 @@ struct State {
     layers: usize,
     /// Once nothing more comes: leading blocks that are whole.
     blocks: Option<usize>,
+    /// Whether these are as fine as blocks are stored here.
+    may_store: bool,
 }
 
 impl Progress {
@@ -95,13 +97,19 @@ impl Drop for Ends {
     }
 }
 
+/// What a load came to.
+struct Loaded {
+    blocks: usize,
+    may_store: bool,
+}
+
 fn load(
     plugin: &CachePlugin,
     keys: Vec<ChunkKey>,
     mut pages: Strided<Region>,
     blocks: &[u32],
     progress: &Progress,
-) -> usize {
+) -> Loaded {
     let (tokens, wanted) = (pages.layout().tokens() as usize, keys.len());
     let layers = pages.layout().layers();
     let mut fetch = plugin.prefetch(&Prompt::named(tokens, keys));
@@ -120,7 +128,10 @@ fn load(
     }
     loop {
         if let FetchOutcome::Done { chunks } = fetch.wait(PATIENCE, &mut pages, blocks) {
-            return chunks;
+            return Loaded {
+                blocks: chunks,
+                may_store: fetch.may_capture(),
+            };
         }
     }
 }
@@ -345,8 +356,11 @@ impl BlockCache {
         py.detach(|| {
             let keys = self.keys(&names);
             runtime.spawn_blocking(move || {
-                let whole = load(&plugin, keys, pages, &blocks, &ends.0);
-                ends.0.note(|state| state.blocks = Some(whole));
+                let loaded = load(&plugin, keys, pages, &blocks, &ends.0);
+                ends.0.note(|state| {
+                    state.may_store = loaded.may_store;
+                    state.blocks = Some(loaded.blocks);
+                });
             });
         });
         Ok(Load { progress })
@@ -471,6 +485,13 @@ impl Load {
     /// How many leading blocks have come whole, once nothing more comes; `None` before.
     fn poll(&self) -> Option<usize> {
         self.progress.state().blocks
+    }
+
+    /// Whether what is computed over these blocks may be stored, once nothing more comes. Not where
+    /// they came coarser than blocks are stored here: it is no better than they are, and nobody
+    /// could tell.
+    fn may_store(&self) -> bool {
+        self.progress.state().may_store
     }
 
     /// As `poll`, and waits for it for up to `timeout` seconds.

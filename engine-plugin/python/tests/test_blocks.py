@@ -131,10 +131,11 @@ def test_blocks_can_be_deleted(daemon: Daemon) -> None:
     engine = Engine(daemon.endpoint, lookup_timeout=1.0, cooldown=5.0)
     assert engine.cache.store(names(3), [0, 1, 2]) == 3 and engine.cache.flush(30)
     assert engine.cache.delete([b"another", *names(3)[1:]]) == 2
-    assert engine.cache.find(names(3)) == 1 and engine.cache.delete([]) == 0
     # What is gone can be stored again.
     assert engine.cache.store(names(3), [0, 1, 2]) == 2 and engine.cache.flush(30)
     assert engine.cache.find(names(3)) == 3
+    assert engine.cache.delete(names(3)[1:]) == 2 and engine.cache.delete([]) == 0
+    assert engine.cache.find(names(3)) == 1
     daemon.freeze()
     begun = time.monotonic()
     assert [engine.cache.delete(names(3)) for _ in range(100)] == [0] * 100
@@ -278,6 +279,17 @@ def test_blocks_wait_for_the_profile_that_they_name(daemon: Daemon) -> None:
     for index in range(4):
         before, after = engine.block(index), other.block(10 + index)
         coded.check("l1", before, after, first=index == 0, by=64)
+
+
+def test_what_is_computed_over_coarser_blocks_is_not_to_be_stored(daemon: Daemon) -> None:
+    l1, l2, raw = (Coded(daemon.endpoint, 1, level) for level in ("l1", "l2", "raw"))
+    assert l1.cache.put([b"coarse"], [0]) == [True]
+    assert raw.cache.put([b"exact"], [0], parent=b"coarse") == [True]
+    for engine, may_store in ((l1, True), (l2, False), (raw, False)):
+        load = engine.cache.load([b"coarse", b"exact"], [1, 2])
+        assert load.wait(30) == 2 and load.may_store() == may_store
+        load = engine.cache.load([b"exact", b"nothing"], [1, 2])
+        assert load.wait(30) == 1 and load.may_store()
 
 
 def test_any_bits_come_back_from_nested_levels(daemon: Daemon) -> None:

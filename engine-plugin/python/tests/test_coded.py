@@ -121,10 +121,12 @@ def test_a_profile_that_is_missing_is_asked_for(daemon: Daemon) -> None:
     client, profile, before = Client(daemon.endpoint), learnt(), values(1, TOKENS)
     client.put(key("raw"), LAYOUT, before)
     client.put(key("l1"), LAYOUT, before, encoding="l1", profile=profile)
-    digest = profile.digest.hex()
+    reader, digest = Client(daemon.endpoint), profile.digest.hex()
+    came = reader.get([key("l1")])
     command("kvasir", daemon.endpoint, "profiles", "rm", digest)
     # Who has it, has it.
-    came = client.get([key("l1")])
+    for holder in (client, reader):
+        assert joined(holder.get([key("l1")])[0]) == joined(came[0])
     fresh = Client(daemon.endpoint)
     with pytest.raises(ProfileError, match=f"chunk 1 .*{digest}.*put_profile") as caught:
         fresh.get([key("raw"), key("l1")])
@@ -295,28 +297,29 @@ def chunks_of_an_engine(daemon: Daemon, *flags: str) -> dict[bytes, int]:
     return stored(daemon.endpoint)
 
 
+@pytest.fixture
+def other_daemon(tmp_path: Path) -> Iterator[Daemon]:
+    (tmp_path / "other").mkdir()
+    daemon = Daemon(tmp_path / "other")
+    yield daemon
+    daemon.kill()
+
+
 @pytest.mark.parametrize("with_profile", [False, True])
-def test_chunks_of_the_rust_engine_are_read(tmp_path: Path, with_profile: bool) -> None:
-    daemons = []
-    for name in ("raw", "l2"):
-        (tmp_path / name).mkdir()
-        daemons.append(Daemon(tmp_path / name))
-    exact, coded = daemons
+def test_chunks_of_the_rust_engine_are_read(
+    daemon: Daemon, other_daemon: Daemon, with_profile: bool
+) -> None:
     flags = ["--profile", str(MODEL / "kvasir-profile.bin")] if with_profile else []
-    sizes = chunks_of_an_engine(exact)
-    smaller = chunks_of_an_engine(coded, "--cache-level", "l2", *flags)
+    sizes = chunks_of_an_engine(daemon)
+    smaller = chunks_of_an_engine(other_daemon, "--cache-level", "l2", *flags)
     assert len(sizes) >= 2 and sizes.keys() == smaller.keys()
+    exact, coded = Client(daemon.endpoint), Client(other_daemon.endpoint)
     for name in sizes:
         assert smaller[name] < sizes[name] / 2
-        before, after = (
-            numbers(Client(it.endpoint).get([name])[0], level)
-            for it, level in ((exact, "raw"), (coded, "l2"))
-        )
-        errors = numpy.square(before - after).mean()
+        before = numbers(exact.get([name])[0], "raw")
+        errors = numpy.square(before - numbers(coded.get([name])[0], "l2")).mean()
         # The model's profile has errors where attention does not look.
         assert 0 < errors < (0.4 if with_profile else 0.05) * before.var()
-    for daemon in daemons:
-        daemon.kill()
 
 
 def numbers(chunk: Chunk, level: str) -> Values:
