@@ -168,7 +168,10 @@ def test_what_was_given_is_freed(daemon: Daemon) -> None:
     """By whoever took it, or with the capsule that nobody took."""
     layout = Layout(layers=1, kv_heads=1, head_dim=64, tokens=1 << 15, dtype="f32")
     client, key = Client(daemon.endpoint), namespace().opaque_key(b"k")
-    client.put(key, layout, numpy.ones(layout.chunk_bytes, dtype=numpy.uint8), durable=False)
+    ones = numpy.ones(layout.chunk_bytes, dtype=numpy.uint8)
+    # Decoded, it is in memory of its own, and not in the daemon's.
+    client.put(key, layout, ones, encoding="lossless", durable=False)
+    assert client.get([key])[0].level == "lossless"
 
     def give() -> None:
         layer = client.get([key])[0].layers[0]
