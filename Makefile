@@ -259,7 +259,8 @@ $(PYTHON)/client/bin/python: | $(UV)
 test-python: build wheel $(PYTHON)/client/bin/python
 	$(UV) pip install -q --python $(PYTHON)/client/bin/python --reinstall $(WHEEL)
 	cd $(PYTHON) && client/bin/mypy --strict -p kvasir --exclude 'kvasir/(lmcache|vllm|sglang)'
-	cd $(PYTHON) && KVASIRD=$(abspath $(BUILDS))/release/kvasird client/bin/python -m pytest -q \
+	cd $(PYTHON) && KVASIRD=$(abspath $(BUILDS))/release/kvasird \
+	  KVASIR_TEST_MODEL=$(CURDIR)/models/reader-9m client/bin/python -m pytest -q \
 	  -p no:cacheprovider --ignore $(CURDIR)/$(PYTHON_PACKAGE)/tests/vllm \
 	  --ignore $(CURDIR)/$(PYTHON_PACKAGE)/tests/sglang \
 	  --ignore $(CURDIR)/$(PYTHON_PACKAGE)/tests/lmcache \

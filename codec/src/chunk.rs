@@ -401,8 +401,8 @@ fn lossless(layout: &KvLayout, layers: &[Bytes]) -> Vec<Vec<Vec<u8>>> {
 /// The paper's own.
 const CACHEGEN_STEPS: f32 = 1.0;
 /// Far from where a ninth of it, or its reciprocal, is no number any more.
-const SMALLEST_STEP: f32 = 1e-30;
+pub(crate) const SMALLEST_STEP: f32 = 1e-30;
 /// Of keys and of values. Attention takes the error of a key through an exponential, that of a
 /// value as it is: on the model that ships with the project, keys are worth a third of the
 /// step of values.
-const DEFAULT_STEPS: [f32; 2] = [1.35, 4.5];
+pub(crate) const DEFAULT_STEPS: [f32; 2] = [1.35, 4.5];

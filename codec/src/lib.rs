@@ -52,6 +52,7 @@
 //! With a [`Profile`] of the model, which is calibrated once, channels are projected on a basis
 //! in which they say nothing of each other, after [`Rotation`] is undone, and nothing needs to
 //! be shipped of them. A chunk names its profile by digest, and cannot be decoded without it.
+//! [`Profile::calibrate`] learns one from chunks.
 //!
 //! What a layer takes, how exact it stays and how fast it is coded: `kvasir-bench codec`.
 //!
@@ -74,6 +75,7 @@
 #![deny(unsafe_code)]
 
 mod cachegen;
+mod calibration;
 mod cell;
 mod channels;
 mod chunk;
@@ -96,6 +98,7 @@ mod transform;
 mod values;
 
 pub use cachegen::{CacheGen, CacheGenError, CirculatedCacheGen, CirculatedLevel};
+pub use calibration::CalibrationError;
 pub use cell::{CELL_TOKENS, CellError, LADDER};
 pub use channels::ChannelsError;
 pub use chunk::{ChunkDecoder, ChunkError, EncodeError, Encoding};

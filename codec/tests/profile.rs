@@ -7,9 +7,9 @@ use std::sync::Arc;
 use bytes::Bytes;
 use half::f16;
 use kvasir_codec::{
-    ChunkDecoder, ChunkError, EncodeError, Encoding, KeyRotation, LayerCodec, Object, Pairing,
-    PlanError, Prelude, Profile, ProfileBasis, ProfileError, ProfilePlane, ProfileShape,
-    UnsupportedLayout,
+    CalibrationError, ChunkDecoder, ChunkError, EncodeError, Encoding, KeyRotation, LayerCodec,
+    Object, Pairing, PlanError, Prelude, Profile, ProfileBasis, ProfileError, ProfilePlane,
+    ProfileShape, UnsupportedLayout,
 };
 use kvasir_types::{ChunkKey, DType, HeadRange, KvLayout, LayerIdx, Level, Planes, TokenRange};
 use rand::rngs::StdRng;
@@ -341,4 +341,114 @@ fn what_is_no_number_is_no_profile() {
     assert_eq!(error, ProfileError::Shape);
     assert_eq!(changed(|it| it.bases.clear()), ProfileError::Shape);
     assert_eq!(changed(|it| it.bases[0].means.clear()), ProfileError::Shape);
+}
+
+/// Rows of random numbers times a matrix, so that channels have much in common.
+fn mixed(layout: &KvLayout, seed: u64, chunks: usize) -> Vec<Vec<Bytes>> {
+    let mut mixing = StdRng::seed_from_u64(1);
+    let tokens = layout.tokens() as usize;
+    let heads = 2 * CHANNELS / usize::from(DIM);
+    let matrix: Vec<f32> = (0..heads * usize::from(DIM) * SOURCES)
+        .map(|_| mixing.random_range(-1.0..1.0))
+        .collect();
+    let mut random = StdRng::seed_from_u64(seed);
+    let mut layer = || -> Bytes {
+        let sources: Vec<f32> = (0..tokens * SOURCES)
+            .map(|_| random.random_range(-1.0..1.0))
+            .collect();
+        let value = |head: usize, token: usize, channel: usize| {
+            let row = head * usize::from(DIM) + channel;
+            let mixed = matrix[row * SOURCES..][..SOURCES].iter();
+            let own = sources[token * SOURCES..].iter();
+            5.0 + mixed.zip(own).map(|(a, b)| a * b).sum::<f32>()
+        };
+        let rows = (0..heads).flat_map(|head| (0..tokens).map(move |token| (head, token)));
+        let values =
+            rows.flat_map(|(head, token)| (0..usize::from(DIM)).map(move |it| (head, token, it)));
+        let halves = values.flat_map(|(head, token, channel)| {
+            f16::from_f32(value(head, token, channel)).to_le_bytes()
+        });
+        halves.collect()
+    };
+    (0..chunks)
+        .map(|_| (0..layout.layers()).map(|_| layer()).collect())
+        .collect()
+}
+
+/// Fewer than channels.
+const SOURCES: usize = 6;
+
+fn numbers(layers: &[Bytes]) -> Vec<f32> {
+    let halves = layers.iter().flat_map(|layer| layer.as_chunks().0);
+    halves.map(|&it| f16::from_le_bytes(it).to_f32()).collect()
+}
+
+/// The bytes that a chunk takes, and the mean square of the errors of its keys, and values.
+fn coded(layout: &KvLayout, encoding: &Encoding, layers: &[Bytes]) -> (usize, [f32; 2]) {
+    let key = ChunkKey::from_bytes([1; 32]);
+    let object = encoding.encode(key, layout, &Prelude::default(), layers.to_vec());
+    let object = object.unwrap();
+    assert_eq!(object.header().level(), encoding.level);
+    let prelude = object.prelude().unwrap();
+    let profiles = encoding.profile.as_slice();
+    let decoder = ChunkDecoder::new(*layout, encoding.level, prelude, profiles).unwrap();
+    let decoded = (0..layout.layers()).map(LayerIdx).map(|layer| {
+        let mut raw = vec![0; layout.layer_bytes()];
+        decoder
+            .layer(layer, &object.parts(layer), &mut raw)
+            .unwrap();
+        Bytes::from(raw)
+    });
+    let decoded = numbers(&decoded.collect::<Vec<_>>());
+    let plane = layout.layer_bytes() / 4;
+    let mut errors = [0.0; 2];
+    for (at, (after, before)) in decoded.iter().zip(numbers(layers)).enumerate() {
+        errors[at / plane % 2] += (after - before).powi(2);
+    }
+    (object.extents().iter().map(Bytes::len).sum(), errors)
+}
+
+#[test]
+fn a_profile_is_learnt_from_chunks_of_any_size() {
+    let learnt_on = layout(64);
+    let profile = Profile::calibrate(&learnt_on, &mixed(&learnt_on, 2, 8)).unwrap();
+    let small = layout(16);
+    assert!(profile.fits(&small, None) && !profile.fits(&small, PAIRING));
+    let chunk = &mixed(&small, 3, 1)[0];
+    let without = Encoding::at(Level::L1);
+    let with = Encoding {
+        profile: Some(Arc::new(profile)),
+        ..without.clone()
+    };
+    let (bytes, errors) = coded(&small, &without, chunk);
+    let (fewer, as_large) = coded(&small, &with, chunk);
+    // Sixteen tokens are too few to say what channels are like.
+    assert!(3 * fewer < 2 * bytes, "{fewer} of {bytes} bytes");
+    for (as_large, errors) in as_large.into_iter().zip(errors) {
+        let ratio = as_large / errors;
+        // Of the few directions that there are.
+        assert!((0.1..0.9).contains(&ratio), "{ratio}");
+    }
+}
+
+#[test]
+fn what_is_no_number_is_not_learnt() {
+    let layout = layout(64);
+    let mut samples = mixed(&layout, 2, 4);
+    let clean = Profile::calibrate(&layout, &samples[1..]).unwrap();
+    let nothing = Bytes::from(vec![0xff; layout.layer_bytes()]);
+    samples[0].fill(nothing.clone());
+    assert_eq!(Profile::calibrate(&layout, &samples).unwrap(), clean);
+    samples.truncate(1);
+    let error = Profile::calibrate(&layout, &samples).unwrap_err();
+    assert_eq!(error, CalibrationError::Nothing);
+    samples[0].pop();
+    let error = Profile::calibrate(&layout, &samples).unwrap_err();
+    assert_eq!(error, CalibrationError::Layers(0));
+    let bytes = KvLayout::new(1, 1, Planes::symmetric(8), 16, DType::F8E4m3).unwrap();
+    let error = Profile::calibrate(&bytes, &[]).unwrap_err();
+    assert_eq!(error, CalibrationError::DType(DType::F8E4m3));
+    // All the same, in all tokens.
+    let still = vec![vec![Bytes::from(vec![0x3c; layout.layer_bytes()]); 3]];
+    Profile::calibrate(&layout, &still).unwrap();
 }

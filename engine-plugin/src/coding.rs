@@ -1,4 +1,7 @@
 //! Encoding captured chunks and decoding fetched layers, on a bounded number of threads.
+//!
+//! [`CodecConfig::encode`] and [`Decoding`] are also for those who look after profiles themselves,
+//! such as a client that waits for them.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -63,6 +66,56 @@ impl CodecConfig {
         }
         self.encoding.check(layout)
     }
+
+    /// A chunk in the form that it is stored in. One that would take more bytes than it has is
+    /// left exact.
+    ///
+    /// # Errors
+    /// It cannot be encoded like this, or its layers are not those of its layout.
+    pub fn encode(&self, copy: ChunkCopy) -> Result<Chunk, EncodeError> {
+        let rotation = self.rotation.clone().map(|rotation| KeyRotation {
+            start: copy.start,
+            ..rotation
+        });
+        let layout = copy.layout;
+        let exact = u64::from(self.exact_tokens).saturating_sub(copy.start);
+        let prelude = Prelude {
+            rotation,
+            exact_tokens: u32::try_from(exact).map_or(0, |it| it.min(layout.tokens())),
+            ..Prelude::default()
+        };
+        let object = self
+            .encoding
+            .encode(copy.key, &layout, &prelude, copy.layers)?;
+        let level = object.header().level();
+        let (header, extents) = object.into_parts();
+        Ok(Chunk {
+            key: *header.key(),
+            layout,
+            level,
+            extents,
+        })
+    }
+}
+
+/// A bounded number of threads for what takes a CPU, apart from those that wait for I/O.
+#[derive(Debug)]
+pub struct Threads(Semaphore);
+
+impl Threads {
+    /// At most so many, and at least one.
+    pub fn new(most: usize) -> Self {
+        Self(Semaphore::new(most.max(1)))
+    }
+
+    /// What some work comes to; waits for a thread. `None` where the runtime is shutting down.
+    pub async fn run<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Option<T> {
+        let _thread = self.0.acquire().await.ok()?;
+        tokio::task::spawn_blocking(work).await.ok()
+    }
 }
 
 /// Encodes and decodes.
@@ -70,7 +123,7 @@ impl CodecConfig {
 pub(crate) struct Coder {
     config: CodecConfig,
     profiles: Arc<Profiles>,
-    threads: Semaphore,
+    threads: Threads,
     /// What came of what was stored, in thousandths: less than all where chunks are fetched
     /// coarser than they are stored.
     share: AtomicU32,
@@ -78,7 +131,7 @@ pub(crate) struct Coder {
 
 /// How a chunk under way is decoded; found out when it is first needed.
 #[derive(Debug)]
-pub(crate) struct Decoding {
+pub struct Decoding {
     layout: KvLayout,
     level: Level,
     prelude: Bytes,
@@ -99,6 +152,62 @@ pub(crate) struct Decoded {
 }
 
 impl Decoding {
+    /// Of a chunk of this layout, level and prelude, and the profile that
+    /// [its prelude names](Self::profile_of), if it does.
+    pub fn new(
+        layout: KvLayout,
+        level: Level,
+        prelude: Bytes,
+        profile: Option<Arc<Profile>>,
+    ) -> Self {
+        Self {
+            prelude,
+            profile,
+            ..Self::raw(layout, level)
+        }
+    }
+
+    /// The profile that the prelude of a chunk of `layout` names. A prelude that is damaged names
+    /// none, and says so when layers are decoded.
+    pub fn profile_of(layout: &KvLayout, prelude: &[u8]) -> Option<ProfileDigest> {
+        let parsed = Prelude::parse(prelude, layout).ok()?;
+        parsed.profile.map(ProfileDigest::from_bytes)
+    }
+
+    /// A raw layer from those of its parts that came, decoded on one of `threads`. `None` where
+    /// the runtime is shutting down.
+    pub async fn layer(
+        self: Arc<Self>,
+        threads: &Threads,
+        layer: LayerIdx,
+        parts: Vec<Bytes>,
+    ) -> Option<Result<Bytes, ChunkError>> {
+        let layer_bytes = self.layout.layer_bytes();
+        if !self.level.is_encoded()
+            && let [layer] = parts.as_slice()
+            && layer.len() == layer_bytes
+        {
+            return Some(Ok(layer.clone()));
+        }
+        threads.run(move || self.layer_now(layer, &parts)).await
+    }
+
+    fn layer_now(&self, layer: LayerIdx, parts: &[Bytes]) -> Result<Bytes, ChunkError> {
+        let Self {
+            layout,
+            level,
+            prelude,
+            profile,
+            ..
+        } = self;
+        let decoder = || ChunkDecoder::new(*layout, *level, prelude, profile.as_slice());
+        let decoder = self.decoder.get_or_init(decoder).as_ref();
+        let mut raw = vec![0; layout.layer_bytes()];
+        let decoder = decoder.map_err(ChunkError::clone)?;
+        decoder.layer(layer, parts, &mut raw)?;
+        Ok(raw.into())
+    }
+
     /// Of a chunk without a prelude.
     pub(crate) fn raw(layout: KvLayout, level: Level) -> Self {
         Self {
@@ -126,7 +235,7 @@ impl Decoding {
 impl Coder {
     pub(crate) fn new(config: CodecConfig, profiles: Arc<Profiles>) -> Self {
         Self {
-            threads: Semaphore::new(config.threads.max(1)),
+            threads: Threads::new(config.threads),
             config,
             profiles,
             share: AtomicU32::new(WHOLE),
@@ -178,9 +287,9 @@ impl Coder {
         let coder = Arc::clone(self);
         let job = {
             let copy = copy.clone();
-            move || coder.encode_now(copy)
+            move || coder.config.encode(copy)
         };
-        match self.run(job).await {
+        match self.threads.run(job).await {
             Some(Ok(chunk)) => chunk,
             Some(Err(error)) => {
                 warn!(key = %copy.key, %error, "a chunk cannot be encoded; storing it raw");
@@ -188,32 +297,6 @@ impl Coder {
             }
             None => raw(copy),
         }
-    }
-
-    fn encode_now(&self, copy: ChunkCopy) -> Result<Chunk, EncodeError> {
-        let config = &self.config;
-        let rotation = config.rotation.clone().map(|rotation| KeyRotation {
-            start: copy.start,
-            ..rotation
-        });
-        let layout = copy.layout;
-        let exact = u64::from(config.exact_tokens).saturating_sub(copy.start);
-        let prelude = Prelude {
-            rotation,
-            exact_tokens: u32::try_from(exact).map_or(0, |it| it.min(layout.tokens())),
-            ..Prelude::default()
-        };
-        let object = config
-            .encoding
-            .encode(copy.key, &layout, &prelude, copy.layers)?;
-        let level = object.header().level();
-        let (header, extents) = object.into_parts();
-        Ok(Chunk {
-            key: *header.key(),
-            layout,
-            level,
-            extents,
-        })
     }
 
     /// How a chunk of this layout and prelude is decoded; `None` where it names a profile that
@@ -224,17 +307,11 @@ impl Coder {
         level: Level,
         prelude: Bytes,
     ) -> Option<Decoding> {
-        // One that is damaged says so when its layers are decoded.
-        let parsed = Prelude::parse(&prelude, &layout).ok();
-        let profile = match parsed.and_then(|prelude| prelude.profile) {
-            Some(named) => Some(self.profiles.get(ProfileDigest::from_bytes(named))?),
+        let profile = match Decoding::profile_of(&layout, &prelude) {
+            Some(named) => Some(self.profiles.get(named)?),
             None => None,
         };
-        Some(Decoding {
-            prelude,
-            profile,
-            ..Decoding::raw(layout, level)
-        })
+        Some(Decoding::new(layout, level, prelude, profile))
     }
 
     /// A layer of some chunk from those of its parts that came. `None` where it cannot be
@@ -248,7 +325,7 @@ impl Coder {
     ) -> Option<Decoded> {
         let received = parts.iter().map(|part| part.len() as u64).sum();
         let level = decoding.level_of(parts.len());
-        let failed = match self.decode(decoding, layer, parts).await {
+        let failed = match decoding.layer(&self.threads, layer, parts).await {
             Some(Ok(data)) => {
                 return Some(Decoded {
                     level,
@@ -261,44 +338,6 @@ impl Coder {
         };
         warn!(chunk, %layer, error = failed, "a cached chunk cannot be decoded; computing it");
         None
-    }
-
-    /// A raw layer from its parts. `None` where the runtime is shutting down.
-    async fn decode(
-        self: &Arc<Self>,
-        decoding: Arc<Decoding>,
-        layer: LayerIdx,
-        parts: Vec<Bytes>,
-    ) -> Option<Result<Bytes, ChunkError>> {
-        let layer_bytes = decoding.layout.layer_bytes();
-        if !decoding.level.is_encoded()
-            && let [layer] = parts.as_slice()
-            && layer.len() == layer_bytes
-        {
-            return Some(Ok(layer.clone()));
-        }
-        self.run(move || {
-            let Decoding {
-                layout,
-                level,
-                prelude,
-                profile,
-                ..
-            } = &*decoding;
-            let decoder = || ChunkDecoder::new(*layout, *level, prelude, profile.as_slice());
-            let decoder = decoding.decoder.get_or_init(decoder);
-            let mut raw = vec![0; layer_bytes];
-            match decoder {
-                Ok(decoder) => decoder.layer(layer, &parts, &mut raw).map(|()| raw.into()),
-                Err(error) => Err(error.clone()),
-            }
-        })
-        .await
-    }
-
-    async fn run<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> Option<T> {
-        let _thread = self.threads.acquire().await.ok()?;
-        tokio::task::spawn_blocking(work).await.ok()
     }
 }
 

@@ -60,18 +60,21 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use kvasir_client::{Client, ClientConfig, Lookup};
+use kvasir_client::{CallError, Client, ClientConfig, Lookup};
 use kvasir_types::{ByteSize, ChunkKey, Durability, Namespace};
 
 pub use kvasir_client::{
     Carrier, DataPlane, ParseEndpointError, PathStatus, Tier, TlsConfig, TlsFileError,
 };
-pub use kvasir_codec::{EncodeError, Encoding, KeyRotation, Pairing, Profile};
+pub use kvasir_codec::{
+    CalibrationError, ChunkError, EncodeError, Encoding, KeyRotation, Pairing, Profile,
+    ProfileError,
+};
 
 pub use backend::{BackendError, EngineBackend, Placement};
 pub use breaker::Breaker;
 pub use capture::{CaptureOutcome, CaptureStats, ChunkCopy};
-pub use coding::CodecConfig;
+pub use coding::{CodecConfig, Decoding, Threads};
 pub use cost::{CostModel, Decision, FetchObservation, TierBytes};
 pub use fetch::{FetchOutcome, LayerWait, Prefetch};
 pub use prompt::Prompt;
@@ -327,15 +330,40 @@ impl CachePlugin {
         let client = shared
             .client
             .with_call_timeout(shared.config.lookup_timeout);
-        match client.lookup(keys).await {
-            Ok(lookup) => {
-                shared.breaker().succeeded();
-                Some(lookup)
+        self.answered(begun, "a lookup failed", client.lookup(keys).await)
+    }
+
+    /// Deletes chunks; how many there were. None, as long as the daemon is left alone; costs
+    /// [`PluginConfig::lookup_timeout`] at most.
+    pub async fn delete(&self, keys: &[ChunkKey]) -> u32 {
+        let shared = &self.shared;
+        let begun = Instant::now();
+        if keys.is_empty() || !self.may_ask(begun) {
+            return 0;
+        }
+        let client = shared
+            .client
+            .with_call_timeout(shared.config.lookup_timeout);
+        let deleted = self.answered(begun, "a deletion failed", client.delete(keys).await);
+        deleted.unwrap_or(0)
+    }
+
+    /// What a call came to; where it failed, the daemon is left alone.
+    fn answered<T>(
+        &self,
+        begun: Instant,
+        failure: &str,
+        answer: Result<T, CallError>,
+    ) -> Option<T> {
+        match answer {
+            Ok(answer) => {
+                self.shared.breaker().succeeded();
+                Some(answer)
             }
             Err(error) => {
-                tracing::warn!(%error, "a lookup failed");
-                shared.stats.note(Happened::Failed);
-                shared.breaker().failed(begun, Instant::now());
+                tracing::warn!(%error, "{failure}");
+                self.shared.stats.note(Happened::Failed);
+                self.shared.breaker().failed(begun, Instant::now());
                 None
             }
         }

@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use kvasir_client::{CallError, Client};
-use kvasir_codec::{Pairing, Profile};
+use kvasir_codec::Profile;
 use kvasir_types::{KvLayout, ProfileDigest};
 use tokio::runtime::Handle;
 use tokio::task::AbortHandle;
@@ -26,7 +26,6 @@ use crate::CodecConfig;
 pub(crate) struct Profiles {
     own: Option<Arc<Profile>>,
     layout: KvLayout,
-    pairing: Option<Pairing>,
     client: Client,
     runtime: Handle,
     others: Mutex<Others>,
@@ -71,7 +70,6 @@ impl Profiles {
         Arc::new(Self {
             own,
             layout,
-            pairing: config.rotation.as_ref().map(|rotation| rotation.pairing),
             client,
             runtime,
             others: Mutex::default(),
@@ -102,7 +100,8 @@ impl Profiles {
     /// The profile, or how long it is of no use to ask again.
     async fn ask(&self, digest: ProfileDigest) -> Result<Arc<Profile>, Duration> {
         match self.client.get_profile(digest).await {
-            Ok(Some(profile)) if profile.fits(&self.layout, self.pairing) => {
+            // How its keys were turned, a chunk says itself.
+            Ok(Some(profile)) if profile.fits(&self.layout, profile.shape().pairing) => {
                 info!(%digest, bytes = profile.as_bytes().len(), "fetched a profile");
                 Ok(Arc::new(profile))
             }

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from kvasir._native import Chunk, Client, Layout
+from kvasir._native import Chunk, Client, Layout, Profile
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-    from kvasir._native import Tensor
+    from kvasir._native import Level, Tensor
 
 
 class AsyncClient:
@@ -29,14 +29,37 @@ class AsyncClient:
         return await self._client.lookup_async(keys)
 
     async def put(
-        self, key: bytes, layout: Layout, data: "Buffer | Tensor", *, durable: bool = True
+        self,
+        key: bytes,
+        layout: Layout,
+        data: "Buffer | Tensor",
+        *,
+        encoding: "Level" = "raw",
+        profile: Profile | None = None,
+        start: int = 0,
+        durable: bool = True,
     ) -> bool:
-        return await self._client.put_async(key, layout, data, durable=durable)
+        return await self._client.put_async(
+            key,
+            layout,
+            data,
+            encoding=encoding,
+            profile=profile,
+            start=start,
+            durable=durable,
+        )
 
     async def get(
-        self, keys: Sequence[bytes], *, timeout: float | None = None
+        self,
+        keys: Sequence[bytes],
+        *,
+        finest: "Level | None" = None,
+        timeout: float | None = None,
     ) -> list[Chunk]:
-        return await self._client.get_async(keys, timeout=timeout)
+        return await self._client.get_async(keys, finest=finest, timeout=timeout)
+
+    async def put_profile(self, profile: Profile) -> bool:
+        return await self._client.put_profile_async(profile)
 
     async def delete(self, keys: Sequence[bytes]) -> int:
         return await self._client.delete_async(keys)

@@ -1,7 +1,7 @@
 """The native half. Times are in seconds."""
 
 from collections.abc import Awaitable, Sequence
-from typing import Any, Protocol, final
+from typing import Any, Literal, Protocol, final
 
 from typing_extensions import Buffer
 
@@ -13,6 +13,31 @@ class Error(Exception):
     What Python has exceptions for comes as these: `ValueError` for what is malformed,
     `TimeoutError` for a deadline, `ConnectionError` where no daemon answers.
     """
+
+class DecodeError(Error):
+    """A chunk came as it was stored, and cannot be decoded: delete it, or get those before it."""
+
+class ProfileError(DecodeError):
+    """The profile that a chunk was encoded with is missing, or of no use.
+
+    Give it to the daemon (`Client.put_profile`), or get the chunks before this one.
+    """
+
+Level = Literal["raw", "lossless", "int8", "int4", "cachegen", "l0", "l1", "l2"]
+"""In which form a chunk is stored.
+
+`raw` and `lossless` are exact, bit for bit. `int8` is off by half a scale at most, which is the
+largest of a token and head over 127; `int4` has 4 bits and a scale after a Hadamard transform, of up
+to 128 channels, and `cachegen` is that of the paper, to compare with.
+
+Of `l0`, `l1` and `l2` each holds the coarser ones. Values are off by half a step at most, and by what
+rounding to the type of elements adds. At `l0`, a step is 1.35 deviations of a layer's keys, and 4.5
+of its values, from the means of their channels; at `l1` a third of that, at `l2` a ninth. With a
+profile the same holds of coefficients, so that values are off by as much in the mean. The first four
+tokens of a prompt are exact. A chunk that would take more bytes than it has is left exact.
+
+Elements of 8 bits are quantised already: `raw` and `lossless` alone.
+"""
 
 @final
 class Layout:
@@ -94,13 +119,41 @@ class Data:
     def __dlpack_device__(self) -> tuple[int, int]: ...
 
 @final
+class Profile:
+    """What the keys and values of a model are like.
+
+    Chunks at levels `l0` to `l2` that are encoded with one take fewer bytes, above all those of few
+    tokens, and can be decoded only by those who have it: the daemon keeps it. `data` is the bytes of
+    one.
+    """
+
+    def __new__(cls, data: Buffer) -> Profile: ...
+    @staticmethod
+    def calibrate(layout: Layout, chunks: Sequence[Buffer | Tensor]) -> Profile:
+        """Learnt from chunks of a model, which are as they are put; it is good for any number of
+        tokens.
+
+        Take some thousand tokens of what the model usually reads, and not the first chunks of
+        prompts. Can take minutes for a large model.
+        """
+
+    @property
+    def digest(self) -> bytes:
+        """What chunks name it by."""
+
+    def __bytes__(self) -> bytes: ...
+
+@final
 class Chunk:
-    """A chunk that came: its layers in order, each as its layout says."""
+    """A chunk that came: its layers in order, decoded, each as its layout says."""
 
     @property
     def layout(self) -> Layout: ...
     @property
     def layers(self) -> list[Data]: ...
+    @property
+    def level(self) -> str:
+        """The `Level` that it came at."""
 
 @final
 class Client:
@@ -117,17 +170,38 @@ class Client:
         """How many of the leading chunks are there."""
 
     def put(
-        self, key: bytes, layout: Layout, data: Buffer | Tensor, *, durable: bool = True
+        self,
+        key: bytes,
+        layout: Layout,
+        data: Buffer | Tensor,
+        *,
+        encoding: Level = "raw",
+        profile: Profile | None = None,
+        start: int = 0,
+        durable: bool = True,
     ) -> bool:
         """Stores a chunk; true if it was not there.
 
+        It is stored at the level `encoding`, and its profile with it, if there is one. `start` is
+        the position of its first token: at nested levels, the first tokens of a prompt are exact.
         Its bytes are not copied: leave them as they are until this returns.
         """
 
     def get(
-        self, keys: Sequence[bytes], *, timeout: float | None = None
+        self,
+        keys: Sequence[bytes],
+        *,
+        finest: Level | None = None,
+        timeout: float | None = None,
     ) -> list[Chunk]:
-        """The leading chunks that are there and came whole."""
+        """The leading chunks that are there and came whole, decoded.
+
+        What is stored at a nested level comes up to `finest`. Raises `ProfileError` for a chunk
+        whose profile nobody has, and `DecodeError` for one that is none.
+        """
+
+    def put_profile(self, profile: Profile) -> bool:
+        """Gives the daemon a profile to keep; true if it was not there."""
 
     def delete(self, keys: Sequence[bytes]) -> int:
         """Deletes chunks; how many were there."""
@@ -139,11 +213,24 @@ class Client:
     def data_path(self) -> str | None: ...
     def lookup_async(self, keys: Sequence[bytes]) -> Awaitable[int]: ...
     def put_async(
-        self, key: bytes, layout: Layout, data: Buffer | Tensor, *, durable: bool = True
+        self,
+        key: bytes,
+        layout: Layout,
+        data: Buffer | Tensor,
+        *,
+        encoding: Level = "raw",
+        profile: Profile | None = None,
+        start: int = 0,
+        durable: bool = True,
     ) -> Awaitable[bool]: ...
     def get_async(
-        self, keys: Sequence[bytes], *, timeout: float | None = None
+        self,
+        keys: Sequence[bytes],
+        *,
+        finest: Level | None = None,
+        timeout: float | None = None,
     ) -> Awaitable[list[Chunk]]: ...
+    def put_profile_async(self, profile: Profile) -> Awaitable[bool]: ...
     def delete_async(self, keys: Sequence[bytes]) -> Awaitable[int]: ...
 
 @final
@@ -154,6 +241,10 @@ class BlockCache:
     block. A daemon that has failed is left
     alone for `cooldown`, twice as long each time; what is asked for meanwhile is not there.
     `store_buffer` bounds the bytes that wait to be stored.
+
+    Blocks are stored at the level `encoding`, and loaded whatever level they are stored at. A block
+    whose profile is not here does not come; it is fetched meanwhile, for the next load. Without a
+    parent, a block is the first of its prompt.
     """
 
     def __new__(
@@ -167,6 +258,8 @@ class BlockCache:
         cooldown: float = 1.0,
         store_buffer: int = ...,
         durable: bool = True,
+        encoding: Level = "raw",
+        profile: Profile | None = None,
     ) -> BlockCache: ...
     def beside(self) -> BlockCache:
         """The same cache, of other memory, which is to be registered."""
@@ -223,6 +316,9 @@ class BlockCache:
     ) -> list[bool]:
         """Stores those blocks that the daemon lacks, and waits: which of them it has now."""
 
+    def delete(self, names: Sequence[bytes]) -> int:
+        """Deletes blocks; how many there were."""
+
     def flush(self, timeout: float) -> bool:
         """Waits until nothing waits to be stored; false after `timeout` seconds."""
 
@@ -235,6 +331,12 @@ class Load:
 
     def poll(self) -> int | None:
         """How many leading blocks have come whole, once nothing more comes."""
+
+    def may_store(self) -> bool:
+        """Whether what is computed over these blocks may be stored, once nothing more comes.
+
+        Not where they came coarser than blocks are stored here: nobody could tell.
+        """
 
     def wait(self, timeout: float) -> int | None:
         """As `poll`, and waits for it."""
@@ -288,6 +390,9 @@ class SlotCache:
 
     def find(self, names: Sequence[bytes]) -> list[bool]:
         """Of each name, whether it can be loaded."""
+
+    def delete(self, names: Sequence[bytes]) -> int:
+        """Deletes what has these names; how many there were."""
 
     def load(self, job: int, names: Sequence[bytes], slots: Sequence[int]) -> None:
         """Begins to load into slots, which are the job's until it has ended.

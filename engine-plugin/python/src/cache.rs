@@ -18,8 +18,10 @@ use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 
+use crate::coding;
 use crate::identity::Namespace;
 use crate::memory::Region;
+use crate::profile::Profile;
 use crate::save::{Save, chunk, read};
 use crate::{invalid, runtime};
 
@@ -77,6 +79,8 @@ struct State {
     layers: usize,
     /// Once nothing more comes: leading blocks that are whole.
     blocks: Option<usize>,
+    /// Whether these are as fine as blocks are stored here.
+    may_store: bool,
 }
 
 impl Progress {
@@ -110,13 +114,19 @@ impl Drop for Ends {
     }
 }
 
+/// What a load came to.
+struct Loaded {
+    blocks: usize,
+    may_store: bool,
+}
+
 fn load(
     plugin: &CachePlugin,
     keys: Vec<ChunkKey>,
     mut pages: Strided<Region>,
     blocks: &[u32],
     progress: &Progress,
-) -> usize {
+) -> Loaded {
     let (tokens, wanted) = (pages.layout().tokens() as usize, keys.len());
     let layers = pages.layout().layers();
     let mut fetch = plugin.prefetch(&Prompt::named(tokens, keys));
@@ -135,7 +145,10 @@ fn load(
     }
     loop {
         if let FetchOutcome::Done { chunks } = fetch.wait(PATIENCE, &mut pages, blocks) {
-            return chunks;
+            return Loaded {
+                blocks: chunks,
+                may_store: fetch.may_capture(),
+            };
         }
     }
 }
@@ -163,12 +176,13 @@ impl BlockCache {
     ///
     /// All times are in seconds: `lookup_timeout` bounds `find`, `load_timeout` a load,
     /// `store_timeout` the storing of one block; `cooldown` is how long a daemon that has failed is left alone, twice as long each time.
-    /// `store_buffer` bounds the bytes that wait to be stored.
+    /// `store_buffer` bounds the bytes that wait to be stored. Blocks are stored at the level
+    /// `encoding`, with a profile if there is one.
     #[new]
     #[pyo3(signature = (
         endpoint, namespace, *,
         lookup_timeout = 0.05, load_timeout = 2.0, store_timeout = 10.0, cooldown = 1.0,
-        store_buffer = 512 << 20, durable = true,
+        store_buffer = 512 << 20, durable = true, encoding = "raw", profile = None,
     ))]
     #[expect(clippy::too_many_arguments, reason = "named, and each has a default")]
     fn new(
@@ -180,8 +194,11 @@ impl BlockCache {
         cooldown: f64,
         store_buffer: u64,
         durable: bool,
+        encoding: &str,
+        profile: Option<&Profile>,
     ) -> PyResult<Self> {
         let config = PluginConfig {
+            codec: coding::codec(namespace.0.layout(), encoding, profile)?,
             // What loading is worth is the engine's to say: it has asked for it.
             load: LoadPolicy::Always,
             lookup_timeout: seconds("lookup_timeout", lookup_timeout)?,
@@ -302,8 +319,11 @@ impl BlockCache {
         py.detach(|| {
             let keys = self.keys(&names);
             runtime.spawn_blocking(move || {
-                let whole = load(&plugin, keys, pages, &blocks, &ends.0);
-                ends.0.note(|state| state.blocks = Some(whole));
+                let loaded = load(&plugin, keys, pages, &blocks, &ends.0);
+                ends.0.note(|state| {
+                    state.may_store = loaded.may_store;
+                    state.blocks = Some(loaded.blocks);
+                });
             });
         });
         Ok(Load { progress })
@@ -378,6 +398,21 @@ impl BlockCache {
         })
     }
 
+    /// Deletes blocks of these names; how many there were. Costs `lookup_timeout` at most, and
+    /// nothing while the daemon is left alone.
+    fn delete(&self, py: Python<'_>, names: Vec<Vec<u8>>) -> PyResult<u32> {
+        let runtime = runtime()?;
+        Ok(py.detach(|| {
+            let keys = self.keys(&names);
+            let deleted = runtime.block_on(self.plugin.delete(&keys));
+            let mut sent = self.sent.keys();
+            for key in &keys {
+                sent.pop(key);
+            }
+            deleted
+        }))
+    }
+
     /// What became of loads and stores so far.
     fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let (loads, stores) = (self.plugin.fetch_stats(), self.plugin.capture_stats());
@@ -417,6 +452,13 @@ impl Load {
     /// How many leading blocks have come whole, once nothing more comes; `None` before.
     fn poll(&self) -> Option<usize> {
         self.progress.state().blocks
+    }
+
+    /// Whether what is computed over these blocks may be stored, once nothing more comes. Not where
+    /// they came coarser than blocks are stored here: it is no better than they are, and nobody
+    /// could tell.
+    fn may_store(&self) -> bool {
+        self.progress.state().may_store
     }
 
     /// As `poll`, and waits for it for up to `timeout` seconds.

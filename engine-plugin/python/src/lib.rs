@@ -2,35 +2,34 @@
 //!
 //! - `identity`: `Layout`, `Namespace`: what KV is, and how chunks are named;
 //! - `client`: `Client`: calls of a daemon, blocking and for asyncio;
+//! - `coding`: chunks in the form that they are stored in, and back; `profile`: `Profile`;
 //! - `data`: bytes that come from a daemon, seen by Python without a copy;
 //! - `cache`: `BlockCache`: blocks of an engine, found, loaded into its memory and stored;
 //! - `save`: `Save`: blocks that are stored layer by layer;
 //! - `slots`: `SlotCache`: the same, of an engine whose blocks only it understands;
 //! - `memory`: that memory.
 //!
-//! All I/O, waiting and copying runs without the GIL, on one runtime a process.
+//! All I/O, waiting, coding and copying runs without the GIL, on one runtime a process.
 
 mod cache;
 mod client;
+mod coding;
 mod data;
 mod dlpack;
+mod failure;
 mod identity;
 mod memory;
+mod profile;
 mod save;
 mod slots;
 
 use std::sync::OnceLock;
 
-use pyo3::exceptions::{PyConnectionError, PyTimeoutError, PyValueError};
+use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use tokio::runtime::{Builder, Runtime};
 
-pyo3::create_exception!(
-    kvasir,
-    Error,
-    pyo3::exceptions::PyException,
-    "A call of a daemon failed."
-);
+use failure::{DecodeError, Error, ProfileError};
 
 /// Threads for I/O. Decoding and copying have threads of their own.
 const THREADS: usize = 2;
@@ -58,29 +57,20 @@ fn invalid(error: impl std::fmt::Display) -> PyErr {
     PyValueError::new_err(error.to_string())
 }
 
-/// As the exception that Python's own calls raise for it, where there is one.
-fn failed(error: &kvasir_client::CallError) -> PyErr {
-    use kvasir_client::CallError;
-    let text = error.to_string();
-    match error {
-        CallError::Invalid { .. } => PyValueError::new_err(text),
-        CallError::DeadlineExceeded => PyTimeoutError::new_err(text),
-        CallError::Unavailable { .. } => PyConnectionError::new_err(text),
-        _ => Error::new_err(text),
-    }
-}
-
 /// The native half of the package.
 #[pymodule]
 #[pyo3(name = "_native")]
 fn native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("Error", module.py().get_type::<Error>())?;
+    module.add("DecodeError", module.py().get_type::<DecodeError>())?;
+    module.add("ProfileError", module.py().get_type::<ProfileError>())?;
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add_class::<identity::Layout>()?;
     module.add_class::<identity::Namespace>()?;
     module.add_class::<client::Client>()?;
     module.add_class::<client::Chunk>()?;
     module.add_class::<data::Data>()?;
+    module.add_class::<profile::Profile>()?;
     module.add_class::<cache::BlockCache>()?;
     module.add_class::<cache::Load>()?;
     module.add_class::<save::Save>()?;

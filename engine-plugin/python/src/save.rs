@@ -70,7 +70,8 @@ pub(crate) fn chunk(
     ChunkCopy {
         key,
         layout: *pages.layout(),
-        start: 0,
+        // Behind a parent it is not known, and counts only in that it is not the prompt's start.
+        start: parent.map_or(0, |_| pages.layout().tokens().into()),
         layers,
         hints: Hints {
             parent,

@@ -181,6 +181,16 @@ impl SlotCache {
         }))
     }
 
+    /// Deletes what has these names; how many there were. Costs `lookup_timeout` at most, and
+    /// nothing while the daemon is left alone.
+    fn delete(&self, py: Python<'_>, names: Vec<Vec<u8>>) -> PyResult<u32> {
+        let runtime = runtime()?;
+        Ok(py.detach(|| {
+            let keys: Vec<ChunkKey> = names.iter().map(|name| self.key(name)).collect();
+            runtime.block_on(self.transfer.delete(&keys))
+        }))
+    }
+
     /// Begins a job that loads these names into these slots, which are the job's until it ends.
     fn load(&self, py: Python<'_>, job: u64, names: Vec<Vec<u8>>, slots: Vec<u32>) -> PyResult<()> {
         let (memory, runtime) = (self.opened()?, runtime()?);

@@ -2,12 +2,14 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
+import coded
 import numpy
 import pytest
 from conftest import Daemon
 
-from kvasir import BlockCache, Layout, Namespace
+from kvasir import BlockCache, Layout, Namespace, Profile
 
 LAYERS, HEADS, TOKENS, DIM, BLOCKS = 3, 2, 16, 8, 40
 LAYOUT = Layout(layers=LAYERS, kv_heads=HEADS, head_dim=DIM, tokens=TOKENS, dtype="bf16")
@@ -21,7 +23,7 @@ SIZES = {"block": BLOCKS, "head": HEADS, "token": TOKENS, "plane": 2}
 class Engine:
     """Memory of random bits, and a cache that knows of it."""
 
-    def __init__(self, endpoint: str, order: str = ORDERS[0], **limits: float) -> None:
+    def __init__(self, endpoint: str, order: str = ORDERS[0], **limits: Any) -> None:
         axes = order.split()
         shape = [SIZES[axis] for axis in axes] + [DIM]
         rng = numpy.random.default_rng(1)
@@ -125,6 +127,22 @@ def test_storing_can_be_waited_for(daemon: Daemon) -> None:
     daemon.thaw()
 
 
+def test_blocks_can_be_deleted(daemon: Daemon) -> None:
+    engine = Engine(daemon.endpoint, lookup_timeout=1.0, cooldown=5.0)
+    assert engine.cache.store(names(3), [0, 1, 2]) == 3 and engine.cache.flush(30)
+    assert engine.cache.delete([b"another", *names(3)[1:]]) == 2
+    # What is gone can be stored again.
+    assert engine.cache.store(names(3), [0, 1, 2]) == 2 and engine.cache.flush(30)
+    assert engine.cache.find(names(3)) == 3
+    assert engine.cache.delete(names(3)[1:]) == 2 and engine.cache.delete([]) == 0
+    assert engine.cache.find(names(3)) == 1
+    daemon.freeze()
+    begun = time.monotonic()
+    assert [engine.cache.delete(names(3)) for _ in range(100)] == [0] * 100
+    assert time.monotonic() - begun < 5
+    daemon.thaw()
+
+
 def test_a_daemon_that_refuses_a_block_is_asked_on(tmp_path: Path) -> None:
     daemon = Daemon(tmp_path, "--memory", "1MiB", "--no-disk")
     layout = Layout(layers=1, kv_heads=1, head_dim=64, tokens=1 << 15, dtype="f32")
@@ -206,3 +224,94 @@ def test_what_is_malformed_is_refused(daemon: Daemon) -> None:
     constant.flags.writeable = False
     with pytest.raises(BufferError):
         unregistered.register([constant] * LAYERS, blocks=1, **strides)
+
+
+class Coded:
+    """Memory of KV of a model, and a cache that stores it at some level."""
+
+    def __init__(self, endpoint: str, seed: int, level: str, **options: Any) -> None:
+        layout = coded.layout(TOKENS)
+        names = Namespace(layout, architecture="a", weights="w")
+        self.layers = coded.values(seed, BLOCKS * TOKENS).reshape(
+            coded.LAYERS, 2, coded.HEADS, BLOCKS, TOKENS, coded.DIM
+        )
+        axes = ("plane", "head", "block", "token")
+        steps = dict(zip(axes, self.layers[0].strides, strict=False))
+        self.cache = BlockCache(endpoint, names, encoding=level, **options)
+        raw = [layer.view(numpy.uint8).reshape(-1) for layer in self.layers]
+        self.cache.register(raw, blocks=BLOCKS, **steps)
+
+    def block(self, block: int) -> coded.Values:
+        return self.layers[:, :, :, block].copy()
+
+
+@pytest.mark.parametrize("level", coded.LEVELS)
+def test_blocks_are_stored_encoded_and_loaded_decoded(daemon: Daemon, level: str) -> None:
+    engine, other = Coded(daemon.endpoint, 1, level), Coded(daemon.endpoint, 2, "raw")
+    assert engine.cache.store(names(3), [0, 1, 2]) == 3
+    assert engine.cache.flush(30)
+    behind = [f"block {index}".encode() for index in range(3, 6)]
+    assert engine.cache.put(behind, [3, 4, 5], parent=names(3)[2]) == [True] * 3
+    assert other.cache.load(names(6), [10, 11, 12, 13, 14, 15]).wait(30) == 6
+    for index in range(6):
+        # Without a parent there is the first block of a prompt.
+        before, after = engine.block(index), other.block(10 + index)
+        coded.check(level, before, after, first=index == 0)
+    if level not in coded.EXACT:
+        sizes = coded.stored(daemon.endpoint).values()
+        assert len(sizes) == 6 and max(sizes) < 0.99 * engine.block(0).nbytes
+
+
+def test_blocks_wait_for_the_profile_that_they_name(daemon: Daemon) -> None:
+    samples = [coded.values(seed, 64) for seed in range(8)]
+    profile = Profile.calibrate(coded.layout(64), samples)
+    engine = Coded(daemon.endpoint, 1, "l1", profile=profile)
+    without = Coded(daemon.endpoint, 1, "l1")
+    assert engine.cache.put(names(4), [0, 1, 2, 3]) == [True] * 4
+    assert without.cache.put([b"other", b"another"], [0, 1]) == [True] * 2
+    sizes = sorted(coded.stored(daemon.endpoint).values())
+    assert 2 * sizes[0] < sizes[-1]
+    # The daemon is given it in the background, and so are those who lack it.
+    other, until = Coded(daemon.endpoint, 2, "raw"), time.monotonic() + 30
+    while other.cache.load(names(4), [10, 11, 12, 13]).wait(30) != 4:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    for index in range(4):
+        before, after = engine.block(index), other.block(10 + index)
+        coded.check("l1", before, after, first=index == 0, by=64)
+
+
+def test_what_is_computed_over_coarser_blocks_is_not_to_be_stored(daemon: Daemon) -> None:
+    l1, l2, raw = (Coded(daemon.endpoint, 1, level) for level in ("l1", "l2", "raw"))
+    assert l1.cache.put([b"coarse"], [0]) == [True]
+    assert raw.cache.put([b"exact"], [0], parent=b"coarse") == [True]
+    for engine, may_store in ((l1, True), (l2, False), (raw, False)):
+        load = engine.cache.load([b"coarse", b"exact"], [1, 2])
+        assert load.wait(30) == 2 and load.may_store() == may_store
+        load = engine.cache.load([b"exact", b"nothing"], [1, 2])
+        assert load.wait(30) == 1 and load.may_store()
+
+
+def test_any_bits_come_back_from_nested_levels(daemon: Daemon) -> None:
+    """What engines try their memory with."""
+    for level in ["lossless", "cachegen", *coded.NESTED]:
+        engine = Engine(daemon.endpoint, encoding=level)
+        block = [f"{level} {index}".encode() for index in range(4)]
+        engine.cache.put(block, [0, 1, 2, 3])
+        assert engine.cache.load(block, [10, 11, 12, 13]).wait(30) == 4
+        assert [engine.block(it) for it in range(10, 14)] == [
+            engine.block(it) for it in range(4)
+        ]
+
+
+def test_levels_that_cannot_be_are_refused(daemon: Daemon) -> None:
+    with pytest.raises(ValueError, match="not a level"):
+        BlockCache(daemon.endpoint, NAMESPACE, encoding="fine")
+    profile = Profile.calibrate(coded.layout(64), [coded.values(1, 64)])
+    with pytest.raises(ValueError, match="profile"):
+        BlockCache(daemon.endpoint, NAMESPACE, encoding="l1", profile=profile)
+    quantised = Layout(layers=1, kv_heads=1, head_dim=8, tokens=16, dtype="f8e4m3")
+    with pytest.raises(ValueError, match="quantised already"):
+        BlockCache(
+            daemon.endpoint, Namespace(quantised, architecture="a", weights="w"), encoding="l1"
+        )

@@ -8,11 +8,12 @@ import sys
 import threading
 import time
 
+import coded
 import numpy
 import pytest
 from conftest import Daemon
 
-from kvasir import AsyncClient, Client, Error, Layout, Namespace
+from kvasir import AsyncClient, Client, Error, Layout, Namespace, Profile
 
 LAYOUT = Layout(layers=3, kv_heads=2, head_dim=8, tokens=16, dtype="bf16")
 
@@ -196,6 +197,11 @@ def test_other_threads_go_on_while_one_waits(daemon: Daemon) -> None:
 
 def test_a_thousand_calls_at_once(daemon: Daemon) -> None:
     """Mixed calls, some of them cancelled: none hangs, none gets another's bytes, nothing leaks."""
+    tokens = LAYOUT.tokens
+    of_model = coded.layout(tokens)
+    chunks = [coded.values(seed, tokens) for seed in range(64)]
+    profile = Profile.calibrate(of_model, chunks)
+    levels = ["raw", "lossless", "int8", "l1", "l2"]
 
     async def one(client: AsyncClient, number: int) -> None:
         rng = random.Random(number)
@@ -203,10 +209,21 @@ def test_a_thousand_calls_at_once(daemon: Daemon) -> None:
         key = namespace().opaque_key(seed.to_bytes(2, "big"))
         match rng.randrange(5):
             case 0 | 1:
-                await client.put(key, LAYOUT, chunk(seed), durable=rng.random() < 0.5)
+                level = rng.choice(levels)
+                await client.put(
+                    key,
+                    of_model,
+                    chunks[seed],
+                    encoding=level,
+                    profile=profile if level == "l2" else None,
+                    start=tokens,
+                    durable=rng.random() < 0.5,
+                )
             case 2:
                 for came in await client.get([key]):
-                    assert b"".join(bytes(it) for it in came.layers) == chunk(seed)
+                    after = coded.of(b"".join(bytes(it) for it in came.layers), tokens)
+                    by = 64 if came.level == "l2" else 1
+                    coded.check(came.level, chunks[seed], after, first=False, by=by)
             case 3:
                 assert await client.lookup([key]) in (0, 1)
             case 4 if rng.random() < 0.5:

@@ -61,6 +61,19 @@ def test_slots_come_back_where_they_are_wanted(daemon: Daemon) -> None:
     assert (counted["stored"], counted["loads"], counted["calls_failed"]) == (3, 1, 0)
 
 
+def test_what_is_stored_can_be_deleted(daemon: Daemon) -> None:
+    slots = cache(daemon.endpoint, bytearray(3 * SLOT), lookup_timeout=1.0, cooldown=5.0)
+    slots.store(0, NAMES, [0, 1, 2], [None] * 3, None)
+    ended(slots)
+    assert slots.delete([*NAMES[1:], b"another"]) == 2
+    assert slots.find(NAMES) == [True, False, False]
+    daemon.freeze()
+    begun = time.monotonic()
+    assert [slots.delete(NAMES) for _ in range(100)] == [0] * 100
+    assert time.monotonic() - begun < 5
+    daemon.thaw()
+
+
 def test_what_is_stored_is_raw_bytes_under_a_name(daemon: Daemon) -> None:
     memory = bytearray(os.urandom(SLOT))
     slots = cache(daemon.endpoint, memory)
@@ -112,6 +125,42 @@ def test_what_is_written_after_a_store_has_failed_is_not_stored(daemon: Daemon) 
         slots.load(1, NAMES[:1], [0])
         assert ended(slots) == {1: [True]}
         assert memory == before
+
+
+def test_a_job_ends_when_its_memory_is_free(daemon: Daemon) -> None:
+    """And not when its store has failed, while a connection has bytes of it still to send."""
+    daemon.freeze()
+    size = 8 << 20
+    for number in range(40):
+        memory = bytearray(size)
+        slots = SlotCache(
+            daemon.endpoint, names(size), memory, store_timeout=0.05, cooldown=0.001
+        )
+        slots.store(number, NAMES[:1], [0], [None], None)
+        slots.close()
+        while not slots.finished():
+            pass
+        # Nothing has it any more.
+        memory.clear()
+    daemon.thaw()
+
+
+def test_nothing_is_stored_behind_what_failed(daemon: Daemon) -> None:
+    """Even if the daemon is well again: a prompt has no gaps."""
+    memory = bytearray(os.urandom(12 * SLOT))
+    slots = cache(daemon.endpoint, memory, store_timeout=0.5, cooldown=0.0)
+    many = [b"%d" % it for it in range(12)]
+    assert slots.find(many) == [False] * 12
+    daemon.freeze()
+    slots.store(0, many, list(range(12)), [None] * 12, None)
+    while slots.stats()["calls_failed"] == 0:
+        time.sleep(0.001)
+    daemon.thaw()
+    ((_, whole),) = ended(slots).items()
+    stored = whole.count(True)
+    assert stored < 4 and whole == [True] * stored + [False] * (12 - stored)
+    # Only what had begun can be there.
+    assert not any(slots.find(many)[4:])
 
 
 def test_jobs_that_are_cut_end_where_they_are(daemon: Daemon) -> None:

@@ -313,6 +313,8 @@ class Pages:
                 raise Unsupported("a page does not come back as it was stored")
             return True
         finally:
+            for share, cache in enumerate(self._caches):
+                cache.delete(self.names([key], share))
             self._pool.free(indices)
 
     def _shares_of(self, page: int) -> list[bytes]:

@@ -171,6 +171,7 @@ def round_trip(
             raise Unsupported("KV does not come back as it was stored")
         return came == 1
     finally:
+        cache.delete([name])
         for view, values in zip(views, before, strict=True):
             view[0] = values
 

@@ -374,6 +374,7 @@ def round_trip(cache: SlotCache, chunk: memoryview) -> bool:
             raise Unsupported("a chunk does not come back as it was stored")
         return came
     finally:
+        cache.delete([name])
         chunk[:] = before
 
 

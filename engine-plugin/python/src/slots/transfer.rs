@@ -131,6 +131,23 @@ impl Transfer {
         }
     }
 
+    /// How many of these there were; none, as long as the daemon is left alone.
+    pub(super) async fn delete(&self, keys: &[ChunkKey]) -> u32 {
+        let Some(begun) = self.allowed() else {
+            return 0;
+        };
+        match self.client.delete(keys).await {
+            Ok(deleted) => {
+                self.breaker().succeeded();
+                deleted
+            }
+            Err(error) => {
+                self.failed(begun, &error);
+                0
+            }
+        }
+    }
+
     /// Stores blocks, each with the hints beside it: begins with them in order, and with none
     /// behind one that did not get there.
     pub(super) async fn store(&self, memory: Arc<Region>, job: Job, blocks: Vec<(Block, Hints)>) {

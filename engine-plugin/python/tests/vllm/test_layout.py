@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import Daemon
 from vllm import _custom_ops as ops
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import (
@@ -11,7 +12,7 @@ from vllm.v1.kv_cache_interface import (
     SlidingWindowSpec,
 )
 
-from kvasir import BlockCache, Namespace
+from kvasir import BlockCache, Client, Namespace
 from kvasir._identity import Unsupported
 from kvasir.vllm import layout
 from kvasir.vllm.memory import PARTS, Direct, Staged
@@ -91,6 +92,20 @@ def test_tensors_of_any_strides_are_reached() -> None:
         layout.canary(staged, geometry, views)
         # The canary leaves nothing behind.
         assert all(torch.equal(kv[name], before[name]) for name in NAMES)
+
+
+@pytest.mark.parametrize("staging", [None, 1 << 20])
+def test_a_round_trip_leaves_nothing_behind(daemon: Daemon, staging: int | None) -> None:
+    geometry = layout.geometry(config(spec()))
+    names = Namespace(geometry.layout, architecture="a", weights="w")
+    cache = BlockCache(daemon.endpoint, names, lookup_timeout=5.0)
+    kv = tensors()
+    before = {name: view.clone() for name, view in kv.items()}
+    views = layout.views(geometry, kv)
+    memory = Direct(cache, views) if staging is None else Staged(cache, geometry, views, staging)
+    assert layout.round_trip(memory, cache, views)
+    assert all(torch.equal(kv[name], before[name]) for name in NAMES)
+    assert not any(it["chunks"] for it in Client(daemon.endpoint).stats().values())
 
 
 def test_tensors_of_another_shape_are_not_known() -> None:

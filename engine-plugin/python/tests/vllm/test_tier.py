@@ -82,6 +82,7 @@ def test_chunks_come_back_as_they_were_to_another_vllm(
     assert said()[-1] == "the Kvasir tier is on: a chunk came back as it was stored"
     # The canary leaves nothing behind.
     assert not any(first.view.cast("B"))
+    assert not any(it["chunks"] for it in kvasir.Client(daemon.endpoint).stats().values())
     first.store(keys)
     first.settle()
     assert stats(first)["stored"] == 20 + 1
