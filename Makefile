@@ -275,7 +275,7 @@ $(PYTHON)/vllm/bin/python: | $(UV)
 $(PYTHON)/models/random-llama: | $(PYTHON)/vllm/bin/python
 	$(PYTHON)/vllm/bin/python $(PYTHON_PACKAGE)/tests/vllm/random_llama.py $@
 
-# Twenty minutes on two cores.
+# Half an hour on two cores.
 test-vllm: build wheel $(PYTHON)/vllm/bin/python $(PYTHON)/models/random-llama
 	$(UV) pip install -q --python $(PYTHON)/vllm/bin/python --reinstall $(WHEEL)
 	cd $(PYTHON) && KVASIRD=$(abspath $(BUILDS))/release/kvasird \

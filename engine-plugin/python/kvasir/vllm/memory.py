@@ -26,6 +26,9 @@ PATIENCE_SECONDS = 1.0
 # How long a load waits for a free part: others have theirs until their own deadlines.
 PART_SECONDS = 10.0
 
+# How often it is looked whether a device has got somewhere.
+PASS_SECONDS = 0.0005
+
 # Loads at once. The others leave parts to stores.
 LOADS = 4
 
@@ -129,8 +132,8 @@ class Staged:
         self.cache, self.views = cache, views
         self.device = torch.get_device_module(first.device)
         shape = (layout.layers, PARTS * self.part_blocks, *first.shape[1:])
-        is_device = first.device.type != "cpu"
-        self.staged = torch.empty(shape, dtype=first.dtype, pin_memory=is_device)
+        self._is_device = first.device.type != "cpu"
+        self.staged = torch.empty(shape, dtype=first.dtype, pin_memory=self._is_device)
         row = self.staged.stride(3) * first.element_size()
         cache.register(
             [_bytes(it, 0) for it in self.staged],
@@ -161,7 +164,9 @@ class Staged:
         return list(range(begin, begin + count))
 
     def places(self, blocks: list[int]) -> torch.Tensor:
-        return torch.tensor(blocks, dtype=torch.int64, device=self.views[0].device)
+        # From memory that is not pinned, a copy would wait for all that the device has to do.
+        places = torch.tensor(blocks, dtype=torch.int64, pin_memory=self._is_device)
+        return places.to(self.views[0].device, non_blocking=True)
 
     @torch.inference_mode()
     def take(self, layer: int, part: int, places: torch.Tensor) -> None:
@@ -231,7 +236,7 @@ class Staged:
                 places = self.places(blocks[:came])
                 for layer in range(len(self.views)):
                     self.bring(layer, part, places)
-            self.mark(self.into).synchronize()
+            _pass(self.mark(self.into))
         finally:
             self.free.put(part)
         return came
@@ -251,7 +256,7 @@ class Staged:
 
     def _store(self, event: "torch.Event", part: int, names: list[bytes], parent: bytes | None) -> None:
         try:
-            event.synchronize()
+            _pass(event)
             if names:
                 self.cache.store(names, self.slots(part, len(names)), parent=parent)
         except Exception:
@@ -273,6 +278,12 @@ class Staged:
         stats = self.cache.stats()
         stats["stores_dropped"] += self._dropped
         return stats
+
+
+def _pass(event: "torch.Event") -> None:
+    """Waits for an event. To be told of it, a thread would keep a core busy."""
+    while not event.query():
+        time.sleep(PASS_SECONDS)
 
 
 def ended(load: Loading) -> int:
