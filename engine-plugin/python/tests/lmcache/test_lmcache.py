@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import signal
 import socket
 import subprocess
@@ -16,6 +15,7 @@ from typing import Any
 
 import pytest
 from conftest import Daemon
+from workload import whole, workload
 
 CHUNK = 64
 TOKENS = 12
@@ -138,23 +138,8 @@ class Engine(Process):
         assert self.child.wait(60) == 0, self.tail()
 
 
-def workload(seed: int) -> list[list[int]]:
-    """Prompts that share what they begin with, by fours."""
-    rng = random.Random(seed)
-
-    def words(count: int) -> list[int]:
-        return [rng.randrange(16, 2000) for _ in range(count)]
-
-    prompts = []
-    for _ in range(3):
-        common = [1, *words(rng.randrange(600, 1200))]
-        prompts += [common + words(rng.randrange(40, 300)) for _ in range(4)]
-    return prompts
-
-
 def possible(prompts: list[list[int]]) -> int:
-    """Tokens of all whole chunks, but for the last token of each prompt."""
-    return sum((len(prompt) - 1) // CHUNK * CHUNK for prompt in prompts)
+    return whole(prompts, CHUNK)
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ without: `make test-sglang`.
 
 import json
 import os
-import random
 import subprocess
 import sys
 import threading
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Daemon
+from workload import whole, workload
 
 PAGE = 32
 TOKENS = 6
@@ -59,41 +59,26 @@ class Engine:
         assert self._process.wait(60) == 0, self.log[-4000:].decode()
 
 
-def workload(seed: int, vocabulary: int = 2000) -> list[list[int]]:
-    """Prompts that share what they begin with, by threes."""
-    rng = random.Random(seed)
-
-    def words(count: int) -> list[int]:
-        return [rng.randrange(16, vocabulary) for _ in range(count)]
-
-    prompts = []
-    for _ in range(2):
-        common = [1, *words(rng.randrange(500, 900))]
-        prompts += [common + words(rng.randrange(40, 300)) for _ in range(3)]
-    return prompts
+PROMPTS = workload(1, groups=2, each=3, shared=(500, 900))
+POSSIBLE = whole(PROMPTS, PAGE)
 
 
-def possible(prompts: list[list[int]]) -> int:
-    """Tokens of all whole pages, but for the last token of each prompt."""
-    return sum((len(prompt) - 1) // PAGE * PAGE for prompt in prompts)
-
-
-def until_warm(engine: Engine, prompts: list[list[int]], expected: list[list[int]]) -> None:
+def until_warm(engine: Engine, expected: list[list[int]]) -> None:
     """Pages are stored, and daemons connected to, behind the requests' backs."""
     until = time.monotonic() + 60
     while True:
-        warm = engine.run(prompts, reset=True)
+        warm = engine.run(PROMPTS, reset=True)
         assert warm["outputs"] == expected
-        if sum(warm["cached"]) >= 0.95 * possible(prompts):
+        if sum(warm["cached"]) >= 0.95 * POSSIBLE:
             return
-        assert time.monotonic() < until, (warm["cached"], possible(prompts))
+        assert time.monotonic() < until, (warm["cached"], POSSIBLE)
 
 
 @pytest.fixture(scope="module")
 def expected() -> list[list[int]]:
     """What SGLang answers without a cache of ours."""
     engine = Engine()
-    outputs = engine.run(workload(1))["outputs"]
+    outputs = engine.run(PROMPTS)["outputs"]
     engine.close()
     return outputs
 
@@ -101,31 +86,29 @@ def expected() -> list[list[int]]:
 def test_answers_are_those_without_a_cache_and_outlive_restarts(
     expected: list[list[int]], daemon: Daemon
 ) -> None:
-    prompts = workload(1)
     engine = Engine("page_first_direct", daemon.endpoint)
     assert b"a page of kv came back as it was stored" in engine.log
-    assert engine.run(prompts)["outputs"] == expected
-    until_warm(engine, prompts, expected)
+    assert engine.run(PROMPTS)["outputs"] == expected
+    until_warm(engine, expected)
     engine.close()
 
     # Another process, whose host pool has another layout.
     engine = Engine("layer_first", daemon.endpoint)
-    again = engine.run(prompts)
+    again = engine.run(PROMPTS)
     assert again["outputs"] == expected
-    assert sum(again["cached"]) >= 0.95 * possible(prompts)
+    assert sum(again["cached"]) >= 0.95 * POSSIBLE
 
     daemon.stop()
     daemon.start()
-    until_warm(engine, prompts, expected)
+    until_warm(engine, expected)
     engine.close()
 
 
 def test_a_daemon_that_fails_harms_no_request(
     expected: list[list[int]], daemon: Daemon
 ) -> None:
-    prompts = workload(1)
     engine = Engine("page_first_direct", daemon.endpoint)
-    assert engine.run(prompts)["outputs"] == expected
+    assert engine.run(PROMPTS)["outputs"] == expected
     for fault in ("kill", "freeze", "slow"):
         over = threading.Event()
 
@@ -144,17 +127,17 @@ def test_a_daemon_that_fails_harms_no_request(
         thread.start()
         try:
             for _ in range(2):
-                assert engine.run(prompts, reset=True)["outputs"] == expected, fault
+                assert engine.run(PROMPTS, reset=True)["outputs"] == expected, fault
         finally:
             over.set()
             thread.join()
         if fault == "kill":
             daemon.kill()
             daemon.start()
-        until_warm(engine, prompts, expected)
+        until_warm(engine, expected)
     # What is left of a request when the daemon is not there at all.
     daemon.kill()
-    assert engine.run(prompts, reset=True)["outputs"] == expected
+    assert engine.run(PROMPTS, reset=True)["outputs"] == expected
     engine.close()
     assert b"the Kvasir cache is off" not in engine.log
 
@@ -162,7 +145,6 @@ def test_a_daemon_that_fails_harms_no_request(
 def test_sglangs_own_faults_harm_no_request(
     expected: list[list[int]], daemon: Daemon
 ) -> None:
-    prompts = workload(1)
     engine = Engine(
         "layer_first",
         daemon.endpoint,
@@ -172,7 +154,7 @@ def test_sglangs_own_faults_harm_no_request(
     assert b"storage test injector enabled" in engine.log
     cached = []
     for _ in range(4):
-        answers = engine.run(prompts, reset=True)
+        answers = engine.run(PROMPTS, reset=True)
         assert answers["outputs"] == expected
         cached.append(sum(answers["cached"]))
     assert max(cached) > 0

@@ -3,7 +3,6 @@
 import functools
 import json
 import os
-import random
 import subprocess
 import sys
 import threading
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Daemon
+from workload import whole, workload
 
 BLOCK = 32
 TOKENS = 12
@@ -80,23 +80,8 @@ class Engine:
         assert self._process.wait(60) == 0, self.log[-4000:].decode()
 
 
-def workload(seed: int, vocabulary: int = 2000) -> list[list[int]]:
-    """Prompts that share what they begin with, by fours."""
-    rng = random.Random(seed)
-
-    def words(count: int) -> list[int]:
-        return [rng.randrange(16, vocabulary) for _ in range(count)]
-
-    prompts = []
-    for _ in range(3):
-        common = [1, *words(rng.randrange(600, 1200))]
-        prompts += [common + words(rng.randrange(40, 300)) for _ in range(4)]
-    return prompts
-
-
 def possible(prompts: list[list[int]]) -> int:
-    """Tokens of all whole blocks, but for the last token of each prompt."""
-    return sum((len(prompt) - 1) // BLOCK * BLOCK for prompt in prompts)
+    return whole(prompts, BLOCK)
 
 
 @pytest.fixture(params=MODELS, ids=lambda path: Path(path).name)
