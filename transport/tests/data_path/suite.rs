@@ -266,13 +266,16 @@ pub(crate) async fn a_holder_that_is_not_there_costs_no_more_than_the_deadline<C
 /// Requests may be made before there is a connection.
 pub(crate) async fn a_connection_serves_from_its_first_moment<C: Carrier>() {
     let pair = pair::<C>(Duration::ZERO);
+    let mut early = 0;
     for size in 1_000_000..1_000_020 {
         let path = pair.holder.connect();
-        assert!(!path.status().connected);
+        // Where the test is held up here, the connection may be there already.
+        early += u32::from(!path.status().connected);
         let request = path.fetch(body(size), within(Duration::from_secs(20)));
         assert!(request.all().await.is_ok());
         assert!(path.status().connected);
     }
+    assert!(early > 0);
 }
 
 /// What was handed out stays as it is, also when the session is over.
