@@ -289,7 +289,7 @@ $(PYTHON)/sglang/bin/python: | $(UV)
 	$(UV) pip install -q --python $@ -r $(PYTHON_PACKAGE)/tests/sglang/requirements.txt
 	$(UV) pip install -q --python $@ --no-deps sglang==0.5.23
 
-# Ten minutes on two cores. SGLang compiles its hash of pages, which takes OpenSSL's headers.
+# Six minutes on two cores. SGLang compiles its hash of pages, which takes OpenSSL's headers.
 test-sglang: build wheel $(PYTHON)/sglang/bin/python | deps-sglang
 	$(UV) pip install -q --python $(PYTHON)/sglang/bin/python --reinstall --no-deps $(WHEEL)
 	cd $(PYTHON) && KVASIRD=$(abspath $(BUILDS))/release/kvasird \

@@ -13,9 +13,9 @@ def harmless(
 
     def guard(hook: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(hook)
-        def guarded(self: Any, *arguments: Any) -> Any:
+        def guarded(self: Any, *arguments: Any, **named: Any) -> Any:
             try:
-                return hook(self, *arguments)
+                return hook(self, *arguments, **named)
             except Exception as error:
                 logger.exception("%s failed", hook.__name__)
                 self._disable(error)

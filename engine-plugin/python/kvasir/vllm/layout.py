@@ -166,7 +166,7 @@ def round_trip(
         if not memory.flush(ROUND_TRIP_SECONDS) or cache.find([name]) == 0:
             return False
         _fill(views)
-        came = ended(memory.load([name], [0], False))
+        came = ended(memory.load([name], [0]))
         if came == 1 and _chunk(views) != expected:
             raise Unsupported("KV does not come back as it was stored")
         return came == 1

@@ -36,12 +36,16 @@ LOADS = 4
 class Loading(Protocol):
     """Blocks on their way in."""
 
-    def poll(self) -> int | None:
+    def wait(self, timeout: float) -> int | None:
         """How many leading blocks have come whole, once nothing more comes."""
 
-    def wait(self, timeout: float) -> int | None:
-        """As `poll`, and waits for it."""
 
+class LoadingBetweenSteps(Loading, Protocol):
+    def poll(self) -> int | None:
+        """As `wait`, without waiting."""
+
+
+class LoadingByLayer(Loading, Protocol):
     def wait_layer(self, layer: int) -> bool:
         """Waits until a layer of all blocks is there: false if it will not be."""
 
@@ -62,7 +66,8 @@ class Saving(Protocol):
 class Memory(Protocol):
     """KV of all layers, in blocks."""
 
-    def load(self, names: list[bytes], blocks: list[int], by_layer: bool) -> Loading: ...
+    def load(self, names: list[bytes], blocks: list[int]) -> LoadingBetweenSteps: ...
+    def load_layers(self, names: list[bytes], blocks: list[int]) -> LoadingByLayer: ...
     def save(self, names: list[bytes], blocks: list[int], parent: bytes | None) -> Saving: ...
     def read(self, block: int) -> bytes:
         """A block, as it is stored."""
@@ -93,11 +98,9 @@ class Direct:
             start=starts.pop() if len(starts) == 1 else 0,
         )
         self._cache = cache
+        self.load = self.load_layers = cache.load
         self.read, self.write = cache.read, cache.write
         self.flush, self.stats = cache.flush, cache.stats
-
-    def load(self, names: list[bytes], blocks: list[int], by_layer: bool) -> Loading:
-        return self._cache.load(names, blocks)
 
     def save(self, names: list[bytes], blocks: list[int], parent: bytes | None) -> Saving:
         return self._cache.save(names, blocks, parent=parent)
@@ -206,9 +209,10 @@ class Staged:
         self.device.synchronize()
         self.free.put(part)
 
-    def load(self, names: list[bytes], blocks: list[int], by_layer: bool) -> Loading:
-        if by_layer:
-            return _LoadingLayers(self, names, blocks)
+    def load_layers(self, names: list[bytes], blocks: list[int]) -> LoadingByLayer:
+        return _LoadingLayers(self, names, blocks)
+
+    def load(self, names: list[bytes], blocks: list[int]) -> LoadingBetweenSteps:
         # The blocks were others', who may still use them on the device.
         ready = self.mark(self.device.current_stream())
         return _LoadingParts(self._loads.submit(self._load, names, blocks, ready))
@@ -308,10 +312,6 @@ class _LoadingParts:
         except NotYet:
             return None
 
-    def wait_layer(self, layer: int) -> bool:
-        return self._future.result() > 0
-
-
 @dataclass
 class _Part:
     """Blocks in a part of the staging memory."""
@@ -359,9 +359,6 @@ class _LoadingLayers(_Parts):
                 self._memory.bring(it.layers, it.part, it.places)
                 it.layers += 1
         return self._left == 0 and all(it.layers > layer for it in self._parts)
-
-    def poll(self) -> int | None:
-        return self.wait(0.0)
 
     def wait(self, timeout: float) -> int | None:
         whole, is_whole = 0, True

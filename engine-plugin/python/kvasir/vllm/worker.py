@@ -7,7 +7,15 @@ import torch
 from kvasir import BlockCache
 from kvasir.vllm import layout
 from kvasir.vllm._hooks import logger
-from kvasir.vllm.memory import Direct, Loading, Memory, Saving, Staged, ended
+from kvasir.vllm.memory import (
+    Direct,
+    LoadingBetweenSteps,
+    LoadingByLayer,
+    Memory,
+    Saving,
+    Staged,
+    ended,
+)
 from kvasir.vllm.scheduler import Blocks
 from kvasir.vllm.stats import Counts, KvasirStats
 
@@ -38,9 +46,9 @@ class Worker:
         layout.canary(self._memory, geometry, views)
         self.answers = layout.round_trip(self._memory, cache, views)
         # Loads between steps, by request.
-        self._loading: dict[str, tuple[Loading, Blocks]] = {}
+        self._loading: dict[str, tuple[LoadingBetweenSteps, Blocks]] = {}
         # Loads that the step which runs waits for, layer by layer.
-        self._awaited: list[tuple[Loading, Blocks]] = []
+        self._awaited: list[tuple[LoadingByLayer, Blocks]] = []
         # Blocks that the step which runs computes.
         self._saving: list[Saving] | None = None
         self._blocks = {"blocks_loaded": 0, "blocks_failed": 0}
@@ -48,10 +56,11 @@ class Worker:
         self._failed: set[int] = set()
 
     def start_load(self, wanted: Blocks) -> None:
-        load = self._memory.load(wanted.names, wanted.blocks, self._layerwise)
         if self._layerwise:
+            load = self._memory.load_layers(wanted.names, wanted.blocks)
             self._awaited.append((load, wanted))
         else:
+            load = self._memory.load(wanted.names, wanted.blocks)
             self._loading[wanted.request] = (load, wanted)
 
     def wait_layer(self, name: str) -> None:

@@ -47,7 +47,8 @@ def names(count: int) -> list[bytes]:
 
 
 def bring(memory: Memory, blocks: list[int], by_layer: bool) -> int:
-    load = memory.load(names(len(blocks)), blocks, by_layer)
+    begin = memory.load_layers if by_layer else memory.load
+    load = begin(names(len(blocks)), blocks)
     for layer in range(LAYERS if by_layer else 0):
         load.wait_layer(layer)
     while (came := load.wait(1.0)) is None:
@@ -120,7 +121,7 @@ def test_stores_that_find_no_part_are_left_out_and_loads_wait(daemon: Daemon) ->
     held = memory.save(names(PARTS - 1), list(range(PARTS - 1)), None)
     more = memory.save(names(PARTS)[-1:] + [b"another" * 4], [PARTS, PARTS + 1], None)
     assert memory.stats()["stores_dropped"] == 1
-    load = memory.load(names(2), [20, 21], False)
+    load = memory.load(names(2), [20, 21])
     assert load.wait(0.3) is None
     # Without a part to bring them into, nothing comes to a step, which does not wait.
     assert bring(memory, [30], by_layer=True) == 0

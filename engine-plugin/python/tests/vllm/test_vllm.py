@@ -233,7 +233,7 @@ def test_what_is_found_and_does_not_come_is_computed(
 
 @pytest.mark.parametrize(
     ("call", "layerwise"),
-    [("find", False), ("plan", False), ("load", False), ("load", True), ("save", True)],
+    [("find", False), ("plan", False), ("load", False), ("load_layers", True), ("save", True)],
 )
 def test_a_defect_turns_the_cache_off(daemon: Daemon, call: str, layerwise: bool) -> None:
     model, prompts = MODELS[0], workload(1)
