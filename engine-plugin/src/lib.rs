@@ -53,9 +53,11 @@ mod fetch;
 mod inbox;
 mod profiles;
 mod prompt;
+mod residency;
 mod steer;
 mod strided;
 
+use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -78,6 +80,7 @@ pub use coding::{CodecConfig, Decoding, Threads};
 pub use cost::{CostModel, Decision, FetchObservation, TierBytes};
 pub use fetch::{FetchOutcome, LayerWait, Prefetch};
 pub use prompt::Prompt;
+pub use residency::{Change, Residency};
 pub use strided::{Memory, OutsideMemory, Strided, Strides, StridesError};
 
 use capture::{CaptureQueue, Stored, Storing};
@@ -432,6 +435,12 @@ impl CachePlugin {
             skipped: load(&stats.skipped),
             missed: load(&stats.missed),
         }
+    }
+
+    /// Which of an engine's chunks the daemon has, as it tells; `limit` bounds those chunks.
+    pub fn follow<T: Clone + Send + 'static>(&self, limit: NonZeroUsize) -> Residency<T> {
+        let client = self.shared.client.clone();
+        Residency::follow(client, &self.shared.runtime, limit)
     }
 
     /// How fetches go at this moment; `None` is gRPC. See [`Client::data_path`].

@@ -322,6 +322,9 @@ class BlockCache:
     def flush(self, timeout: float) -> bool:
         """Waits until nothing waits to be stored; false after `timeout` seconds."""
 
+    def follow(self, *, limit: int = ...) -> Residency:
+        """Follows which blocks, that are to be named, the daemon has: the last `limit`."""
+
     def stats(self) -> dict[str, int]:
         """What became of loads and stores so far."""
 
@@ -356,6 +359,27 @@ class Save:
 
     def drop(self) -> None:
         """Forgets them."""
+
+@final
+class Residency:
+    """Which of an engine's blocks the daemon has, as it tells: for KV events.
+
+    What was told holds until it is told otherwise: while the daemon cannot be reached nothing
+    changes, and when it is back it is compared. For each chunk of the daemon, 20 to 40 bytes are
+    kept.
+    """
+
+    def expect(self, names: Sequence[bytes]) -> None:
+        """Asks to be told about blocks, whether they are there already or come one day."""
+
+    def take(self) -> list[tuple[bytes, bool]]:
+        """What has become of them since, in order: a name, and whether the daemon has it.
+
+        One that it has not any more is not followed until it is asked for again.
+        """
+
+    def clear(self) -> None:
+        """Gives all of them up: those that were there are told to be gone."""
 
 @final
 class SlotCache:
@@ -429,6 +453,9 @@ class SlotCache:
 
     def close(self) -> None:
         """Gives the memory back, once no job is in it."""
+
+    def follow(self, *, limit: int = ...) -> Residency:
+        """Follows which blocks, that are to be named, the daemon has: the last `limit`."""
 
     def stats(self) -> dict[str, int]:
         """What became of jobs and calls so far."""

@@ -22,6 +22,7 @@ use crate::coding;
 use crate::identity::Namespace;
 use crate::memory::Region;
 use crate::profile::Profile;
+use crate::residency::{self, Residency};
 use crate::save::{Save, chunk, read};
 use crate::{invalid, runtime};
 
@@ -411,6 +412,14 @@ impl BlockCache {
             }
             deleted
         }))
+    }
+
+    /// Follows which of the blocks that are to be named the daemon has: `limit` of them, and then
+    /// the last ones.
+    #[pyo3(signature = (*, limit = residency::LIMIT))]
+    fn follow(&self, limit: NonZeroUsize) -> Residency {
+        let namespace = Namespace(self.plugin.namespace().clone());
+        Residency::new(namespace, self.plugin.follow(limit))
     }
 
     /// What became of loads and stores so far.

@@ -6,6 +6,7 @@
 //! - `data`: bytes that come from a daemon, seen by Python without a copy;
 //! - `cache`: `BlockCache`: blocks of an engine, found, loaded into its memory and stored;
 //! - `save`: `Save`: blocks that are stored layer by layer;
+//! - `residency`: `Residency`: which of an engine's blocks the daemon has;
 //! - `slots`: `SlotCache`: the same, of an engine whose blocks only it understands;
 //! - `memory`: that memory.
 //!
@@ -20,6 +21,7 @@ mod failure;
 mod identity;
 mod memory;
 mod profile;
+mod residency;
 mod save;
 mod slots;
 
@@ -74,6 +76,7 @@ fn native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<cache::BlockCache>()?;
     module.add_class::<cache::Load>()?;
     module.add_class::<save::Save>()?;
+    module.add_class::<residency::Residency>()?;
     module.add_class::<slots::SlotCache>()?;
     Ok(())
 }

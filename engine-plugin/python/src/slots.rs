@@ -12,7 +12,7 @@
 mod jobs;
 mod transfer;
 
-use std::num::NonZeroU32;
+use std::num::{NonZeroU32, NonZeroUsize};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -26,6 +26,7 @@ use pyo3::types::{PyBytes, PyDict};
 use crate::cache::seconds;
 use crate::identity::Namespace;
 use crate::memory::Region;
+use crate::residency::{self, Residency};
 use crate::{invalid, runtime};
 
 use jobs::Jobs;
@@ -263,6 +264,14 @@ impl SlotCache {
     /// Gives the memory back, as soon as no job is in it. Nothing can be done with it afterwards.
     fn close(&self) {
         drop(self.memory().take());
+    }
+
+    /// Follows which of what is to be named the daemon has: `limit` names, and then the last ones.
+    #[pyo3(signature = (*, limit = residency::LIMIT))]
+    fn follow(&self, limit: NonZeroUsize) -> PyResult<Residency> {
+        let (client, runtime) = (self.transfer.client.clone(), runtime()?);
+        let of = kvasir_plugin::Residency::follow(client, runtime.handle(), limit);
+        Ok(Residency::new(self.namespace.clone(), of))
     }
 
     /// What became of jobs and calls so far.

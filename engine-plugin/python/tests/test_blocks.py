@@ -1,5 +1,6 @@
 """Blocks of an engine: found, loaded into its memory, and stored."""
 
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import numpy
 import pytest
 from conftest import Daemon
 
-from kvasir import BlockCache, Layout, Namespace, Profile
+from kvasir import BlockCache, Layout, Namespace, Profile, Residency
 
 LAYERS, HEADS, TOKENS, DIM, BLOCKS = 3, 2, 16, 8, 40
 LAYOUT = Layout(layers=LAYERS, kv_heads=HEADS, head_dim=DIM, tokens=TOKENS, dtype="bf16")
@@ -315,3 +316,64 @@ def test_levels_that_cannot_be_are_refused(daemon: Daemon) -> None:
         BlockCache(
             daemon.endpoint, Namespace(quantised, architecture="a", weights="w"), encoding="l1"
         )
+
+
+def told(residency: Residency, count: int) -> dict[bytes, bool]:
+    """What has become of so many blocks, once that is known."""
+    changes: dict[bytes, bool] = {}
+    until = time.monotonic() + 30
+    while len(changes) < count:
+        assert time.monotonic() < until, changes
+        for name, is_there in residency.take():
+            assert changes.setdefault(name, is_there) == is_there
+        time.sleep(0.01)
+    return changes
+
+
+def test_what_the_daemon_has_is_told(daemon: Daemon) -> None:
+    engine = Engine(daemon.endpoint)
+    first, second = engine.cache.follow(), engine.cache.follow(limit=4)
+    engine.cache.store(names(2), [0, 1])
+    assert engine.cache.flush(30)
+    # Some are there, others come.
+    first.expect(names(6))
+    assert told(first, 2) == dict.fromkeys(names(2), True)
+    second.expect(names(6)[2:])
+    engine.cache.store(names(6), list(range(6)))
+    assert told(first, 4) == dict.fromkeys(names(6)[2:], True)
+    assert told(second, 4) == dict.fromkeys(names(6)[2:], True)
+    # Those that were asked for first are given up.
+    second.expect([b"another", b"and another"])
+    assert told(second, 2) == dict.fromkeys(names(6)[2:4], False)
+    assert engine.cache.delete(names(3)) == 3
+    assert told(first, 3) == dict.fromkeys(names(3), False)
+    # They are not followed any more, before somebody asks again.
+    assert engine.cache.put(names(1), [0]) == [True]
+    time.sleep(0.5)
+    assert first.take() == []
+    first.expect(names(1))
+    assert told(first, 1) == {names(1)[0]: True}
+    second.clear()
+    assert told(second, 2) == dict.fromkeys(names(6)[4:], False)
+
+
+def test_a_daemon_that_comes_back_tells_what_it_has_lost(daemon: Daemon) -> None:
+    engine = Engine(daemon.endpoint)
+    residency = engine.cache.follow()
+    residency.expect(names(3))
+    assert engine.cache.put(names(2), [0, 1]) == [True, True]
+    assert told(residency, 2) == dict.fromkeys(names(2), True)
+    daemon.stop()
+    time.sleep(1.5)
+    assert residency.take() == [], "it may come back with all it had"
+    daemon.start()
+    time.sleep(3)
+    assert residency.take() == [], "it has"
+    daemon.stop()
+    shutil.rmtree(daemon.data)
+    daemon.start()
+    assert told(residency, 2) == dict.fromkeys(names(2), False)
+    until = time.monotonic() + 30
+    while not all(engine.cache.put([names(3)[2]], [2])):
+        assert time.monotonic() < until
+    assert told(residency, 1) == {names(3)[2]: True}

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import threading
+import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -134,6 +135,18 @@ def test_a_profile_that_is_missing_is_asked_for(daemon: Daemon) -> None:
     assert len(fresh.get([key("raw")])) == 1
     assert fresh.put_profile(profile) and not fresh.put_profile(profile)
     assert joined(fresh.get([key("l1")])[0]) == joined(came[0])
+
+
+def test_a_daemon_is_believed_for_a_while_to_have_a_profile(daemon: Daemon) -> None:
+    client, profile, before = Client(daemon.endpoint), learnt(), values(1, TOKENS)
+    client.put(key("first"), LAYOUT, before, encoding="l1", profile=profile)
+    command("kvasir", daemon.endpoint, "profiles", "rm", profile.digest.hex())
+    client.put(key("second"), LAYOUT, before, encoding="l1", profile=profile)
+    with pytest.raises(ProfileError):
+        Client(daemon.endpoint).get([key("second")])
+    time.sleep(10.5)
+    client.put(key("third"), LAYOUT, before, encoding="l1", profile=profile)
+    assert len(Client(daemon.endpoint).get([key("first"), key("second"), key("third")])) == 3
 
 
 def test_a_profile_that_is_damaged_is_missing(daemon: Daemon) -> None:

@@ -12,6 +12,7 @@ computed, what was found and does not come is reported as failed, and computed
 left alone for a while.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,12 +29,14 @@ from kvasir import BlockCache
 from kvasir._identity import Unsupported
 from kvasir.vllm import layout
 from kvasir.vllm._hooks import harmless, logger
+from kvasir.vllm.events import Announcements
 from kvasir.vllm.scheduler import Blocks, Scheduler, Work
 from kvasir.vllm.stats import KvasirMetrics, KvasirStats
 from kvasir.vllm.worker import Worker
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.distributed.kv_events import KVCacheEvent
     from vllm.forward_context import ForwardContext
     from vllm.v1.attention.backend import AttentionMetadata
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -100,6 +103,7 @@ class KvasirConnector(KVConnectorBase_V1, SupportsHMA):
                     'what fails to load would fail its request: set "kv_load_failure_policy": "recompute"'
                 )
             self._geometry = layout.geometry(kv_cache_config)
+            self._spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
         except Unsupported as error:
             self._disable(error)
 
@@ -154,7 +158,18 @@ class KvasirConnector(KVConnectorBase_V1, SupportsHMA):
             return
         cache = self._open(0, metadata[0, 0].arrangement)
         tokens = self._geometry.layout.tokens
-        self._scheduler = Scheduler(cache, tokens, int(self._option("min_tokens", 0)))
+        self._scheduler = Scheduler(
+            cache,
+            tokens,
+            int(self._option("min_tokens", 0)),
+            self._announcements(cache, tokens),
+        )
+
+    def _announcements(self, cache: BlockCache, tokens: int) -> Announcements | None:
+        events = self._config.kv_events_config
+        if events is None or not events.enable_kv_cache_events:
+            return None
+        return Announcements(cache.follow(), self._spec, tokens)
 
     @harmless(default=(0, False))
     def get_num_new_matched_tokens(
@@ -202,6 +217,11 @@ class KvasirConnector(KVConnectorBase_V1, SupportsHMA):
         found = connector_output.kv_connector_worker_meta
         if isinstance(found, Findings) and found.is_off:
             self._disable(_Elsewhere("a worker cannot use it"))
+
+    @harmless(default=())
+    def take_events(self) -> "Iterable[KVCacheEvent]":
+        """Of what the daemon has, as medium `STORAGE`."""
+        return [] if self._scheduler is None else list(self._scheduler.events())
 
     def reset_cache(self) -> bool:
         """As vLLM asks when its weights have been changed in place."""

@@ -1,6 +1,7 @@
 """The scheduler's side: what is found, and what workers are to load and store."""
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -8,9 +9,11 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadat
 
 from kvasir import BlockCache
 from kvasir._identity import adapter
+from kvasir.vllm.events import Announcements
 from kvasir.vllm.stats import Counts, KvasirStats
 
 if TYPE_CHECKING:
+    from vllm.distributed.kv_events import KVCacheEvent
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
@@ -49,11 +52,18 @@ class Tracked:
 
 class Scheduler:
     """Of blocks of `tokens` tokens each; nothing is looked for in prompts of fewer than
-    `min_tokens`.
+    `min_tokens`. What the daemon has is announced where somebody listens.
     """
 
-    def __init__(self, cache: BlockCache, tokens: int, min_tokens: int) -> None:
+    def __init__(
+        self,
+        cache: BlockCache,
+        tokens: int,
+        min_tokens: int,
+        announcements: Announcements | None,
+    ) -> None:
         self._cache = cache
+        self._announcements = announcements
         self._tokens = tokens
         self._min_tokens = min_tokens
         self._tracked: dict[str, Tracked] = {}
@@ -74,7 +84,10 @@ class Scheduler:
         if not names:
             return 0
         self._found[request.request_id] = first
-        return self._cache.find(names) * self._tokens
+        found = self._cache.find(names)
+        if self._announcements is not None:
+            self._announcements.expect(request, first, names[:found])
+        return found * self._tokens
 
     def allocated(
         self, request: "Request", blocks: "KVCacheBlocks", found_tokens: int
@@ -119,6 +132,12 @@ class Scheduler:
     def reset(self) -> None:
         """What was stored before is not found any more, by this engine."""
         self._since_reset = os.urandom(16)
+        if self._announcements is not None:
+            self._announcements.reset()
+
+    def events(self) -> "Iterable[KVCacheEvent]":
+        """What has happened to blocks that are announced."""
+        return () if self._announcements is None else self._announcements.take()
 
     def stats(self) -> KvasirStats | None:
         return self._counts.since(self._cache.stats())
@@ -151,6 +170,8 @@ class Scheduler:
             return
         names = self._names(tracked.request, max(first - 1, 0), end)
         parent = names.pop(0) if first > 0 else None
+        if self._announcements is not None:
+            self._announcements.expect(tracked.request, first, names)
         stores.append(Blocks(request, names, tracked.blocks[first:end], parent))
         tracked.stored = end
 

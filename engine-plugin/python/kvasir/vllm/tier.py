@@ -33,6 +33,7 @@ from vllm.v1.kv_offload.base import (
     LookupResult,
     Medium,
     OffloadingCounterMetadata,
+    OffloadingEvent,
     OffloadingMetricMetadata,
     OffloadKey,
     ReqContext,
@@ -46,9 +47,10 @@ from vllm.v1.kv_offload.tiering.base import (
     TransferJob,
 )
 
-from kvasir import SlotCache
+from kvasir import Residency, SlotCache
 from kvasir.vllm import layout
 from kvasir.vllm._hooks import harmless, logger
+from kvasir.vllm.events import OWNER
 from kvasir.vllm.layout import Unsupported
 from kvasir.vllm.stats import COUNTERS
 
@@ -108,8 +110,8 @@ class _Lookups(AsyncLookupManager):
 class KvasirTier(SecondaryTierManager):
     """Options, beside `type` and `module_path`: `endpoint` (127.0.0.1:7420); `lookup_timeout`,
     `load_timeout`, `store_timeout` and `cooldown`, in seconds; `store_buffer`, in bytes; `durable`;
-    `weights`, a name for what the engine computes; `keep_after_reset`; `locality`, as vLLM's own
-    tiers have it.
+    `weights`, a name for what the engine computes; `keep_after_reset`; `locality` and
+    `enable_kv_events`, as vLLM's own tiers have them.
     """
 
     medium: ClassVar[Medium] = Medium.STORAGE
@@ -127,9 +129,13 @@ class KvasirTier(SecondaryTierManager):
         )
         self._cache: SlotCache | None = None
         self._lookups: _Lookups | None = None
+        # Where somebody listens to KV events.
+        self._residency: Residency | None = None
         self._is_on = True
         # Prefix of all names, once what was stored before must not be found any more.
         self._since_reset = b""
+        # Of each key: what a name ends in.
+        self._key_bytes = 0
         self._jobs: dict[int, TransferJob] = {}
         # Results of jobs that were not begun.
         self._refused: list[JobResult] = []
@@ -150,10 +156,12 @@ class KvasirTier(SecondaryTierManager):
         endpoint = options.pop("endpoint", "127.0.0.1:7420")
         named = options.pop("weights", None)
         self._keeps = bool(options.pop("keep_after_reset", False))
+        announces = bool(options.pop("enable_kv_events", False))
         if (locality := options.pop("locality", None)) is not None:
             self.locality = Locality(locality)
         if unknown := sorted(options.keys() - LIMITS.keys()):
-            known = ["endpoint", "weights", "keep_after_reset", "locality", *LIMITS]
+            ours = ["endpoint", "weights", "keep_after_reset", "locality", "enable_kv_events"]
+            known = [*ours, *LIMITS]
             raise Unsupported(f"there is no option {unknown[0]}; there are {known}")
         if view.ndim != 2 or not view.c_contiguous or view.itemsize != 1:
             raise Unsupported("vLLM's CPU memory is not one row of bytes a chunk")
@@ -178,6 +186,8 @@ class KvasirTier(SecondaryTierManager):
             canary(self._cache, memory[:size])
             answers = round_trip(self._cache, memory[:size])
         self._lookups = _Lookups(self)
+        if announces and spec.kv_events_config.enable_kv_cache_events:
+            self._residency = self._cache.follow()
         if answers:
             logger.info("the Kvasir tier is on: a chunk came back as it was stored")
         else:
@@ -189,12 +199,41 @@ class KvasirTier(SecondaryTierManager):
         self._is_on = False
 
     def _name(self, key: OffloadKey) -> bytes:
+        self._key_bytes = len(key)
         return self._since_reset + bytes(key)
 
     def find(self, keys: list[OffloadKey]) -> list[bool]:
         """Of each key, whether it can be loaded; waits for the daemon."""
         assert self._cache is not None
-        return self._cache.find([self._name(it) for it in keys])
+        since_reset = self._since_reset
+        names = [self._name(it) for it in keys]
+        found = self._cache.find(names)
+        if since_reset == self._since_reset:
+            self._expect([name for name, is_there in zip(names, found, strict=True) if is_there])
+        return found
+
+    def _expect(self, names: list[bytes]) -> None:
+        """Has vLLM hear of chunks that the daemon has, or is given."""
+        if self._residency is not None:
+            self._residency.expect(names)
+
+    @harmless(default=())
+    def take_events(self) -> Iterable[OffloadingEvent]:
+        """Of what the daemon has of what this engine stored or found."""
+        events: list[OffloadingEvent] = []
+        for name, is_there in self._residency.take() if self._residency else []:
+            if not events or events[-1].removed == is_there:
+                event = OffloadingEvent(
+                    [],
+                    self.medium,
+                    removed=not is_there,
+                    locality=self.locality,
+                    ownership=OWNER,
+                    removal_expected=True,
+                )
+                events.append(event)
+            events[-1].keys.append(OffloadKey(name[-self._key_bytes :]))
+        return events
 
     @harmless(default=LookupResult.MISS)
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
@@ -225,6 +264,7 @@ class KvasirTier(SecondaryTierManager):
 
     def _store(self, job: TransferJob) -> None:
         names = [self._name(it) for it in job.keys]
+        self._expect(names)
         parents, tokens = self._parents(job, names), min(self._spans.values())
         self._cache.store(job.job_id, names, job.chunk_ids.tolist(), parents, tokens)
 
@@ -302,6 +342,8 @@ class KvasirTier(SecondaryTierManager):
         self._tails.clear()
         if self._is_on and not self._keeps:
             self._since_reset = os.urandom(16)
+            if self._residency is not None:
+                self._residency.clear()
             logger.info("vLLM has reset its caches: what the tier had is not used any more")
 
     @harmless(default=None)

@@ -47,6 +47,8 @@ def offload(options: dict[str, object], memory: int = 256 << 20) -> dict[str, ob
         "load_timeout": 1.0,
         "store_timeout": 1.0,
         "cooldown": 0.5,
+        # Where vLLM publishes any.
+        "enable_kv_events": True,
     }
     return {
         "kv_connector": "KvasirOffloadingConnector",
@@ -57,6 +59,7 @@ def offload(options: dict[str, object], memory: int = 256 << 20) -> dict[str, ob
             "spec_name": "CpuTieringSpec",
             "spec_module_path": "cpu_spec",
             "cpu_bytes_to_use": memory,
+            "self_describing_kv_events": True,
             "secondary_tiers": [tier],
         },
     }
@@ -113,7 +116,8 @@ def main(model: str, vllm: dict[str, object], options: dict[str, object] | None 
         if order.get("reset"):
             # What vLLM itself has cached, and the connector's where that is said.
             assert llm.reset_prefix_cache(reset_connector=order["reset"] == "connector")
-        prompts = [TokensPrompt(prompt_token_ids=it) for it in order["prompts"]]
+        salt = {"cache_salt": order["salt"]} if order.get("salt") else {}
+        prompts = [TokensPrompt(prompt_token_ids=it, **salt) for it in order["prompts"]]
         sampling = SamplingParams(
             temperature=0, max_tokens=order["tokens"], ignore_eos=True, detokenize=False
         )

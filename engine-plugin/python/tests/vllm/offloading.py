@@ -43,6 +43,7 @@ def config(
     dtype: str = "bfloat16",
     layers: int = 2,
     groups: int = 1,
+    events: bool = False,
     **options: Any,
 ) -> OffloadingConfig:
     """As vLLM makes it of its command line."""
@@ -66,7 +67,7 @@ def config(
             for group in range(groups)
         ),
         worker_kv_bytes_per_block=BLOCK_BYTES,
-        enable_kv_cache_events=False,
+        enable_kv_cache_events=events,
         extra_config={
             "cpu_bytes_to_use": chunks * row,
             "secondary_tiers": [tier | options],

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import socket
 import subprocess
 import time
@@ -14,7 +15,12 @@ import pytest
 import zmq
 from conftest import Daemon
 from test_vllm import BLOCK, MODELS, Engine
-from vllm.distributed.kv_events import BlockStored, KVEventBatch, ZmqEventPublisher
+from vllm.distributed.kv_events import (
+    BlockRemoved,
+    BlockStored,
+    KVEventBatch,
+    ZmqEventPublisher,
+)
 
 # Built beside the daemon.
 INDEX = str(Path(os.environ["KVASIRD"]).with_name("kvasir-index"))
@@ -215,6 +221,60 @@ def test_an_index_that_comes_late_knows_what_was_before(
     engine.close()
 
 
+@pytest.mark.parametrize("kind", ["connector", "small-tier"])
+def test_what_the_daemon_has_is_announced(
+    daemon: Daemon, start: Callable[[list[str]], Index], kind: str
+) -> None:
+    """By vLLM, to those who know nothing of Kvasir, with the tokens and what came before them."""
+
+    def stored(prompt: list[int]) -> int:
+        return index.locate(prompt)[0]["media"].get("STORAGE", 0)
+
+    def settle() -> None:
+        daemon.settle()
+        # What has happened is said at the next step.
+        engine.run([[7, 7, 7]])
+        index.settle()
+
+    ports = Ports()
+    engine = Engine(MODELS[0], daemon.endpoint, vllm=ports.options(), kind=kind)
+    index = start(ports.follow())
+    first, second, *others = prompts(5)[:10]
+    for prompt in [first, second, *others]:
+        engine.run([prompt])
+    settle()
+    for prompt in [first, second, *others]:
+        assert stored(prompt) == len(prompt) // BLOCK
+        # Wherever it is, it is reused, up to the last token.
+        [located] = index.locate(prompt)
+        assert located["blocks"] == len(prompt) // BLOCK
+        if kind == "connector":
+            assert engine.run([prompt])["cached"][0] == reusable(prompt, located["blocks"])
+    assert index.locate(first, salt="another")[0]["blocks"] == 0
+    assert index.engine()["unknown"] == 0 and index.engine()["malformed"] == 0
+    engine.close()
+
+    # Another one announces what it finds.
+    engine = Engine(MODELS[0], daemon.endpoint, vllm=ports.options(), kind=kind)
+    settle()
+    assert stored(first) == 0
+    cached = engine.run([first])["cached"][0]
+    settle()
+    assert cached >= reusable(first, len(first) // BLOCK) - BLOCK
+    assert stored(first) >= cached // BLOCK
+
+    # What it has not any more is not announced any more.
+    daemon.stop()
+    shutil.rmtree(daemon.data)
+    daemon.start()
+    until = time.monotonic() + 60
+    while stored(first):
+        assert time.monotonic() < until
+        time.sleep(0.5)
+        engine.run([[7, 7, 7]])
+    engine.close()
+
+
 def test_what_the_daemon_has_is_located(
     daemon: Daemon, start: Callable[[list[str]], Index]
 ) -> None:
@@ -239,6 +299,62 @@ def test_what_the_daemon_has_is_located(
     index.settle()
     assert index.locate(prompt)[0]["blocks"] < len(prompt) // BLOCK
     assert engine.run([prompt])["cached"][0] == reusable(prompt, located["blocks"])
+    engine.close()
+
+
+def blocks_of(event: BlockStored) -> Iterator[tuple]:
+    """A block at a time: its hash, and all that is said of it but where it is."""
+    parent, size = event.parent_block_hash, event.block_size
+    extra_keys = event.extra_keys or [None] * len(event.block_hashes)
+    for index, (hash, extra) in enumerate(zip(event.block_hashes, extra_keys, strict=True)):
+        tokens = event.token_ids[index * size : (index + 1) * size]
+        yield hash, (parent, tokens, size, extra, event.lora_name, event.kv_cache_spec_kind)
+        parent = hash
+
+
+def test_what_is_announced_is_what_vllm_says_of_its_own(daemon: Daemon) -> None:
+    ports = Ports()
+    engine = Engine(MODELS[0], daemon.endpoint, vllm=ports.options())
+    context = zmq.Context()
+    socket = context.socket(zmq.SUB)
+    socket.connect(f"tcp://127.0.0.1:{ports.events}")
+    socket.subscribe(b"")
+    time.sleep(1)
+    some = prompts(6)[:4]
+    for salt in ["", "a tenant"]:
+        for prompt in some:
+            engine.run([prompt], salt=salt)
+    daemon.settle()
+    engine.run([[7, 7, 7]])
+    decode = msgspec.msgpack.Decoder(KVEventBatch).decode
+    said: dict[str, dict] = {"GPU": {}, "STORAGE": {}}
+    removed = 0
+    while socket.poll(2000):
+        _, _, batch = socket.recv_multipart()
+        for event in decode(batch).events:
+            if isinstance(event, BlockStored):
+                said[event.medium].update(blocks_of(event))
+            else:
+                removed += event.medium == "STORAGE"
+    assert removed == 0
+    # Of both tenants.
+    assert len(said["STORAGE"]) >= 2 * max(len(it) // BLOCK for it in some)
+    for hash, what in said["STORAGE"].items():
+        assert said["GPU"][hash] == what
+    salted = [it for it in said["STORAGE"].values() if it[3]]
+    assert {tuple(it[3]) for it in salted} == {("a tenant",)}
+    # Nothing can be announced any more, and that is no reason to fail.
+    engine.run(some, reset="connector")
+    daemon.kill()
+    engine.run(some, reset=True)
+    gone = set()
+    while socket.poll(2000):
+        _, _, batch = socket.recv_multipart()
+        for event in decode(batch).events:
+            if isinstance(event, BlockRemoved) and event.medium == "STORAGE":
+                gone.update(event.block_hashes)
+    assert gone == said["STORAGE"].keys()
+    context.destroy(linger=0)
     engine.close()
 
 

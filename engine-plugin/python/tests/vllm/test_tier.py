@@ -18,7 +18,7 @@ from offloading import (
     content,
     workload,
 )
-from vllm.v1.kv_offload.base import LookupResult
+from vllm.v1.kv_offload.base import Locality, LookupResult, Medium
 
 import kvasir
 from kvasir.vllm import layout, tier
@@ -420,6 +420,53 @@ def test_after_a_reset_nothing_is_found_of_before(
     keeper.settle()
     keeper.reset()
     assert keeper.found(keys, keeper.request(keys)) == 12
+
+
+def test_what_the_daemon_has_is_told_to_vllm(daemon: Daemon, start: Callable) -> None:
+    def told(count: int) -> list[tuple[bytes, bool]]:
+        """So many changes: a key, and whether it is there."""
+        changes: list[tuple[bytes, bool]] = []
+        until = time.monotonic() + PATIENCE_SECONDS
+        while len(changes) < count:
+            assert time.monotonic() < until, changes
+            for event in scheduler.tier.take_events():
+                assert (event.medium, event.ownership) == (Medium.STORAGE, "kvasir")
+                assert event.locality is Locality.REMOTE and event.removal_expected
+                changes += [(key, not event.removed) for key in event.keys]
+            time.sleep(0.01)
+        assert not list(scheduler.tier.take_events())
+        return sorted(changes)
+
+    def all_of(keys: list[bytes], is_there: bool) -> list[tuple[bytes, bool]]:
+        return sorted((key, is_there) for key in keys)
+
+    keys, others = chain(range(16 * 6)), chain(range(7, 16 * 6 + 7), group=1)
+    options = {"groups": 2, "enable_kv_events": True, "locality": "REMOTE"}
+    scheduler = start(daemon.endpoint, events=True, **options)
+    scheduler.store(keys)
+    scheduler.store(others)
+    scheduler.settle()
+    assert told(12) == all_of([*keys, *others], True)
+    # One that has stored nothing tells of what it finds.
+    scheduler = start(daemon.endpoint, events=True, **options)
+    assert scheduler.found(keys[:4], scheduler.request(keys)) == 4
+    assert told(4) == all_of(keys[:4], True)
+    names = layout.tier_namespace(scheduler.spec, CHUNK_BYTES, None, "random")
+    kvasir.Client(daemon.endpoint).delete([names.opaque_key(bytes(keys[1]))])
+    assert told(1) == all_of(keys[1:2], False)
+    scheduler.reset()
+    assert told(3) == all_of([keys[0], *keys[2:4]], False)
+    # It has other names since.
+    scheduler.store(keys[:2])
+    scheduler.settle()
+    assert told(2) == all_of(keys[:2], True)
+
+    for events, options in [(True, {}), (False, {"enable_kv_events": True})]:
+        scheduler = start(daemon.endpoint, events=events, **options)
+        scheduler.store(keys)
+        scheduler.settle()
+        time.sleep(0.5)
+        assert not list(scheduler.tier.take_events())
 
 
 class Bent:

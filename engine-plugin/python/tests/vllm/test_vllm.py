@@ -56,9 +56,13 @@ class Engine:
         return json.loads(line)
 
     def begin(
-        self, prompts: list[list[int]], reset: bool | str = False, tokens: int = TOKENS
+        self,
+        prompts: list[list[int]],
+        reset: bool | str = False,
+        tokens: int = TOKENS,
+        salt: str = "",
     ) -> None:
-        order = {"prompts": prompts, "tokens": tokens, "reset": reset}
+        order = {"prompts": prompts, "tokens": tokens, "reset": reset, "salt": salt}
         self._process.stdin.write(json.dumps(order).encode() + b"\n")
         self._process.stdin.flush()
 
@@ -66,9 +70,13 @@ class Engine:
         return self._answer()
 
     def run(
-        self, prompts: list[list[int]], reset: bool | str = False, tokens: int = TOKENS
+        self,
+        prompts: list[list[int]],
+        reset: bool | str = False,
+        tokens: int = TOKENS,
+        salt: str = "",
     ) -> dict:
-        self.begin(prompts, reset, tokens)
+        self.begin(prompts, reset, tokens, salt)
         return self.end()
 
     def kill(self) -> None:
