@@ -13,6 +13,8 @@ import pytest
 from conftest import Daemon
 from workload import whole, workload
 
+from kvasir import Client
+
 BLOCK = 32
 TOKENS = 12
 ENGINE = Path(__file__).with_name("engine.py")
@@ -284,6 +286,50 @@ def test_blocks_go_in_and_out_by_layer_and_by_way_of_other_memory(
     again = engine.run(prompts)
     assert again["outputs"] == expected
     assert sum(again["cached"]) >= 0.95 * possible(prompts)
+    engine.close()
+
+
+def block_bytes(model: str) -> int:
+    """Of keys and values in f32."""
+    config = json.loads((Path(model) / "config.json").read_text())
+    dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    return 2 * 4 * BLOCK * config["num_hidden_layers"] * config["num_key_value_heads"] * dim
+
+
+@pytest.mark.parametrize(
+    ("encoding", "options", "share", "same"),
+    [
+        ("raw", {}, 1.0, 1.0),
+        ("lossless", {"layerwise": True}, 0.95, 1.0),
+        # Over random words a small error makes another word the likeliest.
+        ("int8", {}, 0.3, 0.5),
+        ("l2", {"layerwise": True}, 0.3, 0.0),
+    ],
+    ids=str,
+)
+def test_blocks_are_stored_encoded(
+    model: str,
+    expected: list[list[int]],
+    daemon: Daemon,
+    encoding: str,
+    options: dict[str, object],
+    share: float,
+    same: float,
+) -> None:
+    prompts = workload(1)
+    engine = Engine(model, daemon.endpoint, encoding=encoding, **options)
+    # What is computed is no other.
+    assert engine.run(prompts)["outputs"] == expected
+    daemon.settle()
+    engine.close()
+    stored = Client(daemon.endpoint).stats()["memory"]
+    assert stored["bytes"] <= share * stored["chunks"] * block_bytes(model)
+
+    engine = Engine(model, daemon.endpoint, encoding=encoding, **options)
+    warm = engine.run(prompts)
+    assert sum(warm["cached"]) >= 0.95 * possible(prompts)
+    alike = [answer == other for answer, other in zip(warm["outputs"], expected, strict=True)]
+    assert sum(alike) >= same * len(alike)
     engine.close()
 
 
