@@ -138,6 +138,10 @@ def systems(kvasird: str, scratch: Path) -> dict[str, System]:
         "layerwise": kvasir(
             kvasird, scratch / "layerwise", "Kvasir, layer by layer", layerwise=True
         ),
+        "lossless": kvasir(
+            kvasird, scratch / "lossless", "Kvasir, `lossless`", encoding="lossless"
+        ),
+        "int8": kvasir(kvasird, scratch / "int8", "Kvasir, `int8`", encoding="int8"),
         "example": System(
             "vLLM's example connector, files",
             connector("ExampleConnector", {"shared_storage_path": str(files)}),

@@ -77,7 +77,7 @@ class _Elsewhere(Exception):
 class KvasirConnector(KVConnectorBase_V1, SupportsHMA):
     """Options, in `kv_connector_extra_config`: `endpoint` (127.0.0.1:7420); `lookup_timeout`,
     `load_timeout` and `cooldown`, in seconds; `store_buffer` and `staging`, in bytes; `durable`;
-    `layerwise`; `min_tokens`, below which nothing is looked for.
+    `layerwise`; `min_tokens`, below which nothing is looked for; `encoding`, a level.
     """
 
     def __init__(
@@ -102,7 +102,9 @@ class KvasirConnector(KVConnectorBase_V1, SupportsHMA):
                 raise Unsupported(
                     'what fails to load would fail its request: set "kv_load_failure_policy": "recompute"'
                 )
-            self._geometry = layout.geometry(kv_cache_config)
+            encoding = self._option("encoding", None)
+            self._encoding = None if encoding is None else str(encoding)
+            self._geometry = layout.geometry(kv_cache_config, as_it_is=encoding is None)
             self._spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
         except Unsupported as error:
             self._disable(error)
@@ -124,7 +126,12 @@ class KvasirConnector(KVConnectorBase_V1, SupportsHMA):
         }
         namespace = layout.namespace(self._config, self._geometry, rank, arrangement)
         self._namespace = namespace.digest.hex()
-        return BlockCache(self._option("endpoint", "127.0.0.1:7420"), namespace, **limits)
+        return BlockCache(
+            self._option("endpoint", "127.0.0.1:7420"),
+            namespace,
+            encoding=self._encoding or "raw",
+            **limits,
+        )
 
     def _disable(self, why: Exception) -> None:
         if not self._is_off and not isinstance(why, _Elsewhere):
@@ -238,21 +245,22 @@ class KvasirConnector(KVConnectorBase_V1, SupportsHMA):
         try:
             views = layout.views(self._geometry, kv_caches)
             attention = self._config.compilation_config.static_forward_context
-            arrangement = layout.arrangement(self._geometry, views, attention)
+            form = layout.form(self._geometry, views, attention, self._encoding)
             staging = self._option("staging", None)
-            if staging is None and views[0].device.type != "cpu":
+            if staging is None and (form.places is not None or views[0].device.type != "cpu"):
                 staging = STAGING_BYTES
             self._worker = Worker(
-                self._open(self._config.parallel_config.rank, arrangement),
+                self._open(self._config.parallel_config.rank, form.name),
                 self._geometry,
                 views,
+                form,
                 layerwise=self._layerwise,
                 staging=None if staging is None else int(staging),
             )
         except Exception as error:
             self._disable(error)
             return
-        self._arrangement = arrangement
+        self._arrangement = form.name
         if self._worker.answers:
             # `kvasir-index` needs the namespace.
             logger.info(

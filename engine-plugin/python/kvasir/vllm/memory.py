@@ -116,16 +116,22 @@ def _bytes(view: torch.Tensor, offset: int | None):
 
 
 class Staged:
-    """Memory of a device: blocks go by way of memory of the host, which is pinned.
+    """Memory of a device: blocks go by way of memory of the host, which is pinned. With `places`, by
+    layer, each element is put where those say.
 
-    That is in parts. A load or a store takes a free one for as many blocks as it holds, and another
+    That memory is in parts. A load or a store takes a free one for as many blocks as it holds, and another
     for the next. Loads that find none wait; stores that find none are left out, because the
     engine would wait. Blocks leave the device in a stream of their own, for which the engine's
     waits before it computes the next step, so that none is overwritten before.
     """
 
     def __init__(
-        self, cache: BlockCache, geometry: "Geometry", views: list[torch.Tensor], size: int
+        self,
+        cache: BlockCache,
+        geometry: "Geometry",
+        views: list[torch.Tensor],
+        size: int,
+        places: list[torch.Tensor] | None = None,
     ) -> None:
         layout, first = geometry.layout, views[0]
         self.part_blocks = size // layout.chunk_bytes // PARTS
@@ -134,18 +140,25 @@ class Staged:
             raise Unsupported(f'"staging" of {size} bytes is too small: it takes {needed}')
         self.cache, self.views = cache, views
         self.device = torch.get_device_module(first.device)
-        shape = (layout.layers, PARTS * self.part_blocks, *first.shape[1:])
         self._is_device = first.device.type != "cpu"
-        self.staged = torch.empty(shape, dtype=first.dtype, pin_memory=self._is_device)
-        row = self.staged.stride(3) * first.element_size()
+        self.staged = torch.empty(
+            (layout.layers, PARTS * self.part_blocks, first[0].numel()),
+            dtype=first.dtype,
+            pin_memory=self._is_device,
+        )
+        row = geometry.content // (1 if places is None else 2) * first.element_size()
         cache.register(
             [_bytes(it, 0) for it in self.staged],
-            blocks=shape[1],
-            block=self.staged.stride(1) * first.element_size(),
-            plane=0,
-            head=self.staged.stride(2) * first.element_size(),
+            blocks=self.staged.shape[1],
+            block=first[0].numel() * first.element_size(),
+            plane=layout.kv_heads * layout.tokens * row,
+            head=layout.tokens * row,
             token=row,
         )
+        self._gather = self._scatter = None
+        if places is not None:
+            self._gather = [it.to(first.device) for it in places]
+            self._scatter = [it.argsort().to(first.device) for it in places]
         self.free: queue.SimpleQueue[int] = queue.SimpleQueue()
         for part in range(PARTS):
             self.free.put(part)
@@ -176,15 +189,20 @@ class Staged:
         """Copies a layer of blocks out, in the stream of the moment."""
         begin = part * self.part_blocks
         staged = self.staged[layer, begin : begin + len(places)]
-        staged.copy_(self.views[layer].index_select(0, places), non_blocking=True)
+        blocks = self.views[layer].index_select(0, places).flatten(1)
+        if self._gather is not None:
+            blocks = blocks.gather(1, self._gather[layer].expand(len(places), -1))
+        staged.copy_(blocks, non_blocking=True)
 
     @torch.inference_mode()
     def bring(self, layer: int, part: int, places: torch.Tensor) -> None:
         """Copies a layer of blocks in, in the stream of the moment."""
         begin = part * self.part_blocks
         staged = self.staged[layer, begin : begin + len(places)]
-        came = staged.to(self.views[layer].device, non_blocking=True)
-        self.views[layer].index_copy_(0, places, came)
+        blocks = staged.to(self.views[layer].device, non_blocking=True)
+        if self._scatter is not None:
+            blocks = blocks.gather(1, self._scatter[layer].expand(len(places), -1))
+        self.views[layer].index_copy_(0, places, blocks.view(-1, *self.views[layer].shape[1:]))
 
     def mark(self, stream: object) -> "torch.Event":
         """Passes when all has that was begun in a stream."""

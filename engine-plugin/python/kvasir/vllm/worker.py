@@ -27,13 +27,16 @@ IDLE_SECONDS = 0.002
 
 
 class Worker:
-    """With `staging`, bytes of host memory, KV goes by way of that: it is on a device."""
+    """With `staging`, bytes of host memory, KV goes by way of that: it is on a device, or has another
+    form in chunks.
+    """
 
     def __init__(
         self,
         cache: BlockCache,
         geometry: "Geometry",
         views: list[torch.Tensor],
+        form: layout.Form,
         *,
         layerwise: bool,
         staging: int | None,
@@ -41,10 +44,12 @@ class Worker:
         self._layers = {name: index for index, name in enumerate(geometry.layers)}
         self._layerwise = layerwise
         self._memory: Memory = (
-            Direct(cache, views) if staging is None else Staged(cache, geometry, views, staging)
+            Direct(cache, views)
+            if staging is None
+            else Staged(cache, geometry, views, staging, form.places)
         )
-        layout.canary(self._memory, geometry, views)
-        self.answers = layout.round_trip(self._memory, cache, views)
+        layout.canary(self._memory, views, form)
+        self.answers = layout.round_trip(self._memory, cache, views, form)
         # Loads between steps, by request.
         self._loading: dict[str, tuple[LoadingBetweenSteps, Blocks]] = {}
         # Loads that the step which runs waits for, layer by layer.

@@ -19,7 +19,7 @@ from kvasir.vllm.memory import PARTS, Direct, Staged
 
 current_platform.import_kernels()
 
-BLOCKS, HEADS, TOKENS, DIM = 6, 2, 32, 16
+BLOCKS, HEADS, TOKENS, DIM = 6, 2, 32, 32
 NAMES = ["first", "second"]
 
 
@@ -47,6 +47,46 @@ def cache() -> BlockCache:
 def tensors(dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
     shape = (BLOCKS, HEADS, TOKENS, 2 * DIM)
     return {name: torch.randn(shape).to(dtype) for name in NAMES}
+
+
+def as_it_is(views: list[torch.Tensor]) -> layout.Form:
+    return layout.Form("a name", lambda: layout.any_bits(views))
+
+
+class Attention:
+    """A layer whose KV is written as vLLM's kernels for these instructions do."""
+
+    def __init__(self, isa: str) -> None:
+        self.impl = self
+        self._isa = isa
+
+    def do_kv_cache_update(
+        self,
+        layer: object,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slots: torch.Tensor,
+    ) -> None:
+        assert layer is self
+        blocks, heads, tokens, _ = kv_cache.shape
+        planes = kv_cache.view(blocks, heads, 2 * tokens, -1).chunk(2, dim=2)
+        ops.cpu_attn_reshape_and_cache(
+            key,
+            value,
+            *planes,
+            slots,
+            self._isa,
+            k_scale=1.0,
+            v_scale=1.0,
+            kv_cache_dtype="auto",
+        )
+
+
+def attention(*isas: str) -> dict[str, Attention]:
+    """Of each layer, by the instructions it is for; the last ones are for the layers left."""
+    layers = [*isas, *[isas[-1]] * len(NAMES)]
+    return {name: Attention(isa) for name, isa in zip(NAMES, layers, strict=False)}
 
 
 def test_geometry_is_that_of_the_one_group() -> None:
@@ -87,9 +127,10 @@ def test_tensors_of_any_strides_are_reached() -> None:
         assert [view.data_ptr() for view in views] == [
             kv[name].data_ptr() for name in NAMES
         ]
-        layout.canary(Direct(cache(), views), geometry, views)
+        form = as_it_is(views)
+        layout.canary(Direct(cache(), views), views, form)
         staged = Staged(cache(), geometry, views, PARTS * geometry.layout.chunk_bytes)
-        layout.canary(staged, geometry, views)
+        layout.canary(staged, views, form)
         # The canary leaves nothing behind.
         assert all(torch.equal(kv[name], before[name]) for name in NAMES)
 
@@ -103,7 +144,8 @@ def test_a_round_trip_leaves_nothing_behind(daemon: Daemon, staging: int | None)
     before = {name: view.clone() for name, view in kv.items()}
     views = layout.views(geometry, kv)
     memory = Direct(cache, views) if staging is None else Staged(cache, geometry, views, staging)
-    assert layout.round_trip(memory, cache, views)
+    form = as_it_is(views)
+    assert layout.round_trip(memory, cache, views, form)
     assert all(torch.equal(kv[name], before[name]) for name in NAMES)
     assert not any(it["chunks"] for it in Client(daemon.endpoint).stats().values())
 
@@ -132,65 +174,36 @@ def test_memory_that_is_not_where_it_seems_is_found_out(
     geometry = layout.geometry(config(spec()))
     views = layout.views(geometry, tensors())
     memory = Direct(cache(), views)
+    form = as_it_is(views)
     right = getattr(memory, call)
     # Of another block.
     monkeypatch.setattr(memory, call, lambda block, *chunk: right(1, *chunk))
     with pytest.raises(Unsupported, match="layout is another one"):
-        layout.canary(memory, geometry, views)
-
-
-class Attention:
-    """A layer whose KV is written as vLLM's kernels for these instructions do."""
-
-    def __init__(self, isa: str) -> None:
-        self.impl = self
-        self._isa = isa
-
-    def do_kv_cache_update(
-        self,
-        layer: object,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        slots: torch.Tensor,
-    ) -> None:
-        assert layer is self
-        blocks, heads, tokens, _ = kv_cache.shape
-        planes = kv_cache.view(blocks, heads, 2 * tokens, -1).chunk(2, dim=2)
-        ops.cpu_attn_reshape_and_cache(
-            key,
-            value,
-            *planes,
-            slots,
-            self._isa,
-            k_scale=1.0,
-            v_scale=1.0,
-            kv_cache_dtype="auto",
-        )
+        layout.canary(memory, views, form)
 
 
 def test_blocks_that_are_arranged_in_another_way_have_other_names() -> None:
     """CPUs with and without matrix instructions, which one daemon may serve."""
-    geometry = layout.geometry(config(spec(head_size=32)))
-    kv = {
-        name: torch.randn(BLOCKS, HEADS, TOKENS, 64).to(torch.bfloat16) for name in NAMES
-    }
+    geometry, kv = layout.geometry(config(spec())), tensors()
     views, before = layout.views(geometry, kv), {it: kv[it].clone() for it in kv}
 
-    def arrangement(first: str, second: str) -> str:
-        attention = dict(zip(NAMES, (Attention(first), Attention(second)), strict=True))
-        return layout.arrangement(geometry, views, attention)
+    def name(*isas: str, encoding: str | None = None) -> str:
+        return layout.form(geometry, views, attention(*isas), encoding).name
 
-    plain = arrangement("vec", "vec")
+    plain = name("vec")
     assert all(torch.equal(kv[it], before[it]) for it in kv)
     # What was there before does not count.
     for view in views:
         view.zero_()
-    assert arrangement("vec", "vec") == plain
-    others = {plain, arrangement("amx", "amx"), arrangement("vec", "amx"), arrangement("amx", "vec")}
+    assert name("vec") == plain
+    others = {plain, name("amx"), name("vec", "amx"), name("amx", "vec")}
     assert len(others) == 4
     with pytest.raises(Unsupported, match="second"):
-        layout.arrangement(geometry, views, {NAMES[0]: Attention("vec")})
+        layout.form(geometry, views, {NAMES[0]: Attention("vec")}, None)
+    # Keys and values have the same ones, if they come back as they are.
+    exact = {name(isa, encoding=level) for isa in ("vec", "amx") for level in ("raw", "lossless")}
+    assert len(exact) == 1 and not exact & others
+    assert len({name("vec", encoding=level) for level in ("raw", "int8", "int4", "l0", "l2")}) == 5
 
     # Where a part of a block is never written, what lies there does not count.
     class Sparse(Attention):
@@ -198,7 +211,33 @@ def test_blocks_that_are_arranged_in_another_way_have_other_names() -> None:
             kv[0][0, 0] = 1.0
 
     sparse = dict.fromkeys(NAMES, Sparse("vec"))
-    before = layout.arrangement(geometry, views, sparse)
+    before = layout.form(geometry, views, sparse, None).name
     for view in views:
         view.fill_(2.0)
-    assert layout.arrangement(geometry, views, sparse) == before
+    assert layout.form(geometry, views, sparse, None).name == before
+    with pytest.raises(Unsupported, match="a place of its own"):
+        layout.form(geometry, views, sparse, "raw")
+
+
+@pytest.mark.parametrize(
+    ("isa", "dtype"),
+    [
+        ("vec", torch.float32),
+        ("vec", torch.float16),
+        ("vec", torch.bfloat16),
+        ("vec16", torch.bfloat16),
+        ("amx", torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_places_are_those_of_keys_and_values(isa: str, dtype: torch.dtype) -> None:
+    geometry, kv = layout.geometry(config(spec(dtype=dtype)), as_it_is=False), tensors(dtype)
+    views, before = layout.views(geometry, kv), {it: kv[it].clone() for it in kv}
+    places = layout.form(geometry, views, attention(isa), "raw").places
+    assert all(torch.equal(kv[it], before[it]) for it in kv)
+    key, value = torch.randn(2, TOKENS, HEADS, DIM).to(dtype)
+    for view, order, layer in zip(views, places, attention(isa).values(), strict=True):
+        layer.do_kv_cache_update(layer, key, value, view, 3 * TOKENS + torch.arange(TOKENS))
+        planes = view[3].flatten()[order].view(2, HEADS, TOKENS, DIM)
+        assert torch.equal(planes[0], key.transpose(0, 1))
+        assert torch.equal(planes[1], value.transpose(0, 1))

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from conftest import Daemon
-from test_layout import HEADS, NAMES, TOKENS, config, spec
+from test_layout import DIM, HEADS, NAMES, TOKENS, attention, config, spec
 
-from kvasir import BlockCache, Namespace
+from kvasir import BlockCache, Client, Namespace
 from kvasir._identity import Unsupported
 from kvasir.vllm import layout
 from kvasir.vllm.memory import PARTS, Direct, Memory, Staged
@@ -20,9 +20,9 @@ GEOMETRY = layout.geometry(config(spec()))
 Make = Callable[[list[torch.Tensor]], Memory]
 
 
-def cache(daemon: Daemon) -> BlockCache:
-    names = Namespace(GEOMETRY.layout, architecture="a", weights="w")
-    return BlockCache(daemon.endpoint, names, lookup_timeout=1.0)
+def cache(daemon: Daemon, of: layout.Geometry = GEOMETRY, encoding: str = "raw") -> BlockCache:
+    names = Namespace(of.layout, architecture="a", weights="w")
+    return BlockCache(daemon.endpoint, names, lookup_timeout=1.0, encoding=encoding)
 
 
 def staged(daemon: Daemon, views: list[torch.Tensor], blocks: int) -> Staged:
@@ -30,11 +30,26 @@ def staged(daemon: Daemon, views: list[torch.Tensor], blocks: int) -> Staged:
     return Staged(cache(daemon), GEOMETRY, views, blocks * PARTS * GEOMETRY.layout.chunk_bytes)
 
 
-@pytest.fixture(params=["direct", "staged"])
+class Encoded:
+    """Memory whose blocks are stored as keys and values, and written for some instructions."""
+
+    def __init__(
+        self, daemon: Daemon, views: list[torch.Tensor], isa: str, encoding: str, blocks: int = 2
+    ) -> None:
+        geometry = layout.geometry(config(spec()), as_it_is=False)
+        self.form = layout.form(geometry, views, attention(isa), encoding)
+        self.cache = cache(daemon, geometry, encoding)
+        size = blocks * PARTS * geometry.layout.chunk_bytes
+        self.memory = Staged(self.cache, geometry, views, size, self.form.places)
+
+
+@pytest.fixture(params=["direct", "staged", "lossless"])
 def make(request: pytest.FixtureRequest, daemon: Daemon) -> Make:
     if request.param == "direct":
         return lambda views: Direct(cache(daemon), views)
-    return lambda views: staged(daemon, views, 2)
+    if request.param == "staged":
+        return lambda views: staged(daemon, views, 2)
+    return lambda views: Encoded(daemon, views, "vec", request.param).memory
 
 
 def tensors() -> list[torch.Tensor]:
@@ -139,3 +154,63 @@ def test_stores_that_find_no_part_are_left_out_and_loads_wait(daemon: Daemon) ->
 def test_staging_memory_that_is_too_small_says_so(daemon: Daemon) -> None:
     with pytest.raises(Unsupported, match="too small"):
         Staged(cache(daemon), GEOMETRY, tensors(), PARTS * GEOMETRY.layout.chunk_bytes - 1)
+
+
+def written(views: list[torch.Tensor], isa: str, block: int) -> torch.Tensor:
+    """Keys and values `[layer, key or value, token, head, dim]` that vLLM's kernel wrote there."""
+    planes = torch.randn(len(views), 2, TOKENS, HEADS, DIM).to(torch.bfloat16)
+    slots = block * TOKENS + torch.arange(TOKENS)
+    for layer, view, (key, value) in zip(attention(isa).values(), views, planes, strict=True):
+        layer.do_kv_cache_update(layer, key, value, view, slots)
+    return planes
+
+
+@pytest.mark.parametrize("isas", [("vec", "amx"), ("amx", "vec")])
+def test_hosts_that_arrange_blocks_differently_share_keys_and_values(
+    daemon: Daemon, isas: tuple[str, str]
+) -> None:
+    one, other = tensors(), tensors()
+    first = Encoded(daemon, one, isas[0], "lossless").memory
+    second = Encoded(daemon, other, isas[1], "lossless").memory
+    blocks = [3, 9, 4]
+    planes = [written(one, isas[0], block) for block in blocks]
+    first.save(names(3), blocks, None).end()
+    assert first.flush(10.0)
+    assert bring(second, [20, 30, 10], by_layer=False) == 3
+    # What they would be had this host computed them.
+    came = [[view[block].clone() for view in other] for block in [20, 30, 10]]
+    for values, block in zip(planes, came, strict=True):
+        for layer, (key, value) in enumerate(values):
+            by_layer = list(attention(isas[1]).values())[layer]
+            by_layer.do_kv_cache_update(by_layer, key, value, other[layer], torch.arange(TOKENS))
+            assert torch.equal(other[layer][0], block[layer])
+
+
+@pytest.mark.parametrize("level", ["raw", "lossless", "int8", "int4", "l0", "l1", "l2"])
+def test_the_canary_knows_what_an_encoding_leaves(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch, level: str
+) -> None:
+    views = tensors()
+    before = [view.clone() for view in views]
+    it = Encoded(daemon, views, "vec", level)
+    layout.canary(it.memory, views, it.form)
+    assert layout.round_trip(it.memory, it.cache, views, it.form)
+    assert it.form.is_exact == (level in ("raw", "lossless"))
+    assert all(torch.equal(*pair) for pair in zip(views, before, strict=True))
+    assert not any(it["chunks"] for it in Client(daemon.endpoint).stats().values())
+    if not it.form.is_exact:
+        # What is not as near as that is something else.
+        monkeypatch.setattr(layout, "ERROR", 1e-4)
+        with pytest.raises(Unsupported, match="come back"):
+            layout.round_trip(it.memory, it.cache, views, it.form)
+    # Keys where values are.
+    it.form.places[1][:] = it.form.places[1].roll(len(it.form.places[1]) // 2)
+    wrong = Staged(
+        it.cache.beside(),
+        layout.geometry(config(spec()), as_it_is=False),
+        views,
+        2 * PARTS * GEOMETRY.layout.chunk_bytes,
+        it.form.places,
+    )
+    with pytest.raises(Unsupported, match="not read as it is"):
+        layout.canary(wrong, views, it.form)

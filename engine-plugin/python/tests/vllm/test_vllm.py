@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 from conftest import Daemon
+from tokenizers import Tokenizer
 from workload import whole, workload
+
+from kvasir import Client
 
 BLOCK = 32
 TOKENS = 12
@@ -285,6 +288,97 @@ def test_blocks_go_in_and_out_by_layer_and_by_way_of_other_memory(
     assert again["outputs"] == expected
     assert sum(again["cached"]) >= 0.95 * possible(prompts)
     engine.close()
+
+
+def share(daemon: Daemon, model: str) -> float:
+    """Bytes that the daemon has, of those that its blocks had in f32."""
+    config = json.loads((Path(model) / "config.json").read_text())
+    dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    values = 2 * BLOCK * config["num_hidden_layers"] * config["num_key_value_heads"] * dim
+    stored = Client(daemon.endpoint).stats()["memory"]
+    return stored["bytes"] / (stored["chunks"] * 4 * values)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "options"), [("raw", {}), ("lossless", {"layerwise": True})], ids=str
+)
+def test_blocks_are_stored_as_keys_and_values(
+    model: str,
+    expected: list[list[int]],
+    daemon: Daemon,
+    encoding: str,
+    options: dict[str, object],
+) -> None:
+    prompts = workload(1)
+    engine = Engine(model, daemon.endpoint, encoding=encoding, **options)
+    assert engine.run(prompts)["outputs"] == expected
+    daemon.settle()
+    engine.close()
+    # What is known of a chunk beside it takes some bytes, too.
+    assert share(daemon, model) <= {"raw": 1.05, "lossless": 0.95}[encoding]
+
+    engine = Engine(model, daemon.endpoint, encoding=encoding, **options)
+    warm = engine.run(prompts)
+    assert warm["outputs"] == expected
+    assert sum(warm["cached"]) >= 0.95 * possible(prompts)
+    engine.close()
+
+
+@functools.cache
+def questions() -> tuple[list[list[int]], list[list[int]]]:
+    """Of the trained model: prompts, and what the answers to them begin with."""
+    tokenizer = Tokenizer.from_file(str(Path(MODELS[0]) / "tokenizer.json"))
+
+    def tokens(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
+    lines = (Path(MODELS[0]) / "questions.jsonl").read_text().splitlines()
+    asked = [it for it in map(json.loads, lines) if it["document_tokens"] < 1000]
+    prompts = [tokens(f"{it['document']} {it['question']}") for it in asked]
+    return prompts, [tokens(it["answer"]) for it in asked]
+
+
+def right(outputs: list[list[int]]) -> int:
+    pairs = zip(outputs, questions()[1], strict=True)
+    return sum(output[: len(answer)] == answer for output, answer in pairs)
+
+
+@functools.cache
+def right_without() -> int:
+    engine = Engine(MODELS[0])
+    outputs = engine.run(questions()[0])["outputs"]
+    engine.close()
+    return right(outputs)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "options", "bytes"),
+    [("int8", {}, 0.3), ("l2", {"layerwise": True}, 0.2), ("l0", {}, 0.1)],
+    ids=str,
+)
+def test_over_coarse_blocks_most_answers_are_right(
+    daemon: Daemon, encoding: str, options: dict[str, object], bytes: float
+) -> None:
+    model, (prompts, _) = MODELS[0], questions()
+    engine = Engine(model, daemon.endpoint, encoding=encoding, **options)
+    # What is computed is no other.
+    assert right(engine.run(prompts)["outputs"]) == right_without() > len(prompts) // 2
+    daemon.settle()
+    engine.close()
+    assert share(daemon, model) <= bytes
+
+    engine = Engine(model, daemon.endpoint, encoding=encoding, **options)
+    warm = engine.run(prompts)
+    assert sum(warm["cached"]) >= 0.95 * possible(prompts)
+    lost = 0.4 if encoding == "l0" else 0.05
+    assert right(warm["outputs"]) >= (1 - lost) * right_without()
+    engine.close()
+
+    # Others do not find what is coarser than they store, nor blocks as vLLM has them.
+    for others in ({"encoding": "raw"}, {}):
+        engine = Engine(model, daemon.endpoint, **others)
+        assert engine.run(prompts[:1])["cached"] == [0]
+        engine.close()
 
 
 def test_blocks_of_hosts_that_arrange_them_differently_are_not_found(daemon: Daemon) -> None:
