@@ -28,6 +28,16 @@ pub struct Logits {
 }
 
 impl Logits {
+    /// Of one row of one step.
+    #[cfg(test)]
+    pub(crate) fn of_one(values: Vec<f32>) -> Self {
+        Self {
+            vocab: values.len(),
+            values,
+            steps: vec![(0, 1)],
+        }
+    }
+
     /// Of a batch's wanted rows.
     pub(crate) fn new(vocab: usize, values: Vec<f32>, rows: &Rows<'_>) -> Self {
         let mut first = 0;

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use crate::blend::end_rows;
 use crate::model::{BeforeLayer, ForwardError, Logits, LogitsWanted, Positions, Step};
+use crate::request::RequestError;
 
 use super::choosing::Choice;
 use super::engine_loop::EngineLoop;
@@ -204,12 +205,16 @@ impl EngineLoop {
             if let Some(paged) = &mut self.paged {
                 sequence.turn.ran(paged.now);
             }
-            if let Some(logits) = logits.last(row)
-                && sequence.advance(logits) == Progress::Ends
-            {
-                ended.push(planned.sequence);
-            } else {
-                self.digest(planned.sequence);
+            let index = planned.sequence;
+            let progress = logits.last(row).map(|logits| sequence.advance(logits));
+            match progress.unwrap_or(Progress::Goes) {
+                Progress::Goes => self.digest(index),
+                Progress::StartsOver if self.start_over(index) => (),
+                Progress::StartsOver => {
+                    self.running[index].fail(RequestError::NotFinite);
+                    ended.push(index);
+                }
+                Progress::Ends => ended.push(index),
             }
         }
         self.end_all(ended);

@@ -74,7 +74,7 @@ impl EngineLoop {
 
     /// Forgets all KV of a sequence, which is computed again when others have had their turn.
     /// False when that was done often enough.
-    fn start_over(&mut self, index: usize) -> bool {
+    pub(super) fn start_over(&mut self, index: usize) -> bool {
         if self.running[index].restarts == RESTARTS {
             return false;
         }
@@ -98,8 +98,11 @@ mod tests {
     use std::time::Duration;
 
     use super::super::fixtures;
+    use super::super::pages::PageSelection;
     use super::*;
     use crate::kv::BlockId;
+    use crate::model::Logits;
+    use crate::paging::Options;
     use crate::request::Event;
 
     fn planned(sequence: usize) -> Planned {
@@ -155,6 +158,42 @@ mod tests {
             assert_eq!(restarts(&engine), [1, 2, 1]);
             assert!(listeners.iter_mut().all(|it| it.try_recv().is_err()));
         }
+    }
+
+    /// What was fetched is forgotten, with the digests of it; what was computed cannot be helped.
+    #[test]
+    fn who_fetched_what_is_no_number_computes_it() {
+        let (mut engine, _commands, _file) = fixtures::engine(64, Duration::from_secs(10));
+        let selection = PageSelection {
+            options: Options::default(),
+            from_tokens: 32,
+            reads_ahead: false,
+            digest_bytes: usize::MAX,
+        };
+        engine.paged.as_mut().unwrap().selection = Some(selection);
+        let (mut sequence, mut events) = fixtures::decoding(&mut engine);
+        sequence.usage.cached_tokens = 32;
+        sequence.capture = 2..3;
+        sequence.choice = engine.choice(sequence.limit());
+        engine.running.push(sequence);
+        let nothing = engine.digest_bytes();
+        engine.digest(0);
+        assert!(engine.digest_bytes() > nothing);
+        let logits = Logits::of_one(vec![0.0, f32::NAN]);
+
+        engine.apply(&[planned(0)], &logits);
+        assert_eq!(restarts(&engine), [1]);
+        assert_eq!(engine.digest_bytes(), nothing);
+        let sequence = &engine.running[0];
+        assert!(matches!(sequence.phase, Phase::Prefill) && sequence.choice.is_some());
+        assert_eq!((sequence.position, sequence.usage.cached_tokens), (0, 0));
+        assert!(sequence.capture.is_empty() && events.try_recv().is_err());
+
+        engine.apply(&[planned(0)], &logits);
+        assert!(engine.running.is_empty());
+        let failed = events.try_recv().unwrap();
+        assert!(matches!(failed, Event::Failed(RequestError::NotFinite)));
+        assert_eq!(engine.pool.free_blocks(), fixtures::BLOCKS);
     }
 
     /// Whose page cannot be read is computed again, as often as it may be, and then fails; nobody

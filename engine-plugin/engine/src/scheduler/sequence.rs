@@ -67,6 +67,8 @@ pub(super) struct Sequence {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Progress {
     Goes,
+    /// Its KV is not to be trusted: all of it is to be computed.
+    StartsOver,
     Ends,
 }
 
@@ -170,8 +172,7 @@ impl Sequence {
             {
                 tracing::warn!("logits over fetched KV are not finite; computing everything");
                 self.capture = 0..0;
-                self.start_over();
-                return Progress::Goes;
+                return Progress::StartsOver;
             }
             Err(_) => {
                 self.fail(RequestError::NotFinite);
