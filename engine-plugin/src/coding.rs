@@ -140,6 +140,26 @@ pub struct Decoding {
     decoder: OnceLock<Result<ChunkDecoder, ChunkError>>,
 }
 
+/// A layer of a chunk, as it came.
+#[derive(Debug)]
+pub(crate) struct Encoded {
+    pub(crate) decoding: Arc<Decoding>,
+    pub(crate) layer: LayerIdx,
+    pub(crate) parts: Vec<Bytes>,
+}
+
+/// Decodes layers one after another, on one of `threads` if need be. `None` where the runtime is
+/// shutting down.
+async fn decode(threads: &Threads, layers: Vec<Encoded>) -> Option<Vec<Result<Bytes, ChunkError>>> {
+    let raw = layers.iter().map(|it| it.decoding.as_it_is(&it.parts));
+    if let Some(raw) = raw.map(|it| it.map(Ok)).collect() {
+        return Some(raw);
+    }
+    let now = |it: Encoded| it.decoding.layer_now(it.layer, &it.parts);
+    let work = move || layers.into_iter().map(now).collect();
+    threads.run(work).await
+}
+
 /// A layer that came.
 #[derive(Debug)]
 pub(crate) struct Decoded {
@@ -182,14 +202,22 @@ impl Decoding {
         layer: LayerIdx,
         parts: Vec<Bytes>,
     ) -> Option<Result<Bytes, ChunkError>> {
-        let layer_bytes = self.layout.layer_bytes();
-        if !self.level.is_encoded()
-            && let [layer] = parts.as_slice()
-            && layer.len() == layer_bytes
-        {
-            return Some(Ok(layer.clone()));
+        let layer = Encoded {
+            decoding: self,
+            layer,
+            parts,
+        };
+        decode(threads, vec![layer]).await?.pop()
+    }
+
+    /// A layer that is raw as it came.
+    fn as_it_is(&self, parts: &[Bytes]) -> Option<Bytes> {
+        match parts {
+            [layer] if !self.level.is_encoded() && layer.len() == self.layout.layer_bytes() => {
+                Some(layer.clone())
+            }
+            _ => None,
         }
-        threads.run(move || self.layer_now(layer, &parts)).await
     }
 
     fn layer_now(&self, layer: LayerIdx, parts: &[Bytes]) -> Result<Bytes, ChunkError> {
@@ -314,30 +342,45 @@ impl Coder {
         Some(Decoding::new(layout, level, prelude, profile))
     }
 
-    /// A layer of some chunk from those of its parts that came. `None` where it cannot be
-    /// decoded.
+    /// Layers of some chunks from those of their parts that came, in order. `None` for those that
+    /// cannot be decoded.
+    pub(crate) async fn layers(&self, layers: Vec<Encoded>) -> Vec<Option<Decoded>> {
+        let came = |it: &Encoded| {
+            let received = it.parts.iter().map(|part| part.len() as u64).sum();
+            (it.layer, it.decoding.level_of(it.parts.len()), received)
+        };
+        let came: Vec<(LayerIdx, Level, u64)> = layers.iter().map(came).collect();
+        let Some(decoded) = decode(&self.threads, layers).await else {
+            // The runtime is shutting down.
+            return came.iter().map(|_| None).collect();
+        };
+        let outcome = |((layer, level, received), data): (_, Result<Bytes, ChunkError>)| {
+            let failed = |error: &ChunkError| {
+                warn!(%layer, %error, "a cached chunk cannot be decoded; computing it");
+            };
+            let data = data.inspect_err(failed).ok()?;
+            Some(Decoded {
+                level,
+                data,
+                received,
+            })
+        };
+        came.into_iter().zip(decoded).map(outcome).collect()
+    }
+
+    /// One layer.
     pub(crate) async fn layer(
-        self: &Arc<Self>,
+        &self,
         decoding: Arc<Decoding>,
-        chunk: usize,
         layer: LayerIdx,
         parts: Vec<Bytes>,
     ) -> Option<Decoded> {
-        let received = parts.iter().map(|part| part.len() as u64).sum();
-        let level = decoding.level_of(parts.len());
-        let failed = match decoding.layer(&self.threads, layer, parts).await {
-            Some(Ok(data)) => {
-                return Some(Decoded {
-                    level,
-                    data,
-                    received,
-                });
-            }
-            Some(Err(error)) => error.to_string(),
-            None => "the runtime is shutting down".to_owned(),
+        let layer = Encoded {
+            decoding,
+            layer,
+            parts,
         };
-        warn!(chunk, %layer, error = failed, "a cached chunk cannot be decoded; computing it");
-        None
+        self.layers(vec![layer]).await.pop().flatten()
     }
 }
 

@@ -11,7 +11,7 @@ use kvasir_client::{CallError, Client, Found, GetEvent, GetOptions, LayerStream}
 use kvasir_types::{LayerIdx, Level};
 use tracing::{debug, warn};
 
-use crate::coding::{Decoded, Decoding};
+use crate::coding::{Decoded, Decoding, Encoded};
 use crate::inbox::{End, Inbox, Outbox, Received, Stage, Wish};
 use crate::{Decision, EngineBackend, Happened, LAYERS, LoadPolicy, Prompt, Shared, TierBytes};
 
@@ -299,6 +299,9 @@ impl Prefetch {
     }
 }
 
+/// Bytes of raw KV that are decoded by one thread at a time, where layers are smaller.
+const RUN_BYTES: usize = 256 << 10;
+
 /// The async half: talks to the daemon, feeds the channel.
 pub(crate) struct Fetch {
     pub(crate) shared: Arc<Shared>,
@@ -418,72 +421,104 @@ impl Fetch {
         parts: Vec<Bytes>,
     ) -> Arrival {
         let coder = &self.shared.coder;
-        match coder.layer(decoding, chunk, layer, parts).await {
+        match coder.layer(decoding, layer, parts).await {
             Some(came) => Arrival::Layer { chunk, layer, came },
             None => Arrival::Lost { chunk },
         }
+    }
+
+    /// Layers of these chunks, likewise.
+    async fn decode_run(&self, chunks: Vec<usize>, layers: Vec<Encoded>) -> Vec<Arrival> {
+        let places: Vec<LayerIdx> = layers.iter().map(|it| it.layer).collect();
+        let decoded = self.shared.coder.layers(layers).await;
+        let arrival = |((chunk, layer), came)| match came {
+            Some(came) => Arrival::Layer { chunk, layer, came },
+            None => Arrival::Lost { chunk },
+        };
+        let places = chunks.into_iter().zip(places);
+        places.zip(decoded).map(arrival).collect()
     }
 
     /// Decodes layers while further ones arrive, and hands them over in order. False when
     /// nobody waits any more.
     async fn receive(
         &self,
-        mut stream: LayerStream,
+        stream: LayerStream,
         received: &mut Received,
     ) -> Result<bool, CallError> {
         let coder = &self.shared.coder;
-        let stored = stream.chunks().iter().map(|chunk| chunk.level);
+        let stored: Vec<Level> = stream.chunks().iter().map(|chunk| chunk.level).collect();
         let layout = *self.shared.namespace.layout();
-        let raw = |level| Arc::new(Decoding::raw(layout, level));
-        let mut decodings: Vec<Arc<Decoding>> = stored.map(raw).collect();
+        let raw = |level: &Level| Arc::new(Decoding::raw(layout, *level));
+        let mut decodings: Vec<Arc<Decoding>> = stored.iter().map(raw).collect();
+        let next = async |mut stream: LayerStream| {
+            let event = stream.next().await?;
+            Ok::<_, CallError>(event.map(|event| (event, stream)))
+        };
+        // What has come is decoded together: small layers take less time than to be passed on.
+        let at_once = (RUN_BYTES / layout.layer_bytes()).max(1);
+        let events = futures::stream::try_unfold(stream, next).ready_chunks(at_once);
+        let mut events = std::pin::pin!(events);
         let most = 2 * coder.config().threads.max(1);
         let mut decodes = FuturesOrdered::new();
         let mut ended = false;
         // Chunks from here on are of no use.
         let mut live = usize::MAX;
         loop {
-            let arrival = tokio::select! {
+            let arrivals = tokio::select! {
                 biased;
-                Some(arrival) = decodes.next(), if !decodes.is_empty() => arrival,
-                event = stream.next(), if !ended && decodes.len() < most => {
-                    match event? {
-                        None => ended = true,
-                        Some(GetEvent::Prelude { chunk, data }) => {
-                            let level = stream.chunks()[chunk].level;
-                            match coder.decoding(layout, level, data) {
-                                Some(decoding) => decodings[chunk] = Arc::new(decoding),
-                                None if chunk < live => {
-                                    debug!(chunk, "a cached chunk needs a profile; computing it");
-                                    live = chunk;
-                                    let lost = std::future::ready(Arrival::Lost { chunk });
-                                    decodes.push_back(Either::Right(lost));
+                Some(arrivals) = decodes.next(), if !decodes.is_empty() => arrivals,
+                come = events.next(), if !ended && decodes.len() < most => {
+                    let Some(come) = come else {
+                        ended = true;
+                        continue;
+                    };
+                    let (mut chunks, mut layers) = (Vec::new(), Vec::new());
+                    let mut lost = Vec::new();
+                    for event in come {
+                        match event? {
+                            GetEvent::Prelude { chunk, data } => {
+                                match coder.decoding(layout, stored[chunk], data) {
+                                    Some(decoding) => decodings[chunk] = Arc::new(decoding),
+                                    None if chunk < live => {
+                                        debug!(chunk, "a cached chunk needs a profile; computing it");
+                                        live = chunk;
+                                        lost.push(Arrival::Lost { chunk });
+                                    }
+                                    None => (),
                                 }
-                                None => (),
+                            }
+                            GetEvent::Layer { chunk, layer, parts } => {
+                                received.note(parts.iter().map(Bytes::len).sum());
+                                if chunk < live {
+                                    let decoding = Arc::clone(&decodings[chunk]);
+                                    chunks.push(chunk);
+                                    layers.push(Encoded { decoding, layer, parts });
+                                }
+                            }
+                            GetEvent::Lost { chunk, reason } => {
+                                received.lost = true;
+                                warn!(chunk, ?reason, "a cached chunk was lost; computing it instead");
+                                lost.push(Arrival::Lost { chunk });
                             }
                         }
-                        Some(GetEvent::Layer { chunk, layer, parts }) => {
-                            received.note(parts.iter().map(Bytes::len).sum());
-                            if chunk >= live {
-                                continue;
-                            }
-                            let decoding = Arc::clone(&decodings[chunk]);
-                            let decode = self.decode(decoding, chunk, layer, parts);
-                            decodes.push_back(Either::Left(decode));
-                        }
-                        Some(GetEvent::Lost { chunk, reason }) => {
-                            received.lost = true;
-                            warn!(chunk, ?reason, "a cached chunk was lost; computing it instead");
-                            let lost = std::future::ready(Arrival::Lost { chunk });
-                            decodes.push_back(Either::Right(lost));
-                        }
+                    }
+                    // A chunk that is lost takes nothing along of what came before.
+                    if !layers.is_empty() {
+                        decodes.push_back(Either::Left(self.decode_run(chunks, layers)));
+                    }
+                    if !lost.is_empty() {
+                        decodes.push_back(Either::Right(std::future::ready(lost)));
                     }
                     continue;
                 }
                 else => return Ok(true),
             };
             let handed = Instant::now();
-            if !self.hand_over(arrival).await {
-                return Ok(false);
+            for arrival in arrivals {
+                if !self.hand_over(arrival).await {
+                    return Ok(false);
+                }
             }
             received.busy += handed.elapsed();
         }

@@ -241,7 +241,7 @@ impl Gathering {
         parts: Vec<Bytes>,
     ) -> Arrival {
         let coder = &self.shared.coder;
-        match coder.layer(decoding, source, layer, parts).await {
+        match coder.layer(decoding, layer, parts).await {
             Some(came) => Arrival::Layer {
                 source,
                 layer,
