@@ -220,23 +220,25 @@ def test_blocks_that_are_arranged_in_another_way_have_other_names() -> None:
 
 
 @pytest.mark.parametrize(
-    ("isa", "dtype"),
+    ("isas", "dtype"),
     [
-        ("vec", torch.float32),
-        ("vec", torch.float16),
-        ("vec", torch.bfloat16),
-        ("vec16", torch.bfloat16),
-        ("amx", torch.bfloat16),
+        (["vec"], torch.float32),
+        (["vec"], torch.float16),
+        (["vec"], torch.bfloat16),
+        (["vec16"], torch.bfloat16),
+        (["amx"], torch.bfloat16),
+        # Of each layer its own.
+        (["vec", "amx"], torch.bfloat16),
     ],
     ids=str,
 )
-def test_places_are_those_of_keys_and_values(isa: str, dtype: torch.dtype) -> None:
+def test_places_are_those_of_keys_and_values(isas: list[str], dtype: torch.dtype) -> None:
     geometry, kv = layout.geometry(config(spec(dtype=dtype)), as_it_is=False), tensors(dtype)
     views, before = layout.views(geometry, kv), {it: kv[it].clone() for it in kv}
-    places = layout.form(geometry, views, attention(isa), "raw").places
+    places = layout.form(geometry, views, attention(*isas), "raw").places
     assert all(torch.equal(kv[it], before[it]) for it in kv)
     key, value = torch.randn(2, TOKENS, HEADS, DIM).to(dtype)
-    for view, order, layer in zip(views, places, attention(isa).values(), strict=True):
+    for view, order, layer in zip(views, places, attention(*isas).values(), strict=True):
         layer.do_kv_cache_update(layer, key, value, view, 3 * TOKENS + torch.arange(TOKENS))
         planes = view[3].flatten()[order].view(2, HEADS, TOKENS, DIM)
         assert torch.equal(planes[0], key.transpose(0, 1))
