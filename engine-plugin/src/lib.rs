@@ -32,6 +32,8 @@
 //! the background. One that is not here costs the first request that meets it its hit, and
 //! no time: it computes, while the profile is fetched for the next one.
 //!
+//! Engines that publish KV events are told which of their chunks the daemon has: [`Residency`].
+//!
 //! Text that stands elsewhere in every prompt is reused as content chunks: [`blend`].
 //!
 //! Ownership: the engine thread owns the pages and does every copy into and out of
