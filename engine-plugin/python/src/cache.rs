@@ -418,7 +418,7 @@ impl BlockCache {
     /// the last ones.
     #[pyo3(signature = (*, limit = residency::LIMIT))]
     fn follow(&self, limit: NonZeroUsize) -> Residency {
-        let namespace = Namespace(self.plugin.namespace().clone());
+        let namespace = Namespace(*self.plugin.namespace());
         Residency::new(namespace, self.plugin.follow(limit))
     }
 

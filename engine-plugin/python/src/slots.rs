@@ -271,7 +271,7 @@ impl SlotCache {
     fn follow(&self, limit: NonZeroUsize) -> PyResult<Residency> {
         let (client, runtime) = (self.transfer.client.clone(), runtime()?);
         let of = kvasir_plugin::Residency::follow(client, runtime.handle(), limit);
-        Ok(Residency::new(self.namespace.clone(), of))
+        Ok(Residency::new(self.namespace, of))
     }
 
     /// What became of jobs and calls so far.
