@@ -2,8 +2,8 @@
 //! events, and routers that listen to them.
 //!
 //! An engine is told of chunks that it asked for, and of no others. What it is told holds until it
-//! is told otherwise: while a daemon cannot be reached nothing changes, and when it is back, its
-//! snapshot says what has.
+//! is told otherwise: while a daemon cannot be reached nothing is told, and when it is back, its
+//! snapshot says what has changed.
 //!
 //! Of all that the daemon has 20 to 40 bytes are kept for each chunk. Without it, nobody could say
 //! whether a chunk that leaves a tier has a copy in another.
@@ -132,7 +132,9 @@ impl<T: Clone> Known<T> {
         if self.chunks.get(&id).is_some() {
             return;
         }
-        let is_told = self.present.contains_key(&id);
+        // Of a daemon that cannot be reached it is told when it is back.
+        let is_told =
+            matches!(self.position, Position::Behind(..)) && self.present.contains_key(&id);
         if is_told {
             self.changes.push(Change::Stored(name.clone()));
         }
@@ -408,8 +410,12 @@ mod tests {
                         prop_assert_eq!(known.take(event).is_ok(), is_in_step);
                     }
                     Step::Expect(chunk) => {
+                        let before = known.changes.len();
                         known.expect(&key(chunk), chunk);
                         asked.insert(chunk);
+                        let is_stored = |it: &Change<u8>| matches!(it, Change::Stored(_));
+                        let told = known.changes[before..].iter().any(is_stored);
+                        prop_assert!(is_in_step || !told, "nobody could know");
                     }
                     Step::Lose(unheard, twice) => {
                         if twice {

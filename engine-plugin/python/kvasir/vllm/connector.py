@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from vllm.distributed.kv_events import KVCacheEvent
     from vllm.forward_context import ForwardContext
     from vllm.v1.attention.backend import AttentionMetadata
+    from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -89,6 +90,7 @@ class KvasirConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config, role, kv_cache_config)
         self._config = vllm_config
         self._is_off = False
+        self._pool: BlockPool | None = None
         # The side that this one is, once the engine's memory is known.
         self._scheduler: Scheduler | None = None
         self._worker: Worker | None = None
@@ -154,6 +156,9 @@ class KvasirConnector(KVConnectorBase_V1, SupportsHMA):
     def _finder(self) -> Scheduler | None:
         return None if self._is_off else self._scheduler
 
+    def bind_gpu_block_pool(self, gpu_block_pool: "BlockPool") -> None:
+        self._pool = gpu_block_pool
+
     @harmless(default=None)
     def set_xfer_handshake_metadata_pp_aware(
         self, metadata: dict[tuple[int, int], KVConnectorHandshakeMetadata]
@@ -176,7 +181,7 @@ class KvasirConnector(KVConnectorBase_V1, SupportsHMA):
         events = self._config.kv_events_config
         if events is None or not events.enable_kv_cache_events:
             return None
-        return Announcements(cache.follow(), self._spec, tokens)
+        return Announcements(cache.follow(), self._spec, tokens, self._pool)
 
     @harmless(default=(0, False))
     def get_num_new_matched_tokens(

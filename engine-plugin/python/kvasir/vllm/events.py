@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from vllm.distributed.kv_events import (
     MEDIUM_STORAGE,
+    AllBlocksCleared,
     BlockRemoved,
     BlockStored,
     KVCacheEvent,
@@ -28,6 +29,7 @@ from vllm.v1.kv_cache_interface import (
 from kvasir import Residency
 
 if TYPE_CHECKING:
+    from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.kv_cache_interface import KVCacheSpec
     from vllm.v1.request import Request
 
@@ -39,10 +41,17 @@ WAITING = 1 << 14
 
 
 class Announcements:
-    """Of blocks of `tokens` tokens, which layers as `spec` says have computed."""
+    """Of blocks of `tokens` tokens, which layers as `spec` says have computed; `pool` is where vLLM's
+    own are.
+    """
 
-    def __init__(self, residency: Residency, spec: "KVCacheSpec", tokens: int) -> None:
+    def __init__(
+        self, residency: Residency, spec: "KVCacheSpec", tokens: int, pool: "BlockPool | None"
+    ) -> None:
         self._residency = residency
+        self._pool = pool
+        # The last time that vLLM has said to have cleared its own cache.
+        self._cleared: KVCacheEvent | None = None
         self._kind = get_kv_cache_spec_kind(spec).value
         self._window = get_kv_cache_spec_sliding_window(spec)
         self._tokens = tokens
@@ -61,6 +70,19 @@ class Announcements:
             del self._waiting[next(iter(self._waiting))]
         if new:
             self._residency.expect(new)
+
+    def heed_clearing(self) -> None:
+        """When vLLM has cleared its own cache, listeners forget all of this engine's blocks, those
+        that the daemon has included: they are announced again when they are found again.
+        """
+        queued = getattr(self._pool, "kv_event_queue", ())
+        cleared = [it for it in queued if isinstance(it, AllBlocksCleared)]
+        # It is there from the clearing to the end of the next step.
+        if cleared and cleared[-1] is not self._cleared:
+            self._cleared = cleared[-1]
+            self._held.clear()
+            self._residency.clear()
+            self._residency.expect(list(self._waiting))
 
     def take(self) -> Iterable[KVCacheEvent]:
         """What has happened since."""

@@ -76,6 +76,8 @@ class Scheduler:
 
     def find(self, request: "Request", computed: int) -> int:
         """How many tokens behind the computed ones can be loaded."""
+        if self._announcements is not None:
+            self._announcements.heed_clearing()
         if request.num_tokens < self._min_tokens or computed % self._tokens:
             return 0
         first = computed // self._tokens
@@ -112,6 +114,8 @@ class Scheduler:
 
     def plan_stores(self, scheduled: "SchedulerOutput", stores: list[Blocks]) -> None:
         """Adds the blocks that are full when this step has run."""
+        if self._announcements is not None:
+            self._announcements.heed_clearing()
         for new in scheduled.scheduled_new_reqs:
             self._place(new.req_id, new.block_ids, new.num_computed_tokens)
             self._plan(scheduled, new.req_id, new.num_computed_tokens, stores)

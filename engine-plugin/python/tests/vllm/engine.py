@@ -41,7 +41,6 @@ def offload(options: dict[str, object], memory: int = 256 << 20) -> dict[str, ob
     tier = {
         "type": "KvasirTier",
         "module_path": "kvasir.vllm.tier",
-        "endpoint": options["endpoint"],
         # Asked for and answered between steps, whatever else the machine does.
         "lookup_timeout": 1.0,
         "load_timeout": 1.0,
@@ -49,7 +48,7 @@ def offload(options: dict[str, object], memory: int = 256 << 20) -> dict[str, ob
         "cooldown": 0.5,
         # Where vLLM publishes any.
         "enable_kv_events": True,
-    }
+    } | options
     return {
         "kv_connector": "KvasirOffloadingConnector",
         "kv_connector_module_path": "kvasir.vllm.tier",

@@ -9,18 +9,26 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
+import numpy
 import pytest
 import zmq
 from conftest import Daemon
+from test_layout import HEADS, TOKENS, config, spec
 from test_vllm import BLOCK, MODELS, Engine
 from vllm.distributed.kv_events import (
+    AllBlocksCleared,
     BlockRemoved,
     BlockStored,
     KVEventBatch,
     ZmqEventPublisher,
 )
+
+from kvasir import BlockCache, Namespace
+from kvasir.vllm import layout
+from kvasir.vllm.events import Announcements
 
 # Built beside the daemon.
 INDEX = str(Path(os.environ["KVASIRD"]).with_name("kvasir-index"))
@@ -237,13 +245,17 @@ def test_what_the_daemon_has_is_announced(
         index.settle()
 
     ports = Ports()
-    engine = Engine(MODELS[0], daemon.endpoint, vllm=ports.options(), kind=kind)
+    options = {"kind": kind, "load_timeout": 30.0}
+    if kind != "connector":
+        options["store_timeout"] = 30.0
+    engine = Engine(MODELS[0], daemon.endpoint, vllm=ports.options(), **options)
     index = start(ports.follow())
     first, second, *others = prompts(5)[:10]
-    for prompt in [first, second, *others]:
+    asked = [first, second, *others]
+    for prompt in asked:
         engine.run([prompt])
     settle()
-    for prompt in [first, second, *others]:
+    for prompt in asked:
         assert stored(prompt) == len(prompt) // BLOCK
         # Wherever it is, it is reused, up to the last token.
         [located] = index.locate(prompt)
@@ -252,10 +264,19 @@ def test_what_the_daemon_has_is_announced(
             assert engine.run([prompt])["cached"][0] == reusable(prompt, located["blocks"])
     assert index.locate(first, salt="another")[0]["blocks"] == 0
     assert index.engine()["unknown"] == 0 and index.engine()["malformed"] == 0
+    if kind == "connector":
+        # Listeners forget what the daemon has when vLLM clears its own cache, until it is found.
+        engine.run([[7, 7, 7]], reset=True)
+        index.settle()
+        assert stored(first) == 0
+        for _ in range(2):
+            assert engine.run([first])["cached"][0] == reusable(first, len(first) // BLOCK)
+            settle()
+            assert stored(first) >= reusable(first, len(first) // BLOCK) // BLOCK
     engine.close()
 
     # Another one announces what it finds.
-    engine = Engine(MODELS[0], daemon.endpoint, vllm=ports.options(), kind=kind)
+    engine = Engine(MODELS[0], daemon.endpoint, vllm=ports.options(), **options)
     settle()
     assert stored(first) == 0
     cached = engine.run([first])["cached"][0]
@@ -327,35 +348,95 @@ def test_what_is_announced_is_what_vllm_says_of_its_own(daemon: Daemon) -> None:
     daemon.settle()
     engine.run([[7, 7, 7]])
     decode = msgspec.msgpack.Decoder(KVEventBatch).decode
-    said: dict[str, dict] = {"GPU": {}, "STORAGE": {}}
-    removed = 0
-    while socket.poll(2000):
-        _, _, batch = socket.recv_multipart()
-        for event in decode(batch).events:
-            if isinstance(event, BlockStored):
-                said[event.medium].update(blocks_of(event))
-            else:
-                removed += event.medium == "STORAGE"
-    assert removed == 0
+    said: dict[str, dict] = {}
+
+    def listen() -> None:
+        while socket.poll(2000):
+            _, _, batch = socket.recv_multipart()
+            for event in decode(batch).events:
+                if isinstance(event, AllBlocksCleared):
+                    said.update(GPU={}, STORAGE={})
+                elif isinstance(event, BlockStored):
+                    said.setdefault(event.medium, {}).update(blocks_of(event))
+                elif isinstance(event, BlockRemoved) and event.medium == "STORAGE":
+                    for hash in event.block_hashes:
+                        del said["STORAGE"][hash]
+
+    listen()
     # Of both tenants.
     assert len(said["STORAGE"]) >= 2 * max(len(it) // BLOCK for it in some)
     for hash, what in said["STORAGE"].items():
         assert said["GPU"][hash] == what
     salted = [it for it in said["STORAGE"].values() if it[3]]
     assert {tuple(it[3]) for it in salted} == {("a tenant",)}
-    # Nothing can be announced any more, and that is no reason to fail.
+    # By other names in the daemon, these are the same blocks.
+    announced = said["STORAGE"].keys()
     engine.run(some, reset="connector")
+    daemon.settle()
+    engine.run([[7, 7, 7]])
+    listen()
+    assert len(said["STORAGE"]) >= len(some[0]) // BLOCK
+    assert said["STORAGE"].keys() < announced
+    # Nothing can be announced any more, and that is no reason to fail.
     daemon.kill()
     engine.run(some, reset=True)
-    gone = set()
-    while socket.poll(2000):
-        _, _, batch = socket.recv_multipart()
-        for event in decode(batch).events:
-            if isinstance(event, BlockRemoved) and event.medium == "STORAGE":
-                gone.update(event.block_hashes)
-    assert gone == said["STORAGE"].keys()
+    listen()
+    assert not said["STORAGE"]
     context.destroy(linger=0)
     engine.close()
+
+
+def test_what_vllm_takes_back_is_announced_again_when_it_is_found(daemon: Daemon) -> None:
+    geometry = layout.geometry(config(spec()))
+    names = Namespace(geometry.layout, architecture="a", weights="w")
+    cache = BlockCache(daemon.endpoint, names, lookup_timeout=5.0)
+    memory = numpy.zeros(2 * geometry.layout.layer_bytes, numpy.uint8)
+    row = geometry.layout.layer_bytes // (HEADS * TOKENS)
+    layers = [memory] * geometry.layout.layers
+    cache.register(layers, blocks=2, block=0, plane=0, head=TOKENS * row, token=row)
+    hashes = [bytes([it]) * 32 for it in range(4)]
+    request = SimpleNamespace(
+        block_hashes=hashes, all_token_ids=list(range(4 * TOKENS)), lora_request=None,
+        mm_features=[], cache_salt=None, prompt_embeds=None, session_id=None,
+    )  # fmt: skip
+    pool = SimpleNamespace(kv_event_queue=[])
+    announcements = Announcements(cache.follow(), spec(), TOKENS, pool)
+
+    def said(count: int) -> list[tuple[str, int]]:
+        """So many events: what, and where the block's first token is."""
+        events: list[tuple[str, int]] = []
+        until = time.monotonic() + 30
+        while len(events) < count:
+            assert time.monotonic() < until, events
+            for it in announcements.take():
+                [hash] = it.block_hashes
+                events.append((type(it).__name__, hash & 0xFF))
+            time.sleep(0.01)
+        return sorted(events)
+
+    stored = [("BlockStored", it) for it in range(3)]
+    announcements.expect(request, 0, hashes)
+    assert cache.put(hashes[:3], [0, 1, 0]) == [True] * 3
+    assert said(3) == stored
+    # What is known already is not said again.
+    announcements.expect(request, 0, hashes)
+    announcements.heed_clearing()
+    time.sleep(0.2)
+    assert not list(announcements.take())
+    # Before the end of the step, and in it.
+    pool.kv_event_queue.append(AllBlocksCleared())
+    announcements.heed_clearing()
+    announcements.expect(request, 0, hashes)
+    announcements.heed_clearing()
+    assert said(3) == stored
+    # What waits is not forgotten, and is announced when it comes.
+    pool.kv_event_queue[:] = [AllBlocksCleared()]
+    announcements.heed_clearing()
+    assert cache.put(hashes[3:], [1]) == [True]
+    assert said(1) == [("BlockStored", 3)]
+    # Where only the connector's is not of use any more, listeners have to be told.
+    announcements.reset()
+    assert said(1) == [("BlockRemoved", 3)]
 
 
 def test_what_is_published_here_is_read_with_vllms_classes() -> None:
