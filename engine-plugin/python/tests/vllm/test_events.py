@@ -318,7 +318,7 @@ def test_what_the_daemon_has_is_located(
     assert located["media"]["memory"] == len(prompt) // BLOCK
     # vLLM itself has evicted it, and loads it.
     index.settle()
-    assert index.locate(prompt)[0]["blocks"] < len(prompt) // BLOCK
+    assert index.locate(prompt)[0]["media"].get("GPU", 0) < len(prompt) // BLOCK
     assert engine.run([prompt])["cached"][0] == reusable(prompt, located["blocks"])
     engine.close()
 
