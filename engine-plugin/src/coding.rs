@@ -221,6 +221,10 @@ impl Decoding {
     }
 
     fn layer_now(&self, layer: LayerIdx, parts: &[Bytes]) -> Result<Bytes, ChunkError> {
+        // Among others that are not.
+        if let Some(raw) = self.as_it_is(parts) {
+            return Ok(raw);
+        }
         let Self {
             layout,
             level,

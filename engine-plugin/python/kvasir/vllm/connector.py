@@ -233,7 +233,7 @@ class KvasirConnector(KVConnectorBase_V1, SupportsHMA):
     @harmless(default=())
     def take_events(self) -> "Iterable[KVCacheEvent]":
         """Of what the daemon has, as medium `STORAGE`."""
-        return [] if self._scheduler is None else list(self._scheduler.events())
+        return [] if (scheduler := self._finder) is None else list(scheduler.events())
 
     def reset_cache(self) -> bool:
         """As vLLM asks when its weights have been changed in place."""
